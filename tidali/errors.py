@@ -1,0 +1,19 @@
+"""Errors that a user can cause: one line that names the file, sample or flag and the way out, never a traceback."""
+
+from __future__ import annotations
+
+
+class TidaliError(Exception):
+    """Work that failed: a damaged shard, a full disk, a device that is not there. The command exits with 1."""
+
+    exit_code = 1
+
+
+class UsageError(TidaliError):
+    """A request that cannot be right: a wrong flag, path or combination. The command exits with 2."""
+
+    exit_code = 2
+
+
+class DatasetError(TidaliError):
+    """A packed data set that is missing, damaged or of an unknown format version."""
