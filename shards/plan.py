@@ -1,0 +1,204 @@
+"""Which sample goes into which shard: a pure function of the scan and the settings, made before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from shards.scan import Scan
+from shards.source import Item, printable
+from tidali.contract import BLOCK_BYTES, ClassName, label_digits
+from tidali.errors import UsageError
+
+KERNELS = ("pil", "opencv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSettings:
+    """What a pack depends on beside its source. All of it is in the manifest."""
+
+    seed: int = 0
+    """Of train's order and of the held-out split."""
+    shard_samples: int | None = 1000
+    """Samples a shard; None where ``shard_size_bytes`` rules."""
+    shard_size_bytes: int | None = None
+    """A shard is closed before it would pass this size."""
+    val_fraction: float = 0.0
+    """Share of each class's train samples that is held out."""
+    classes: tuple[str, ...] | int | None = None
+    """Class ids to keep, or how many of the first; None keeps all."""
+    size_px: int | None = None
+    """Every image is resized to a square of this edge and encoded as JPEG; None keeps the source's bytes."""
+    kernel: str = "pil"
+    """Of that resize: 'pil' (bicubic, a = -0.5) or 'opencv' (bicubic, a = -0.75)."""
+    max_pixels: int = 1 << 26
+    """Images that declare more are quarantined undecoded: 67 million pixels take 200 MB as RGB."""
+
+    def __post_init__(self) -> None:
+        if (self.shard_samples is None) == (self.shard_size_bytes is None):
+            raise UsageError("give one of --shard-samples and --shard-size")
+        if self.shard_samples is not None and self.shard_samples < 1:
+            raise UsageError(f"--shard-samples must be at least 1, not {self.shard_samples}")
+        if self.shard_size_bytes is not None and not 1 << 12 <= self.shard_size_bytes < 1 << 40:
+            raise UsageError(f"--shard-size must be from 4 KiB to 1 TiB, not {self.shard_size_bytes} bytes")
+        if not 0 <= self.val_fraction < 1:
+            raise UsageError(f"--val-fraction must be in [0, 1), not {self.val_fraction:g}")
+        if isinstance(self.classes, int) and self.classes < 1:
+            raise UsageError(f"--classes must be at least 1, not {self.classes}")
+        if self.size_px is not None and not 1 <= self.size_px <= 8192:
+            raise UsageError(f"--size must be from 1 to 8192 pixels, not {self.size_px}")
+        if self.kernel not in KERNELS:
+            raise UsageError(f"--kernel must be one of {', '.join(KERNELS)}, not {self.kernel!r}")
+        if self.max_pixels < 1:
+            raise UsageError(f"--max-pixels must be at least 1, not {self.max_pixels}")
+
+    def describe(self) -> dict[str, Any]:
+        """As the manifest has them; the kernel only where it was used."""
+        document = asdict(self)
+        if isinstance(self.classes, tuple):
+            document["classes"] = list(self.classes)
+        if self.size_px is None:
+            del document["kernel"]
+        return document
+
+
+class PlannedSample(NamedTuple):
+    ordinal: int
+    """Position in its split's listing, sorted by name."""
+    item: Item
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """One shard to write. Everything that its bytes depend on, beside the settings, is here."""
+
+    split: str
+    number: int
+    samples: tuple[PlannedSample, ...]
+
+    @property
+    def stem(self) -> str:
+        return f"{self.split}-{self.number:06d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The whole job."""
+
+    classes: tuple[ClassName, ...]
+    labelled: Mapping[str, bool]
+    """Split -> whether its samples have labels, in the manifest's order."""
+    tasks: tuple[ShardTask, ...]
+    source: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    @property
+    def samples(self) -> int:
+        return sum(len(task.samples) for task in self.tasks)
+
+    @property
+    def id(self) -> str:
+        """Digest of source and settings. Every shard's record holds it, so that no shard of another plan is taken for ours."""
+        return hashlib.sha256(json.dumps([self.source, self.settings], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_plan(scan: Scan, settings: PackSettings) -> Plan:
+    """
+    Raises:
+        UsageError: a setting does not fit the source.
+    """
+    classes, splits = _subset(scan, settings.classes)
+    if settings.val_fraction:
+        splits = _hold_out(splits, settings)
+    tasks = []
+    for split, items in splits.items():
+        samples = [PlannedSample(ordinal, item) for ordinal, item in enumerate(items)]
+        if split == "train":
+            samples.sort(key=lambda sample: (_digest(settings.seed, "order", sample.item.name), sample.item.name))
+        digits = label_digits(len(classes))
+        tasks += [ShardTask(split, n, part) for n, part in enumerate(_chunks(samples, settings, digits))]
+    return Plan(
+        classes=classes,
+        labelled={split: bool(items) and items[0].label is not None for split, items in splits.items()},
+        tasks=tuple(tasks),
+        source=scan.describe(),
+        settings=settings.describe(),
+    )
+
+
+def _digest(seed: int, purpose: str, name: str) -> bytes:
+    """A random order that is the same on every Python and machine, and moves no other sample when one is added."""
+    text = f"{seed}\0{purpose}\0{name}".encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(text, digest_size=8).digest()
+
+
+def _subset(scan: Scan, wanted: tuple[str, ...] | int | None) -> tuple[tuple[ClassName, ...], dict[str, list[Item]]]:
+    """The classes to keep, in the source's order, and their items with labels counted anew."""
+    if wanted is None:
+        return scan.classes, dict(scan.splits)
+    if isinstance(wanted, int):
+        if wanted > len(scan.classes):
+            raise UsageError(f"--classes {wanted}: the source has {len(scan.classes)}")
+        keep = set(range(wanted))
+    else:
+        label_of = {class_.id: label for label, class_ in enumerate(scan.classes)}
+        unknown = [id_ for id_ in wanted if id_ not in label_of]
+        if unknown or not wanted:
+            raise UsageError(f"--classes: {unknown[0]!r} is no class of the source" if unknown else "--classes: names no class")
+        keep = {label_of[id_] for id_ in wanted}
+    new_label: dict[int | None, int | None] = {old: new for new, old in enumerate(sorted(keep))}
+    new_label[None] = None
+    splits = {
+        split: [item._replace(label=new_label[item.label]) for item in items if item.label in new_label]
+        for split, items in scan.splits.items()
+    }
+    return tuple(class_ for label, class_ in enumerate(scan.classes) if label in keep), splits
+
+
+def _hold_out(splits: Mapping[str, list[Item]], settings: PackSettings) -> dict[str, list[Item]]:
+    """Move a share of each class of train to 'val', or to 'heldout' where the source has its own val."""
+    name = "heldout" if "val" in splits else "val"
+    by_class: dict[int | None, list[Item]] = {}
+    for item in splits["train"]:
+        by_class.setdefault(item.label, []).append(item)
+    held: set[str] = set()
+    for items in by_class.values():
+        count = max(1, round(settings.val_fraction * len(items)))
+        if count >= len(items):
+            where = printable(items[0].name.rpartition("/")[0])
+            raise UsageError(f"--val-fraction {settings.val_fraction:g} leaves no train sample of {len(items)} in {where}")
+        items.sort(key=lambda item: (_digest(settings.seed, "held out", item.name), item.name))
+        held.update(item.name for item in items[:count])
+    train, rest = splits["train"], {split: items for split, items in splits.items() if split != "train"}
+    return {
+        "train": [item for item in train if item.name not in held],
+        name: [item for item in train if item.name in held],
+        **rest,
+    }
+
+
+def _chunks(samples: Sequence[PlannedSample], settings: PackSettings, digits: int) -> Iterator[tuple[PlannedSample, ...]]:
+    if settings.shard_samples is not None:
+        for start in range(0, len(samples), settings.shard_samples):
+            yield tuple(samples[start : start + settings.shard_samples])
+        return
+    assert settings.shard_size_bytes is not None
+    chunk: list[PlannedSample] = []
+    size_bytes = 0
+    for sample in samples:
+        sample_bytes = _blocks(sample.item.size_bytes) + (_blocks(digits) if sample.item.label is not None else 0)
+        if chunk and size_bytes + sample_bytes > settings.shard_size_bytes - 2 * BLOCK_BYTES:
+            yield tuple(chunk)
+            chunk, size_bytes = [], 0
+        chunk.append(sample)
+        size_bytes += sample_bytes
+    if chunk:
+        yield tuple(chunk)
+
+
+def _blocks(size_bytes: int) -> int:
+    """A tar member's size with its header and padding."""
+    return BLOCK_BYTES * (1 + -(-size_bytes // BLOCK_BYTES))
