@@ -1,0 +1,6 @@
+"""``python -m tidali``, as torchrun starts it."""
+
+from tidali.cli import main
+
+if __name__ == "__main__":
+    main()

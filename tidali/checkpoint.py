@@ -1,0 +1,143 @@
+"""Model checkpoints: one safetensors file with the weights under torchvision's names and everything else as JSON metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from tidali.config import Stem
+from tidali.contract import ClassName
+from tidali.errors import TidaliError, UsageError
+from tidali.models import build_resnet18
+
+SUFFIX = ".safetensors"
+_METADATA_KEY = "tidali"  # safetensors metadata maps strings to strings: ours is one JSON document under this key
+_METADATA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a checkpoint says of its weights: enough to rebuild the model and to feed it as it was evaluated."""
+
+    classes: tuple[ClassName, ...]
+    """In label order."""
+    stem: Stem
+    stem_bias: bool
+    res: int
+    """Input side that it was trained at, in pixels."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    """Per RGB channel on a 0..1 scale."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of the evaluation that the checkpoint was saved after."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    version: int = _METADATA_VERSION
+
+    def build_model(self) -> nn.Module:
+        """The model that the weights belong to, with random weights."""
+        return build_resnet18(len(self.classes), self.stem, stem_bias=self.stem_bias)
+
+
+def save_checkpoint(path: Path, model: nn.Module, card: ModelCard) -> None:
+    """Write the uncompiled model's weights and the card; the file appears whole or not at all.
+
+    Raises:
+        TidaliError: it cannot be written; what was at `path` before is still there.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path, save(state, metadata={_METADATA_KEY: json.dumps(asdict(card))}))
+
+
+def find_checkpoint(given: str) -> Path:
+    """The file that a path means: itself, with the suffix left out, or the best of a run folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = Path(given)
+    for candidate in (path, path.with_name(path.name + SUFFIX), path / f"best{SUFFIX}"):
+        if candidate.is_file():
+            return candidate
+    raise UsageError(f"{given}: no such checkpoint (looked for the file, {path.name}{SUFFIX} and {path.name}/best{SUFFIX})")
+
+
+def load_checkpoint(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
+    """
+    Raises:
+        UsageError: not a tidali checkpoint, or one of a newer version.
+    """
+    weights, metadata = read_safetensors(path)
+    if _METADATA_KEY not in metadata:
+        raise UsageError(
+            f"{path}: holds weights but no tidali metadata (class names, preprocessing); it can serve as --init only"
+        )
+    try:
+        document = json.loads(metadata[_METADATA_KEY])
+        if document["version"] > _METADATA_VERSION:
+            raise UsageError(f"{path}: written by a newer tidali (metadata version {document['version']}); update tidali")
+        document["classes"] = tuple(ClassName(**c) for c in document["classes"])
+        document["mean"], document["std"] = tuple(document["mean"]), tuple(document["std"])
+        return ModelCard(**document), weights
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path}: its tidali metadata is damaged ({type(error).__name__}: {error})") from None
+
+
+def load_model(path: Path) -> tuple[nn.Module, ModelCard]:
+    """The checkpoint's model in evaluation mode on the CPU, channels-last, and its card.
+
+    Raises:
+        UsageError: not a tidali checkpoint, or weights that do not fit the model its card describes.
+    """
+    card, weights = load_checkpoint(path)
+    model = card.build_model()
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UsageError(f"{path}: the weights do not fit the model that its metadata describes ({error})") from None
+    return model.to(memory_format=torch.channels_last).eval(), card
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file.
+
+    Raises:
+        UsageError: unreadable or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that after a kill or a full disk either the old content or the new is there, whole.
+
+    Raises:
+        TidaliError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise TidaliError(f"{path}: cannot be written ({error.strerror}); the previous file is untouched") from None

@@ -1,0 +1,39 @@
+"""``tidali bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from tidali.cli_train import AmpOption, DeviceOption, demo_data, parse_resolutions
+
+
+def bench(
+    res: Annotated[str, typer.Option(help="Input sides in pixels, such as 64,224.")] = "64,224",
+    data: Annotated[str | None, typer.Option(help="A packed data set.", show_default="the built-in demo data")] = None,
+    stem: Annotated[Literal["imagenet", "small"], typer.Option(help="The model's stem.")] = "imagenet",
+    batch_size: Annotated[int | None, typer.Option(help="Images a step.", show_default="256 on CUDA, 32 on a CPU")] = None,
+    repeats: Annotated[int, typer.Option(help="Measurements of each row, interleaved.", min=1)] = 5,
+    device: DeviceOption = "auto",
+    amp: AmpOption = "auto",
+    json_: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Also write one JSON document; '-' prints it.")
+    ] = None,
+) -> None:
+    """Measure images/s: decoding, loading, the training step on synthetic data, and training end to end."""
+    resolutions = parse_resolutions(res)
+
+    from bench.report import show, write_json
+    from bench.stages import bench_stages
+    from tidali.contract import open_dataset
+
+    dataset = open_dataset(Path(data) if data is not None else demo_data())
+    document = bench_stages(
+        dataset, resolutions=resolutions, stem=stem, batch_size=batch_size, repeats=repeats, device=device, amp=amp
+    )
+    if json_ != "-":
+        show(document)
+    if json_ is not None:
+        write_json(document, json_)

@@ -1,0 +1,162 @@
+"""``tidali train`` and ``tidali eval``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+DataOption = Annotated[str, typer.Option(help="A packed data set (made by 'tidali shard' or 'tidali demo').")]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run; auto takes a GPU where there is one.")
+]
+AmpOption = Annotated[
+    Literal["auto", "bf16", "fp16", "off"], typer.Option(help="Mixed precision; auto decides by device and says why.")
+]
+
+
+def parse_resolutions(text: str) -> list[int]:
+    """'64,128,224' -> [64, 128, 224].
+
+    Raises:
+        UsageError: not a list of whole numbers, or one that the network cannot take.
+    """
+    from tidali.config import check_res
+    from tidali.errors import UsageError
+
+    try:
+        resolutions = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--res {text}: give pixels, such as 64 or 64,128,224") from None
+    for res in resolutions:
+        check_res(res)
+    return resolutions
+
+
+def train(
+    data: Annotated[
+        str | None,
+        typer.Option(help="A packed data set (made by 'tidali shard'); without it the built-in demo data is made and used."),
+    ] = None,
+    res: Annotated[
+        int | None,
+        typer.Option(help="Input side in pixels.", show_default="the images' own where they all agree, else 224"),
+    ] = None,
+    stem: Annotated[
+        Literal["imagenet", "small"],
+        typer.Option(help="imagenet: 7x7/2 and max-pool; small: 3x3/1 without pooling, for small images."),
+    ] = "imagenet",
+    init: Annotated[
+        str, typer.Option(help="Starting weights: none, imagenet, or a checkpoint (.safetensors, .pth, or runs/NAME/best).")
+    ] = "none",
+    recipe: Annotated[
+        Literal["seed", "modern"],
+        typer.Option(help="seed: the original study's; modern: normalised, label smoothing, Nesterov, warm-up and cosine."),
+    ] = "modern",
+    epochs: Annotated[int | None, typer.Option(help="Passes over train.", show_default="the recipe's")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step.", show_default="the recipe's")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="the recipe's")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    device: DeviceOption = "auto",
+    amp: AmpOption = "auto",
+    compile: Annotated[
+        Literal["auto", "on", "off"], typer.Option(help="torch.compile; auto decides by device and says why.")
+    ] = "auto",
+    out: Annotated[str | None, typer.Option(help="Run folder.", show_default="runs/DATA-RES-RECIPE-TIME")] = None,
+) -> None:
+    """Train a ResNet-18 and measure it after each epoch.
+
+    Writes a run folder: config.json, metrics.jsonl, best.safetensors, last.safetensors (weights with class names inside) and
+    summary.json.
+    """
+    from tidali.config import TrainSettings, check_res, make_recipe
+
+    chosen = make_recipe(recipe, epochs=epochs, batch_size=batch_size, lr=lr)
+    if res is not None:
+        check_res(res)
+    folder = data if data is not None else str(demo_data())
+
+    from tidali import train as training
+    from tidali.console import print_table, say
+    from tidali.contract import open_dataset
+
+    dataset = open_dataset(Path(folder))
+    res = res if res is not None else training.default_res(dataset)
+    settings = TrainSettings(
+        data=folder,
+        out=out if out is not None else _run_folder(Path(folder).name, res, recipe),
+        res=res,
+        stem=stem,
+        init=init,
+        recipe=chosen,
+        seed=seed,
+        device=device,
+        amp=amp,
+        compile=compile,
+    )
+    result = training.train(settings, dataset)
+    print_table(
+        f"{result.out}",
+        ("", "epoch", "top-1 %", "top-5 %", "loss"),
+        [
+            ("best", result.best_epoch, *_score_cells(result.best)),
+            ("last", chosen.epochs, *_score_cells(result.last)),
+        ],
+    )
+    say(f"{result.images_per_s:.0f} images/s in training, {result.minutes:.1f} min in all")
+
+
+def eval_(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A checkpoint, or a run folder for its best one.")],
+    data: DataOption,
+    res: Annotated[
+        str | None, typer.Option(help="Input sides in pixels, such as 64,128,224.", show_default="as trained")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split to score.")] = "val",
+    device: DeviceOption = "auto",
+    amp: AmpOption = "auto",
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+) -> None:
+    """Score a checkpoint on a split at one or several resolutions; every sample counts exactly once."""
+    resolutions = parse_resolutions(res) if res is not None else []
+
+    from tidali.console import print_table
+    from tidali.contract import open_dataset
+    from tidali.evaluation import evaluate_checkpoint
+
+    _, rows = evaluate_checkpoint(
+        checkpoint, open_dataset(Path(data)), split=split, resolutions=resolutions, device=device, amp=amp
+    )
+    if json_:
+        scores = [{"res": row.res, **row.score.to_dict()} for row in rows]
+        print(json.dumps({"checkpoint": checkpoint, "data": data, "split": split, "scores": scores}))
+        return
+    print_table(
+        f"{checkpoint} on {split} of {data}",
+        ("res", "top-1 %", "top-5 %", "loss", "samples"),
+        [(row.res, *_score_cells(row.score), row.score.samples) for row in rows],
+    )
+
+
+def _score_cells(score: Any) -> tuple[str, str, str]:
+    return f"{score.top1_percent:.2f}", f"{score.top5_percent:.2f}", f"{score.loss:.4f}"
+
+
+def _run_folder(data_name: str, res: int, recipe: str) -> str:
+    from datetime import datetime
+
+    return str(Path("runs") / f"{data_name}-{res}-{recipe}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def demo_data() -> Path:
+    """The demo data set under data/demo, packed on first use."""
+    from tidali.contract import MANIFEST_NAME
+
+    folder = Path("data") / "demo"
+    if not (folder / MANIFEST_NAME).exists():
+        from tidali import cli_data
+
+        cli_data.demo(str(folder))
+    return folder

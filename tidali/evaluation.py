@@ -1,0 +1,78 @@
+"""A checkpoint measured at one or several resolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tidali.checkpoint import ModelCard, find_checkpoint, load_model
+from tidali.config import AmpChoice, DeviceChoice, check_res
+from tidali.contract import Dataset
+from tidali.device import plan_device
+from tidali.engine import evaluate
+from tidali.errors import UsageError
+from tidali.loader import StreamBatches
+from tidali.metrics import Score
+from tidali.train import EVAL_BATCH_SIZE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolutionScore:
+    """One row of the table."""
+
+    res: int
+    score: Score
+
+
+def evaluate_checkpoint(
+    given: str,
+    dataset: Dataset,
+    *,
+    split: str = "val",
+    resolutions: Sequence[int] = (),
+    device: DeviceChoice = "auto",
+    amp: AmpChoice = "auto",
+) -> tuple[ModelCard, list[ResolutionScore]]:
+    """Score a checkpoint on a split, preprocessed as its card says.
+
+    Args:
+        given: a checkpoint's path, see `tidali.checkpoint.find_checkpoint`.
+        resolutions: input sides in pixels; by default the one it was trained at.
+
+    Raises:
+        UsageError: no checkpoint, or one for other classes than the data set's.
+        TidaliError, DatasetError: the data or the device cannot be used.
+    """
+    model, card = load_model(find_checkpoint(given))
+    check_classes(card, dataset, given)
+    resolutions = list(resolutions) or [card.res]
+    for res in resolutions:
+        check_res(res)
+    plan = plan_device(device, amp, "off")
+    model.to(plan.device)
+    rows = []
+    for res in resolutions:
+        batches = StreamBatches(
+            dataset, split, res=res, batch_size=EVAL_BATCH_SIZE, mean=card.mean, std=card.std, device=plan.device
+        )
+        rows.append(
+            ResolutionScore(res=res, score=evaluate(model, batches, plan, expected_samples=dataset.split(split).samples))
+        )
+    return card, rows
+
+
+def check_classes(card: ModelCard, dataset: Dataset, given: str) -> None:
+    """
+    Raises:
+        UsageError: the checkpoint's labels do not mean the data set's classes.
+    """
+    ours, theirs = [c.id for c in dataset.manifest.classes], [c.id for c in card.classes]
+    if len(ours) != len(theirs):
+        raise UsageError(
+            f"{given}: a head of {len(theirs)} classes, {dataset.root} has {len(ours)}; evaluate it on its own data"
+        )
+    for label, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+        if own != other:
+            raise UsageError(
+                f"{given}: class {label} is {other!r}, in {dataset.root} it is {own!r}; evaluate it on its own data"
+            )

@@ -1,0 +1,110 @@
+"""Counting on the device, reading it late, and the run's log of JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tidali.errors import TidaliError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Sums over samples, as counted; the ratios are derived so that ranks can be added."""
+
+    samples: int
+    loss_sum: float
+    correct1: int
+    correct5: int
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy in nats, without label smoothing."""
+        return self.loss_sum / max(self.samples, 1)
+
+    @property
+    def top1_percent(self) -> float:
+        return 100.0 * self.correct1 / max(self.samples, 1)
+
+    @property
+    def top5_percent(self) -> float:
+        return 100.0 * self.correct5 / max(self.samples, 1)
+
+    def to_dict(self) -> dict[str, float]:
+        return {
+            "samples": self.samples,
+            "loss": self.loss,
+            "top1_percent": self.top1_percent,
+            "top5_percent": self.top5_percent,
+        }
+
+
+class Meter:
+    """Adds up loss and hits on the device; the host waits for it only in `read` ."""
+
+    def __init__(self, device: torch.device) -> None:
+        # float64 on a CPU and CUDA alike: 100,000 losses add up to 1e-11 relative.
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._late = torch.zeros(4, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self._late_ready = torch.cuda.Event() if device.type == "cuda" else None
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """
+        Args:
+            logits: (N, C), any float dtype.
+            labels: (N,) int64.
+        """
+        logits = logits.float()
+        loss_sum = functional.cross_entropy(logits, labels, reduction="sum")
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        self._sums += torch.stack(
+            [torch.full_like(loss_sum, labels.numel()), loss_sum, hits[:, 0].sum().to(loss_sum), hits.sum().to(loss_sum)]
+        )
+
+    def read(self) -> Score:
+        """Waits for the device."""
+        return _score(self._sums)
+
+    def peek(self) -> Score:
+        """The counts as of an earlier call, for a display: never waits for the device."""
+        if self._late_ready is None:
+            return self.read()
+        if not self._late_ready.query():
+            return Score(samples=0, loss_sum=0.0, correct1=0, correct5=0)
+        score = _score(self._late)
+        self._late.copy_(self._sums, non_blocking=True)
+        self._late_ready.record()
+        return score
+
+
+def _score(sums: Tensor) -> Score:
+    samples, loss_sum, correct1, correct5 = sums.tolist()
+    return Score(samples=int(samples), loss_sum=loss_sum, correct1=int(correct1), correct5=int(correct5))
+
+
+class JsonlLog:
+    """Appends one JSON object a line, each flushed to disk whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, **fields: Any) -> None:
+        """
+        Raises:
+            TidaliError: the disk is full or the file cannot be written.
+        """
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(fields) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise TidaliError(f"{self._path}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,87 @@
+"""torchvision's ResNet-18 with either stem, and what is loaded into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from tidali.config import Stem
+from tidali.errors import UsageError
+
+
+def build_resnet18(num_classes: int, stem: Stem, *, stem_bias: bool = False) -> nn.Module:
+    """A randomly initialised ResNet-18.
+
+    Takes images (N, 3, H, W) float, any memory layout, H and W at least 32, and gives logits (N, num_classes).
+
+    Args:
+        stem: ``imagenet`` is torchvision's 7x7/2 convolution and 3x3/2 max-pool; ``small`` is a 3x3/1 convolution and no
+            pooling: four times the side of every feature map for 15 times the work (2.222 against 0.148 GMAC at 64 px).
+        stem_bias: give the small stem's convolution a bias, as the original study's fifth row has.
+    """
+    model = resnet18(weights=None, num_classes=num_classes)
+    if stem == "small":
+        model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=stem_bias)
+        nn.init.kaiming_normal_(
+            model.conv1.weight, mode="fan_out", nonlinearity="relu"
+        )  # as torchvision initialises the stock one
+        model.maxpool = nn.Identity()
+    return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What became of each tensor when weights of one model were put into another."""
+
+    loaded: tuple[str, ...]
+    fresh: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that keep their random values -> why."""
+    unused: tuple[str, ...] = ()
+    """Tensors of the source that this model has no place for."""
+
+    def lines(self) -> list[str]:
+        """For people: counts, and every tensor that was not loaded."""
+        out = [f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.fresh)} tensors"]
+        out += [f"not loaded: {name} ({reason})" for name, reason in self.fresh.items()]
+        out += [f"unused: {name}" for name in self.unused]
+        return out
+
+
+def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> LoadReport:
+    """Copy every tensor whose name and shape match into the model, and say what happened to the rest.
+
+    Raises:
+        UsageError: nothing matches, so the file holds no ResNet-18.
+    """
+    own = model.state_dict()
+    loaded, fresh = [], {}
+    for name, tensor in own.items():
+        if name not in weights:
+            fresh[name] = "not in the file"
+        elif weights[name].shape != tensor.shape:
+            fresh[name] = f"{tuple(weights[name].shape)} in the file, {tuple(tensor.shape)} in this model"
+        else:
+            loaded.append(name)
+    if not any(own[name].ndim == 4 for name in loaded):
+        raise UsageError(f"{where}: no convolution in it fits a ResNet-18; give a tidali or torchvision resnet18 checkpoint")
+    model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
+    unused = tuple(name for name in weights if name not in own)
+    return LoadReport(loaded=tuple(loaded), fresh=fresh, unused=unused)
+
+
+def weights_only(state: object, where: str) -> dict[str, Tensor]:
+    """The tensors of a plain state dict, or of one under the usual ``state_dict`` or ``model`` key.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UsageError(f"{where}: not a state dict of tensors")
+    return {name.removeprefix("module."): value for name, value in state.items()}

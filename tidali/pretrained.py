@@ -1,0 +1,62 @@
+"""Where starting weights come from: nothing, torchvision's ImageNet weights, or a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from torch import Tensor
+from torchvision.models import ResNet18_Weights
+
+from tidali.checkpoint import SUFFIX, find_checkpoint, load_checkpoint, read_safetensors
+from tidali.errors import TidaliError, UsageError
+from tidali.models import weights_only
+
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and standard deviation per RGB channel on a 0..1 scale."""
+
+
+def imagenet_weights() -> dict[str, Tensor]:
+    """torchvision's ``ResNet18_Weights.IMAGENET1K_V1``, from its cache or downloaded, its hash checked.
+
+    Raises:
+        TidaliError: it is not in the cache and cannot be downloaded.
+    """
+    weights = ResNet18_Weights.IMAGENET1K_V1
+    try:
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except (URLError, OSError, RuntimeError) as error:
+        target = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+        reason = str(error).splitlines()[0]
+        raise TidaliError(
+            f"--init imagenet: cannot download the weights ({reason}); put {weights.url} at {target}, or give --init PATH"
+        ) from None
+
+
+def file_weights(given: str) -> tuple[dict[str, Tensor], Normalisation | None, str]:
+    """The tensors of a tidali checkpoint, a plain safetensors file or a torchvision ``.pth``; no pickled code is run.
+
+    Returns:
+        The tensors, the normalisation they were trained with where the file says so, and the file that was read.
+
+    Raises:
+        UsageError: no such file, or not weights.
+    """
+    if given.endswith((".pth", ".pt")):
+        path = Path(given)
+        try:
+            return weights_only(torch.load(path, map_location="cpu", weights_only=True), given), None, str(path)
+        except FileNotFoundError:
+            raise UsageError(f"--init {given}: no such file") from None
+        except Exception as error:  # torch.load raises whatever its unpickler met
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"--init {given}: not loadable as plain weights ({reason})") from None
+    path = find_checkpoint(given)
+    if path.suffix != SUFFIX:
+        raise UsageError(f"--init {given}: give a {SUFFIX}, .pth or .pt file")
+    weights, metadata = read_safetensors(path)
+    if "tidali" not in metadata:
+        return weights_only(weights, given), None, str(path)
+    card, weights = load_checkpoint(path)
+    return weights, (card.mean, card.std), str(path)
