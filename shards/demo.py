@@ -145,20 +145,18 @@ def draw(seed: int, label: int, index: int) -> np.ndarray:
     """Image ``index`` of class ``label``: (64, 64, 3) uint8, RGB."""
     bits = np.random.PCG64(np.random.SeedSequence([seed, label, index]))
     shape, texture, hue = _traits(label)
-    u = (bits.random_raw(24) >> 11) * 2.0**-53  # uniform in [0, 1)
+    u = (bits.random_raw(22) >> 11) * 2.0**-53  # uniform in [0, 1)
     x, y = _figure_coordinates(u[0:4])
-    inside = tuple(SHAPES.values())[shape](x, y)
-    pattern = tuple(TEXTURES.values())[texture](x, y)
-    sharpness = 8.0  # the edge is an eighth of the figure's size wide: about two pixels
-    cover = np.clip(inside * sharpness + 0.5, 0, 1)[:, :, None]
     first = _colour(hue / len(HUES) + (2 * u[4] - 1) * _HUE_JITTER, 0.6 + 0.4 * u[5], 0.65 + 0.35 * u[6])
     second = first * (0.25 + 0.3 * u[7]) + (1 - first) * 0.15 * u[8]
-    figure = first + (second - first) * pattern[:, :, None]
-    rgb = _background(u[9:20]) * (1 - cover) + figure * cover
-    noise = bits.random_raw(EDGE_PX * EDGE_PX * 3 // 8).view(np.uint8).reshape(EDGE_PX, EDGE_PX, 3)
-    amplitude = 0.06 + 0.14 * u[20]
-    rgb = rgb * (0.7 + 0.45 * u[21]) + (noise * (1 / 255) - 0.5) * amplitude
-    return (np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8)
+    pattern = tuple(TEXTURES.values())[texture](x, y)
+    cover = np.clip(8 * tuple(SHAPES.values())[shape](x, y) + 0.5, 0, 1)  # the edge is an eighth of the size: two pixels
+    image = _background(u[9:20])
+    image += (first[:, None, None] + (second - first)[:, None, None] * pattern - image) * cover
+    image *= 0.7 + 0.45 * u[20]
+    noise = bits.random_raw(3 * EDGE_PX * EDGE_PX // 8).view(np.uint8).reshape(3, EDGE_PX, EDGE_PX)
+    image += (noise - 127.5) * ((0.06 + 0.14 * u[21]) / 255)
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0).copy()
 
 
 def _figure_coordinates(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -174,14 +172,14 @@ def _figure_coordinates(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _background(u: np.ndarray) -> np.ndarray:
-    """A smooth blend of two random colours with a few blocks, (64, 64, 3) in 0..1."""
+    """A smooth blend of two random colours and a block that means nothing, (3, 64, 64) in 0..1."""
     one, two = _colour(u[0], 0.5 * u[1], 0.25 + 0.6 * u[2]), _colour(u[3], 0.5 * u[4], 0.25 + 0.6 * u[5])
-    grid = (np.arange(EDGE_PX) + 0.5) / EDGE_PX
-    blend = np.clip(0.5 + (u[6] - 0.5) * 2 * (grid[None, :] - 0.5) + (u[7] - 0.5) * 2 * (grid[:, None] - 0.5), 0, 1)
-    rgb = one + (two - one) * blend[:, :, None]
+    slope = (np.arange(EDGE_PX) + 0.5) / EDGE_PX - 0.5
+    blend = 0.5 + (u[6] - 0.5) * slope[None, :] + (u[7] - 0.5) * slope[:, None]
+    image = one[:, None, None] + (two - one)[:, None, None] * (2 * blend - 0.5)
     left, top = int(u[8] * 48), int(u[9] * 48)
-    rgb[top : top + 16, left : left + 16] *= 0.6 + 0.8 * u[10]  # a distractor without a class
-    return rgb
+    image[:, top : top + 16, left : left + 16] *= 0.6 + 0.8 * u[10]
+    return image
 
 
 def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
