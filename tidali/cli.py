@@ -14,7 +14,7 @@ from tidali.errors import TidaliError
 app = typer.Typer(
     name="tidali",
     help="From a folder of labelled images to a trained, measured ResNet-18.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -38,20 +38,35 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def main() -> None:
     """The console script: what a user can cause ends as one line and an exit code, 2 for wrong use and 1 for failed work."""
-    # OpenMP's threads spin while they wait, which starves DALI's: a training step beside other work on two cores gave 19 img/s
-    # spinning and 39 sleeping. Must be set before torch is imported.
+    # OpenMP's threads spin while they wait, which starves every other thread of a small machine: a ResNet-18 step on two
+    # cores gave 13 images/s spinning and 46 sleeping beside one busy process; alone 91 and 76. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        app()
+        code = app(standalone_mode=False)
     except TidaliError as error:
-        print(f"tidali: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(_fail(str(error), error.exit_code))
+    except BrokenPipeError:  # the reader of our output has gone, as `tidali info DATA | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        # click's own complaints about flags and values, as typer carries them, differ by where typer takes its click from.
+        if not hasattr(error, "format_message"):
+            raise
+        sys.exit(_fail(f"{error.format_message()} See 'tidali --help'.", getattr(error, "exit_code", 2)))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print(f"tidali: {' '.join(message.split())}", file=sys.stderr)
+    return exit_code
