@@ -1,0 +1,57 @@
+"""Which samples make up a batch: a pure function of (seed, epoch, step, rank, number of ranks).
+
+A step is a *global* batch, cut into one piece a rank. So the samples of a step do not depend on the number of ranks, and a run
+can be resumed at any step on another number of ranks, as long as the global batch stays the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tidali import counter
+from tidali.errors import UsageError
+
+ORDER_VERSION = 1
+"""Part of every checkpoint's fingerprint; to be raised by any change that alters an order."""
+
+_STREAM = 0  # `tidali.augment` numbers its own streams from 1
+
+
+def epoch_order(samples: int, seed: int, epoch: int, device: torch.device | None = None) -> Tensor:
+    """A permutation of the samples: sorted by a 64-bit hash of (seed, epoch, sample) that cannot tie.
+
+    Returns:
+        (samples,) int64, equal on every device.
+    """
+    indices = torch.arange(samples, device=device)
+    return torch.argsort(counter.hashes(counter.key(seed, _STREAM, epoch), indices))
+
+
+def num_steps(samples: int, batch_size: int, world_size: int, *, train: bool) -> int:
+    """Steps an epoch, the same on every rank.
+
+    Training drops the samples that do not fill a last global batch, others every epoch; a split smaller than one global batch
+    is one step of all its samples. Evaluation drops none.
+
+    Args:
+        batch_size: of one rank.
+
+    Raises:
+        UsageError: training on fewer samples than ranks, which would leave a rank without one.
+    """
+    if train and samples < world_size:
+        raise UsageError(f"{samples} training samples for {world_size} ranks: use at most {samples} ranks")
+    global_batch = batch_size * world_size
+    return max(samples // global_batch, 1) if train else -(-samples // global_batch)
+
+
+def rank_slice(samples: int, step: int, batch_size: int, rank: int, world_size: int) -> slice:
+    """The positions in the epoch's order that a rank takes at a step.
+
+    A full global batch gives each rank ``batch_size``. A last, smaller one is cut evenly: sizes differ by at most one, and a
+    rank gets none where there are fewer samples than ranks.
+    """
+    start = step * batch_size * world_size
+    size = min(batch_size * world_size, samples - start)
+    return slice(start + rank * size // world_size, start + (rank + 1) * size // world_size)
