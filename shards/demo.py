@@ -32,23 +32,23 @@ Texture = Callable[[np.ndarray, np.ndarray], np.ndarray]
 SHAPES: dict[str, Shape] = {
     "disc": lambda x, y: 1 - np.sqrt(x * x + y * y),
     "square": lambda x, y: 0.85 - np.maximum(abs(x), abs(y)),
-    "triangle": lambda x, y: np.minimum(0.7 - y, 0.5 * y + 0.45 - 0.87 * abs(x)),
-    "ring": lambda x, y: 0.28 - abs(np.sqrt(x * x + y * y) - 0.72),
-    "cross": lambda x, y: np.minimum(1 - np.maximum(abs(x), abs(y)), 0.3 - np.minimum(abs(x), abs(y))),
-    "diamond": lambda x, y: 0.75 * (1 - abs(x) - abs(y)),
-    "bar": lambda x, y: np.minimum(1 - abs(x), 0.32 - abs(y)),
-    "pillar": lambda x, y: np.minimum(1 - abs(y), 0.32 - abs(x)),
-    "moon": lambda x, y: np.minimum(1 - np.sqrt(x * x + y * y), np.sqrt((x - 0.55) * (x - 0.55) + y * y) - 0.75),
-    "frame": lambda x, y: 0.2 - abs(0.75 - np.maximum(abs(x), abs(y))),
+    "triangle": lambda x, y: np.minimum(0.75 - y, 0.5 * y + 0.5 - 0.87 * abs(x)),
+    "cross": lambda x, y: np.minimum(1 - np.maximum(abs(x), abs(y)), 0.42 - np.minimum(abs(x), abs(y))),
+    "diamond": lambda x, y: 0.75 * (1.1 - abs(x) - abs(y)),
 }
 
-# Each gives where the figure's second colour goes: 0..1.
+# Each gives where the figure's second colour goes: 0..1. None is another's mirror image: training flips at random.
 TEXTURES: dict[str, Texture] = {
     "plain": lambda x, y: np.zeros_like(x),
-    "banded": lambda x, y: np.floor(y * 3.5) % 2,
-    "striped": lambda x, y: np.floor(x * 3.5) % 2,
-    "checked": lambda x, y: (np.floor(x * 3) + np.floor(y * 3)) % 2,
-    "dotted": lambda x, y: ((x * 3 % 1 - 0.5) ** 2 + (y * 3 % 1 - 0.5) ** 2 < 0.09).astype(np.float64),
+    "banded": lambda x, y: _every(y, 3),
+    "striped": lambda x, y: _every(x, 3),
+    "checked": lambda x, y: abs(_every(x, 2) - _every(y, 2)),
+    "dotted": lambda x, y: ((x * 3 % 1 - 0.5) ** 2 + (y * 3 % 1 - 0.5) ** 2 < 0.1).astype(np.float64),
+    "ringed": lambda x, y: _every(np.sqrt(x * x + y * y), 3),
+    "slanted": lambda x, y: _every(x + y, 2),
+    "cored": lambda x, y: (x * x + y * y < 0.2).astype(np.float64),
+    "gridded": lambda x, y: np.minimum(_every(x, 2), _every(y, 2)),
+    "halved": lambda x, y: (y > 0).astype(np.float64),
 }
 
 HUES = ("red", "green", "cyan", "violet")
@@ -57,7 +57,7 @@ _HUE_JITTER = 0.11  # of the colour circle, to either side: the four do not over
 
 
 def demo_classes(count: int) -> tuple[ClassName, ...]:
-    """The first ``count`` classes. The first ten differ in shape, and neighbours in texture too.
+    """The first ``count`` classes. The first ten differ in texture, and neighbours in shape too.
 
     Raises:
         UsageError: fewer than 2 or more than 200.
@@ -75,8 +75,8 @@ def demo_classes(count: int) -> tuple[ClassName, ...]:
 
 def _traits(label: int) -> tuple[int, int, int]:
     """Indices of shape, texture and hue: a different triple for each of the 200 labels."""
-    tens, shape = divmod(label, len(SHAPES))
-    return shape, (shape + tens) % len(TEXTURES), tens // len(TEXTURES)
+    tens, texture = divmod(label, len(TEXTURES))
+    return (texture + tens) % len(SHAPES), texture, tens // len(SHAPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,15 +155,20 @@ def draw(seed: int, label: int, index: int) -> np.ndarray:
     image += (first[:, None, None] + (second - first)[:, None, None] * pattern - image) * cover
     image *= 0.7 + 0.45 * u[20]
     noise = bits.random_raw(3 * EDGE_PX * EDGE_PX // 8).view(np.uint8).reshape(3, EDGE_PX, EDGE_PX)
-    image += (noise - 127.5) * ((0.06 + 0.14 * u[21]) / 255)
+    image += (noise - 127.5) * ((0.04 + 0.1 * u[21]) / 255)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0).copy()
+
+
+def _every(distance: np.ndarray, pairs: float) -> np.ndarray:
+    """0 and 1 by turns, ``pairs`` times each in a unit of distance."""
+    return np.floor(distance * (2 * pairs)) % 2
 
 
 def _figure_coordinates(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pixel coordinates (64, 64) in the figure's own frame, for four uniform numbers: place, size, tilt."""
     grid = (np.arange(EDGE_PX) + 0.5) / EDGE_PX * 2 - 1
-    size = 0.38 + 0.3 * u[2]
-    reach = 1 - 0.75 * size  # the figure may hang over the border by a quarter
+    size = 0.55 + 0.3 * u[2]
+    reach = 1 - 0.8 * size  # the figure may hang over the border by a fifth of its size
     dx = (grid - (2 * u[0] - 1) * reach)[None, :] / size
     dy = (grid - (2 * u[1] - 1) * reach)[:, None] / size
     t = (2 * u[3] - 1) * 0.13  # half the tilt's tangent: up to 15 degrees, by the rational form of cosine and sine
@@ -189,7 +194,7 @@ def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 def pack_demo(
-    dest: Path,
+    dest: str | Path,
     *,
     classes: int = 10,
     per_class: int = 250,

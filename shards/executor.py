@@ -1,4 +1,4 @@
-"""Running shard tasks: in this process, or over worker processes."""
+"""Running independent tasks: in this process, or over worker processes."""
 
 from __future__ import annotations
 
@@ -9,43 +9,38 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
 
-from shards.plan import ShardTask
-from shards.write import ShardResult
 from tidali.errors import TidaliError
 
-Finish = Callable[[ShardTask], ShardResult]
-
-# Below this a pool costs more than it gives: workers take about 0.4 s to start, one core packs that many in that time.
-_SMALL_JOB_SAMPLES = 4000
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-def run_tasks(finish: Finish, tasks: Sequence[ShardTask], workers: int | None) -> Iterator[tuple[int, ShardResult]]:
+def run_tasks(job: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[tuple[int, R]]:
     """Each task's index and result, as they get done.
 
     Raises:
-        TidaliError: a task failed, or a worker died; the other tasks are abandoned.
+        TidaliError: a task failed, or a worker died; the other tasks are abandoned at once.
     """
-    if workers is None:
-        small = sum(len(task.samples) for task in tasks) < _SMALL_JOB_SAMPLES
-        workers = 1 if small else available_cores()
-    if min(workers, len(tasks)) <= 1:
-        return ((index, finish(task)) for index, task in enumerate(tasks))
-    return _run_in_pool(finish, tasks, min(workers, len(tasks)))
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        return ((index, job(task)) for index, task in enumerate(tasks))
+    return _run_in_pool(job, tasks, workers)
 
 
 def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _run_in_pool(finish: Finish, tasks: Sequence[ShardTask], workers: int) -> Iterator[tuple[int, ShardResult]]:
-    # Not plain fork: the packer may be called from a process with threads. The server imports the worker's modules once.
+def _run_in_pool(job: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[tuple[int, R]]:
+    # Not plain fork: the packer may be called from a process with threads. The server imports the workers' modules once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["shards.write"])
     children_before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
-        futures: dict[Future[ShardResult], int] = {pool.submit(finish, task): index for index, task in enumerate(tasks)}
+        futures: dict[Future[R], int] = {pool.submit(job, task): index for index, task in enumerate(tasks)}
         for future in as_completed(futures):
             yield futures.pop(future), future.result()
         pool.shutdown()
@@ -56,7 +51,7 @@ def _run_in_pool(finish: Finish, tasks: Sequence[ShardTask], workers: int) -> It
             process.terminate()
             process.join()
         if isinstance(error, BrokenProcessPool):
-            text = "a packing worker died (killed, or out of memory); run the same command again, it goes on from here"
+            text = "a worker process died (killed, or out of memory); run the same command again, it goes on from here"
             raise TidaliError(text) from None
         raise
 

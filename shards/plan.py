@@ -101,8 +101,13 @@ class Plan:
 
     @property
     def id(self) -> str:
-        """Digest of source and settings. Every shard's record holds it, so that no shard of another plan is taken for ours."""
-        return hashlib.sha256(json.dumps([self.source, self.settings], sort_keys=True).encode()).hexdigest()[:16]
+        return plan_id(self.source, self.settings, self.classes)
+
+
+def plan_id(source: Mapping[str, Any], settings: Mapping[str, Any], classes: Sequence[ClassName]) -> str:
+    """Digest of what a pack depends on. Each shard's record holds it: no shard of another plan is taken for ours."""
+    parts = [source, settings, [asdict(class_) for class_ in classes]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_plan(scan: Scan, settings: PackSettings) -> Plan:

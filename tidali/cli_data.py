@@ -2,42 +2,89 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tidali.console import print_table, progress_bar, say
+from tidali.console import print_table, progress_bar, results, say
+from tidali.errors import TidaliError, UsageError
 
 if TYPE_CHECKING:
     from shards.pack import PackReport, Progress
+    from tidali.contract import Manifest
 
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes that pack. Default: all cores, fewer for small jobs.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the data set in DEST if it is another one.")]
-Dest = Annotated[Path, typer.Argument(help="Folder to make the data set in.")]
+_SIZE_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_LISTED_FILES = 10
+
+Dest = Annotated[str, typer.Argument(help="Folder to make the data set in, or a URL such as s3://bucket/data.")]
+Data = Annotated[str, typer.Argument(help="A packed data set: a folder or a URL.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="all cores, one for small jobs")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the data set in DEST, where it is another one.")]
 
 
 def shard(
-    source: Annotated[Path, typer.Argument(help="Tiny-ImageNet (folder or zip), or any SPLIT/CLASS/*.jpg or CLASS/*.jpg.")],
+    source: Annotated[Path, typer.Argument(help="Tiny-ImageNet, SPLIT/CLASS/*.jpg or CLASS/*.jpg: a folder or a zip of it.")],
     dest: Dest,
+    layout: Annotated[
+        Literal["auto", "tiny-imagenet", "folder"], typer.Option(help="How SOURCE is laid out; auto looks for wnids.txt.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of train's order and of the held-out split.")] = 0,
+    shard_samples: Annotated[int | None, typer.Option(help="Samples a shard.", show_default="1000")] = None,
+    shard_size: Annotated[str | None, typer.Option(help="Or its largest size, such as 64MB or 256MiB.")] = None,
+    val_fraction: Annotated[
+        float, typer.Option(help="Share of each class of train to hold out, as val, or as heldout where SOURCE has a val.")
+    ] = 0.0,
+    classes: Annotated[str | None, typer.Option(help="The first N classes, or a FILE with one class id a line.")] = None,
+    size: Annotated[int | None, typer.Option(help="Resize to PX x PX (bicubic) and encode as JPEG.", metavar="PX")] = None,
+    kernel: Annotated[
+        Literal["pil", "opencv"], typer.Option(help="Of --size. pil: a = -0.5, antialiased; opencv: a = -0.75, not.")
+    ] = "pil",
+    max_pixels: Annotated[int, typer.Option(help="Images that declare more are quarantined undecoded.")] = 1 << 26,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if any file was quarantined.")] = False,
     workers: Workers = None,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="Where to pack; ray needs the extra 'ray'.")
+    ] = "local",
     overwrite: Overwrite = False,
 ) -> None:
     """Pack labelled images into shards: WebDataset tars with DALI indexes and a manifest.
 
-    Run again, it keeps every finished shard that is right and mends the rest.
+    The same source, seed and settings give the same bytes. Run again, it keeps every finished shard that is right and mends
+    the rest. Files that are no usable images are set aside in DEST/quarantine.
     """
     from shards.pack import pack
     from shards.plan import PackSettings
     from shards.scan import FileSource
 
+    if shard_samples is not None and shard_size is not None:
+        raise UsageError("give --shard-samples or --shard-size, not both")
+    settings = PackSettings(
+        seed=seed,
+        shard_samples=None if shard_size is not None else (1000 if shard_samples is None else shard_samples),
+        shard_size_bytes=None if shard_size is None else parse_size(shard_size),
+        val_fraction=val_fraction,
+        classes=None if classes is None else _parse_classes(classes),
+        size_px=size,
+        kernel=kernel,
+        max_pixels=max_pixels,
+    )
     with _progress("packing") as progress:
-        settings = PackSettings(seed=seed)
-        report = pack(FileSource(source), dest, settings, workers=workers, overwrite=overwrite, progress=progress)
-    _print_report(report)
+        report = pack(
+            FileSource(source, layout),
+            dest,
+            settings,
+            workers=workers,
+            executor=executor,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _print_pack(report)
+    if strict and report.manifest.quarantine:
+        raise TidaliError(f"{dest}: {len(report.manifest.quarantine)} files were quarantined, and --strict was asked for")
 
 
 def demo(
@@ -55,7 +102,104 @@ def demo(
         report = pack_demo(
             dest, classes=classes, per_class=per_class, seed=seed, workers=workers, overwrite=overwrite, progress=progress
         )
-    _print_report(report)
+    _print_pack(report)
+
+
+def verify(
+    data: Data,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image too.")] = False,
+    workers: Workers = None,
+) -> None:
+    """Check a packed data set: every hash, index entry, tar header, label and count. Exits with 1 on any fault."""
+    from shards.store import local_copy
+    from shards.verify import verify as verify_folder
+
+    with local_copy(data) as folder:
+        report = verify_folder(folder, decode=decode, workers=workers)
+    for fault in report.faults:
+        results.print(str(fault), markup=False)
+    if report.faults:
+        raise TidaliError(f"{data}: {len(report.faults)} fault{'s' if len(report.faults) > 1 else ''}")
+    checked = "every file, header, label and image" if decode else "every file, header and label"
+    text = (
+        f"{data}: {report.samples:,} samples in {report.shards} shards, {report.size_bytes / 1e6:,.1f} MB: {checked} is right"
+    )
+    results.print(text, markup=False)
+
+
+def info(
+    data: Data,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of random samples to this PNG.")] = None,
+    split: Annotated[str, typer.Option(help="Of the contact sheet.")] = "train",
+    seed: Annotated[int, typer.Option(help="Of the contact sheet's choice.")] = 0,
+) -> None:
+    """Show what a packed data set holds."""
+    from tidali.source import open_data, read_manifest
+
+    if sheet is not None:
+        from shards.sheet import contact_sheet
+
+        image = contact_sheet(open_data(data), split, seed=seed)
+        try:
+            image.save(sheet, format="PNG")
+        except OSError as error:
+            raise UsageError(f"{sheet}: {error.strerror or error}") from None
+        say(f"wrote {sheet}")
+    manifest = read_manifest(data)
+    if as_json:
+        print(json.dumps(_info_document(data, manifest), ensure_ascii=False))
+    else:
+        _print_info(data, manifest)
+
+
+def download(
+    dest: Annotated[Path, typer.Argument(help="File to make, or a folder to put it in.")],
+    url: Annotated[str | None, typer.Option(help="Where from.", show_default="Tiny-ImageNet's public home")] = None,
+    md5: Annotated[str | None, typer.Option(help="What the file's MD5 must be.", show_default="Tiny-ImageNet's")] = None,
+) -> None:
+    """Download the real Tiny-ImageNet (237 MB). Goes on where it broke off; the file appears whole and checked."""
+    from shards import download as fetch
+
+    with progress_bar(note=False) as bar:
+        task = bar.add_task("downloading, bytes", total=None)
+        path = fetch.download(
+            dest,
+            url=url or fetch.TINY_IMAGENET_URL,
+            md5=md5 or fetch.TINY_IMAGENET_MD5,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(path)
+
+
+# --------------------------------------------------------------------------------------------------------------------- input
+
+
+def parse_size(text: str) -> int:
+    """'64MB' -> 64,000,000; '1GiB' -> 1,073,741,824; a bare number is bytes.
+
+    Raises:
+        UsageError: not a size.
+    """
+    number = text.strip().lower().rstrip("abcdefghijklmnopqrstuvwxyz")
+    unit = text.strip().lower()[len(number) :]
+    try:
+        return int(float(number) * _SIZE_UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise UsageError(f"--shard-size {text}: give a size such as 64MB or 256MiB") from None
+
+
+def _parse_classes(text: str) -> int | tuple[str, ...]:
+    if text.isdecimal():
+        return int(text)
+    try:
+        lines = Path(text).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--classes {text}: neither a number nor a readable file of class ids ({error})") from None
+    return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+# -------------------------------------------------------------------------------------------------------------------- output
 
 
 @contextmanager
@@ -65,28 +209,58 @@ def _progress(what: str) -> Iterator[Progress]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _print_report(report: PackReport) -> None:
+def _print_pack(report: PackReport) -> None:
     manifest = report.manifest
-    rows = [
-        (
-            split.name,
-            f"{split.samples:,}",
-            len(split.shards),
-            f"{split.size_bytes / 1e6:,.1f}",
-            next(iter(split.image_sizes), "-") if len(split.image_sizes) < 2 else f"{len(split.image_sizes)} sizes",
-        )
-        for split in manifest.splits.values()
-    ]
-    title = f"{report.dest}: {len(manifest.classes)} classes"
-    print_table(title, ("split", "samples", "shards", "MB", "height x width"), rows)
+    _print_splits(f"{report.location}: {len(manifest.classes)} classes", manifest)
     if report.kept or report.repaired:
         redone = f"; damaged and written anew: {', '.join(report.repaired)}" if report.repaired else ""
         say(f"{report.written} shards written, {len(report.kept)} kept from an earlier run{redone}")
     if report.removed:
         say(f"removed left-over files: {', '.join(report.removed)}")
+    if report.ignored_files:
+        say(f"{report.ignored_files} files of the source are no images by their names and were left out")
     if manifest.quarantine:
-        say(f"warning: {len(manifest.quarantine)} files are no usable images and are in {report.dest}/quarantine:")
-        for entry in manifest.quarantine[:10]:
+        say(f"warning: {len(manifest.quarantine)} files are no usable images; their bytes are in {report.location}/quarantine")
+        for entry in manifest.quarantine[:_LISTED_FILES]:
             say(f"  {entry.source!r}: {entry.reason}")
-        if len(manifest.quarantine) > 10:
-            say(f"  ... the rest is listed in {report.dest}/dataset.json")
+        if len(manifest.quarantine) > _LISTED_FILES:
+            say(f"  and {len(manifest.quarantine) - _LISTED_FILES} more, see 'tidali info {report.location} --json'")
+
+
+def _print_splits(title: str, manifest: Manifest) -> None:
+    rows = []
+    for split in manifest.splits.values():
+        per_class = f"{min(split.class_counts)} to {max(split.class_counts)}" if split.class_counts else "no labels"
+        sizes = next(iter(split.image_sizes), "-") if len(split.image_sizes) < 2 else f"{len(split.image_sizes)} sizes"
+        kinds = ", ".join(f"{count:,} {extension}" for extension, count in split.extensions.items()) or "-"
+        rows.append(
+            (split.name, f"{split.samples:,}", len(split.shards), f"{split.size_bytes / 1e6:,.1f}", per_class, sizes, kinds)
+        )
+    print_table(title, ("split", "samples", "shards", "MB", "per class", "height x width", "stored as"), rows)
+
+
+def _print_info(data: str, manifest: Manifest) -> None:
+    _print_splits(f"{data}: {len(manifest.classes)} classes", manifest)
+    facts = [
+        ("source", f"{manifest.source.get('name')} ({manifest.source.get('layout')})"),
+        ("settings", ", ".join(f"{key} {value}" for key, value in manifest.settings.items() if value not in (None, 0.0))),
+        ("mean of train", ", ".join(f"{value:.4f}" for value in manifest.mean)),
+        ("std of train", ", ".join(f"{value:.4f}" for value in manifest.std)),
+        ("seen", ", ".join(f"{count:,} {name}" for name, count in manifest.counts.items()) or "nothing unusual"),
+        ("packed with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+        ("format", manifest.version),
+        ("quarantined", len(manifest.quarantine)),
+    ]
+    print_table("", ("", ""), facts)
+    for entry in manifest.quarantine:
+        results.print(f"quarantined: {entry.source!r}: {entry.reason}", markup=False)
+
+
+def _info_document(data: str, manifest: Manifest) -> dict[str, object]:
+    """The manifest with what people ask of it worked out, and without the shards' hashes."""
+    document = json.loads(manifest.to_json())
+    del document["checksum"]
+    for name, split in manifest.splits.items():
+        document["splits"][name]["size_bytes"] = split.size_bytes
+        document["splits"][name]["shards"] = len(split.shards)
+    return {"data": data, **document}

@@ -37,6 +37,7 @@ IMAGE_EXTENSIONS = ("jpg", "png", "webp", "bmp")
 # USTAR's name field holds 100 bytes; "00000000_" takes 9 and the longest extension ".webp" 5. Kept shorter than the rest (86)
 # so that keys stay readable in listings.
 _STEM_MAX_BYTES = 64
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*\.tar")
 _UNSAFE_IN_KEY = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -196,6 +197,10 @@ class Shard:
     index_sha256: str
     record_sha256: str
 
+    def __post_init__(self) -> None:
+        if not _SHARD_NAME.fullmatch(self.name):  # a manifest may come from anywhere, and files are made by this name
+            raise ValueError(f"{self.name!r} is no name of a shard")
+
     @property
     def index_name(self) -> str:
         return self.name.removesuffix(".tar") + ".idx"
@@ -256,7 +261,10 @@ class Manifest:
         return label_digits(len(self.classes))
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """The file's text. Its last entry is a checksum of the others, so that ``tidali verify`` notices any edit."""
+        document = asdict(self)
+        checksum = hashlib.sha256(json.dumps(document, ensure_ascii=False).encode()).hexdigest()
+        return json.dumps({**document, "checksum": checksum}, indent=1, ensure_ascii=False) + "\n"
 
     @staticmethod
     def from_json(text: str, where: str) -> Manifest:
@@ -268,6 +276,7 @@ class Manifest:
             document = json.loads(text)
             if document.get("format") != FORMAT:
                 raise DatasetError(f"{where}: not a tidali data set's manifest")
+            document.pop("checksum", None)
             if document.get("version") != FORMAT_VERSION:
                 raise DatasetError(
                     f"{where}: format version {document.get('version')}, this tidali reads {FORMAT_VERSION}; pack it again"

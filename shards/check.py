@@ -1,0 +1,239 @@
+"""One shard against the manifest: its files' hashes, then every member's header, bytes and label."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shards.images import Unusable, inspect
+from shards.record import ShardSummary, summarise, unseal
+from shards.write import file_sha256, label_bytes
+from tidali.contract import (
+    BLOCK_BYTES,
+    END_OF_ARCHIVE,
+    LABEL_EXTENSION,
+    Component,
+    Shard,
+    format_index,
+    label_digits,
+    member_header,
+    padding,
+    parse_index,
+)
+from tidali.errors import DatasetError
+
+_MEND = "pack the source again into this folder: what is right is kept, this is written anew"
+_MOST_FAULTS_A_FILE = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong, and the way out."""
+
+    file: str
+    """Relative to the data set."""
+    text: str
+    mend: str = _MEND
+    key: str | None = None
+    """Of the sample, where it is one sample's."""
+    offset: int | None = None
+    """In the file, in bytes."""
+
+    def __str__(self) -> str:
+        key = f": sample {self.key}" if self.key else ""
+        offset = f" at byte {self.offset}" if self.offset is not None else ""
+        return f"{self.file}{key}{offset}: {self.text}; {self.mend}"
+
+
+@dataclass(slots=True)
+class ShardCheck:
+    """What came of one shard."""
+
+    faults: list[Fault] = field(default_factory=list)
+    summary: ShardSummary | None = None
+    """From the record, where that is whole."""
+    ordinals: list[int] = field(default_factory=list)
+    """Of the samples and the quarantined ones."""
+
+
+def check_shard(
+    task: tuple[str, Shard],
+    *,
+    root: Path,
+    num_classes: int,
+    unlabelled: frozenset[str],
+    file_of: Mapping[str, str],
+    decode: bool,
+) -> ShardCheck:
+    """Check a split's shard. ``file_of`` maps every SHA-256 of the manifest to its file, to recognise swapped ones."""
+    split, shard = task
+    check = ShardCheck()
+    record = _check_record(root, shard, file_of, check)
+    digits = 0 if split in unlabelled else label_digits(num_classes)
+    tar_fault = _hash_fault(root, shard.name, shard.sha256, shard.size_bytes, file_of)
+    index_fault = _hash_fault(root, shard.index_name, shard.index_sha256, None, file_of)
+    if record is not None and record["sha256"] != shard.sha256:
+        record = None  # the record of another tar: judging this one by it would name a thousand wrong faults
+    if record is not None:
+        expected = list(_expected_members(record, digits))
+        index_fault = index_fault and _which_line(root, shard, record, digits, index_fault)
+        found = [] if tar_fault and "is that of" in tar_fault.text else list(_check_members(root, shard, expected, decode))
+        found += _check_labels(shard, record, num_classes, digits)
+        check.faults += found[:_MOST_FAULTS_A_FILE]
+        if len(found) > _MOST_FAULTS_A_FILE:
+            check.faults.append(Fault(shard.name, f"and {len(found) - _MOST_FAULTS_A_FILE} more faults"))
+        if found and tar_fault and "SHA-256" in tar_fault.text:
+            tar_fault = None  # the members' faults say it better
+        check.faults += _check_quarantine(root, record)
+    check.faults += [fault for fault in (tar_fault, index_fault) if fault]
+    return check
+
+
+# ---------------------------------------------------------------------------------------------------------------------- files
+
+
+def _hash_fault(root: Path, name: str, sha256: str, size_bytes: int | None, file_of: Mapping[str, str]) -> Fault | None:
+    try:
+        size_there = (root / name).stat().st_size
+        if size_there == 0:
+            return Fault(name, "is empty")
+        there = file_sha256(root / name)
+    except FileNotFoundError:
+        return Fault(name, "is missing")
+    except OSError as error:
+        return Fault(name, f"cannot be read: {error.strerror}")
+    if there == sha256:
+        return None
+    if there in file_of:
+        return Fault(name, f"its content is that of {file_of[there]}")
+    if size_bytes is not None and size_there != size_bytes:
+        what = "truncated" if size_there < size_bytes else "too long"
+        return Fault(name, f"{what}: {size_there} bytes, the manifest says {size_bytes}")
+    return Fault(name, "its SHA-256 is not the manifest's")
+
+
+def _check_record(root: Path, shard: Shard, file_of: Mapping[str, str], check: ShardCheck) -> dict[str, Any] | None:
+    fault = _hash_fault(root, shard.record_name, shard.record_sha256, None, file_of)
+    if fault:
+        check.faults.append(fault)
+    try:
+        sealed = (root / shard.record_name).read_bytes()
+        record = unseal(sealed)
+        if fault and "is that of" in fault.text:
+            return None
+        check.summary = summarise(shard.record_name.removesuffix(".json"), sealed)
+        check.ordinals = [int(entry["key"][:8]) for part in ("samples", "quarantined") for entry in record[part]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not fault:
+            check.faults.append(Fault(shard.record_name, f"is no record of a shard ({error})"))
+        return None
+    return record
+
+
+def _check_quarantine(root: Path, record: dict[str, Any]) -> Iterator[Fault]:
+    for entry in record["quarantined"]:
+        fault = _hash_fault(root, entry["file"], entry["sha256"], None, {})
+        empty_as_it_should_be = fault and fault.text == "is empty" and entry["sha256"] == hashlib.sha256().hexdigest()
+        if fault and not empty_as_it_should_be:
+            yield Fault(fault.file, fault.text, key=entry["key"])
+
+
+# -------------------------------------------------------------------------------------------------------------------- members
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """What a tar member must be."""
+
+    key: str
+    component: Component
+    crc32: int
+    display_size: tuple[int, int] | None
+    """Height and width of an image, None of a label."""
+
+
+def _expected_members(record: dict[str, Any], digits: int) -> Iterator[_Member]:
+    for sample in record["samples"]:
+        key, offset, size_bytes = sample["key"], sample["offset"], sample["size_bytes"]
+        image = Component(sample["extension"], offset, size_bytes, f"{key}.{sample['extension']}")
+        yield _Member(key, image, sample["crc32"], (sample["height"], sample["width"]))
+        if digits and sample["label"] is not None:
+            offset += size_bytes + len(padding(size_bytes)) + BLOCK_BYTES
+            label = label_bytes(sample["label"], digits)
+            yield _Member(
+                key, Component(LABEL_EXTENSION, offset, len(label), f"{key}.{LABEL_EXTENSION}"), zlib.crc32(label), None
+            )
+
+
+def _check_members(root: Path, shard: Shard, expected: list[_Member], decode: bool) -> Iterator[Fault]:
+    try:
+        with open(root / shard.name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+            end = 0
+            for member in expected:
+                yield from _check_member(shard.name, tar, member, end, decode)
+                end = member.component.offset + member.component.size_bytes + len(padding(member.component.size_bytes))
+            if tar[end:] != END_OF_ARCHIVE and len(tar) > end:
+                yield Fault(shard.name, "does not end as a tar does after its last sample", offset=end)
+    except (OSError, ValueError):
+        return  # missing or empty: said already
+
+
+def _check_member(name: str, tar: mmap.mmap, member: _Member, end: int, decode: bool) -> Iterator[Fault]:
+    part = member.component
+    if part.offset + part.size_bytes > len(tar):
+        yield Fault(name, f"ends before the end of {part.name}", key=member.key, offset=part.offset)
+        return
+    if part.offset != end + BLOCK_BYTES:
+        yield Fault(name, f"{part.name} does not follow the member before it", key=member.key, offset=part.offset)
+    if tar[part.offset - BLOCK_BYTES : part.offset] != member_header(part.name, part.size_bytes):
+        text = f"no header of {part.name} with {part.size_bytes} bytes"
+        yield Fault(name, text, key=member.key, offset=part.offset - BLOCK_BYTES)
+    data = tar[part.offset : part.offset + part.size_bytes]
+    if zlib.crc32(data) != member.crc32:
+        what = "the image's bytes are not those that were packed (CRC-32)"
+        if member.display_size is None:
+            what = f"the label reads {data.decode('ascii', 'replace')!r}, which is not what was packed"
+        yield Fault(name, what, key=member.key, offset=part.offset)
+    elif decode and member.display_size is not None:
+        try:
+            image = inspect(data, max_pixels=member.display_size[0] * member.display_size[1])
+        except Unusable as error:
+            yield Fault(name, f"the image does not decode: {error}", key=member.key, offset=part.offset)
+        else:
+            if (image.height, image.width) != member.display_size:
+                text = f"the image is {image.height} x {image.width}, its record says {member.display_size}"
+                yield Fault(name, text, key=member.key, offset=part.offset)
+
+
+def _check_labels(shard: Shard, record: dict[str, Any], num_classes: int, digits: int) -> Iterator[Fault]:
+    for sample in record["samples"]:
+        label = sample["label"]
+        if (label is None) != (digits == 0) or (label is not None and not 0 <= label < num_classes):
+            yield Fault(shard.record_name, f"label {label} of {num_classes} classes", key=sample["key"])
+
+
+def _which_line(root: Path, shard: Shard, record: dict[str, Any], digits: int, fault: Fault) -> Fault:
+    """The first entry of a wrong index that does not fit the tar, where the index can be read at all."""
+    if "SHA-256" not in fault.text:
+        return fault
+    samples: dict[str, list[Component]] = {}
+    for member in _expected_members(record, digits):
+        samples.setdefault(member.key, []).append(member.component)
+    try:
+        text = (root / shard.index_name).read_text(encoding="ascii")
+        parse_index(text, shard.index_name)
+    except (OSError, ValueError):
+        return Fault(shard.index_name, "not readable as an index")
+    except DatasetError as error:
+        return Fault(shard.index_name, str(error))
+    right, there = format_index(samples.values()).splitlines(), text.splitlines()
+    for number, (a, b) in enumerate(zip(right, there, strict=False), start=1):
+        if a != b:
+            key = tuple(samples)[number - 2] if number > 1 else None
+            return Fault(shard.index_name, f"line {number} says '{b[:60]}', the tar has '{a[:60]}'", key=key)
+    return Fault(shard.index_name, f"lists {len(there) - 1} samples, the tar has {len(right) - 1}")

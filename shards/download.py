@@ -1,0 +1,131 @@
+"""Fetch the real Tiny-ImageNet: resumed where it broke off, checked, and there whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import http.client
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from tidali.errors import TidaliError, UsageError
+
+TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+_ATTEMPTS_WITHOUT_PROGRESS = 5
+_TIMEOUT_S = 30.0
+_BLOCK_BYTES = 1 << 18
+
+Progress = Callable[[int, int | None], None]
+"""``progress(done_bytes, total_bytes)``; the total is None where the server does not tell."""
+
+
+def download(
+    dest: Path,
+    *,
+    url: str = TINY_IMAGENET_URL,
+    md5: str = TINY_IMAGENET_MD5,
+    progress: Progress | None = None,
+    pause_s: float = 1.0,
+) -> Path:
+    """Download ``url`` to ``dest`` (into it, where that is a folder) and return the file's path.
+
+    What has arrived is kept beside it as ``NAME.part``, also when the process is killed, and the rest is asked for.
+    A file that is there with the right MD5 is left alone. ``pause_s`` is the first wait between two attempts; it doubles.
+
+    Raises:
+        UsageError: another file is there, the URL is none, or the folder cannot be written.
+        TidaliError: the server refused or went away for good, or the MD5 is wrong; then nothing is left.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise UsageError(f"{url}: not an http or https URL")
+    path = dest / (url.rpartition("/")[2] or "download") if dest.is_dir() else dest
+    if path.exists():
+        if _md5(path) == md5:
+            return path
+        raise UsageError(f"{path}: there is another file already (its MD5 is not {md5}); remove it, or choose another DEST")
+    partial = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(partial) as file:
+            _fetch(url, file, progress, pause_s)
+            there = _md5(partial)
+            if there != md5:
+                partial.unlink()
+                raise TidaliError(f"{url}: what arrived has MD5 {there}, not {md5}; removed it. Try again, or another --url")
+            os.fsync(file.fileno())
+            os.replace(partial, path)
+    except OSError as error:
+        raise TidaliError(f"{error.filename or path}: {error.strerror or error}; run the same command again to go on") from None
+    return path
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[BinaryIO]:
+    with open(partial, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TidaliError(f"{partial}: another tidali is downloading it") from None
+        yield file
+
+
+def _fetch(url: str, file: BinaryIO, progress: Progress | None, pause_s: float) -> None:
+    """Append to ``file`` until the server has no more; a broken connection is taken up again where it broke."""
+    failures = 0
+    while True:
+        start = file.tell()
+        try:
+            if _fetch_rest(url, file, progress):
+                return
+            reason = "the connection was closed early"
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and start:  # nothing lies behind what is here: it is whole, or the MD5 will tell
+                return
+            if error.code < 500:
+                raise TidaliError(f"{url}: the server answers {error.code} {error.reason}; is the URL right?") from None
+            reason = f"the server answers {error.code}"
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "filename", None):
+                raise  # the disk, not the network
+            reason = str(getattr(error, "reason", "") or error)
+        failures = 1 if file.tell() > start else failures + 1
+        if failures >= _ATTEMPTS_WITHOUT_PROGRESS:
+            raise TidaliError(f"{url}: {reason}, {failures} times on end; run the same command again to go on from here")
+        time.sleep(pause_s * 2 ** (failures - 1))
+
+
+def _fetch_rest(url: str, file: BinaryIO, progress: Progress | None) -> bool:
+    """One request. Whether everything that the server announced has arrived."""
+    start = file.tell()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+        if start and response.status != 206:  # it does not do ranges: all of it comes again
+            file.truncate(0)
+            file.seek(0)
+            start = 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length is not None else None
+        try:
+            while block := response.read(_BLOCK_BYTES):
+                file.write(block)
+                if progress is not None:
+                    progress(file.tell(), total)
+        finally:
+            file.flush()
+    return total is None or file.tell() >= total
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

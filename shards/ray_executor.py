@@ -1,0 +1,65 @@
+"""Running shard tasks on a Ray cluster, with the same results as in local processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from tidali.errors import TidaliError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_RETRIES = 3  # of a task whose worker or machine is lost; a task that fails by itself would fail again
+
+
+def run_tasks_on_ray(job: Callable[[T], R], tasks: Sequence[T], workers: int | None) -> Iterator[tuple[int, R]]:
+    """Each task's index and result, as they get done, from the cluster that ``RAY_ADDRESS`` names, or a local one of
+    ``workers`` processes (None: all cores) where it names none. The source and DEST must be reachable from its machines.
+
+    Raises:
+        TidaliError: Ray is not installed or not reachable, a task failed, or its worker was lost time and again.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise TidaliError("--executor ray needs Ray; pip install 'tidali[ray]'") from None
+    ours = not ray.is_initialized()
+    if ours:
+        _start(ray, workers)
+    try:
+        yield from _run(ray, job, tasks)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _start(ray: Any, workers: int | None) -> None:
+    try:
+        cluster: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level="error", **cluster)
+    except Exception as error:  # Ray has no common base of its errors
+        raise TidaliError(f"Ray does not start: {error}") from None
+
+
+def _run(ray: Any, job: Callable[[T], R], tasks: Sequence[T]) -> Iterator[tuple[int, R]]:
+    remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(_call)
+    shared = ray.put(job)  # once a machine, not once a task
+    waiting = {remote.remote(shared, task): index for index, task in enumerate(tasks)}
+    while waiting:
+        (done,), _ = ray.wait(list(waiting), num_returns=1)
+        try:
+            result = ray.get(done)
+        except TidaliError:
+            raise
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, TidaliError) else None
+            raise TidaliError(str(cause or error).strip().splitlines()[-1]) from None
+        except ray.exceptions.RayError as error:
+            raise TidaliError(f"a Ray worker was lost: {str(error).splitlines()[0]}; run the same command again") from None
+        yield waiting.pop(done), result
+
+
+def _call(job: Callable[[T], R], task: T) -> R:
+    return job(task)

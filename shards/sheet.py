@@ -1,0 +1,60 @@
+"""A contact sheet: random samples of a split with their class names, to look at what was packed."""
+
+from __future__ import annotations
+
+import io
+import random
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from tidali.contract import Dataset, SampleRecord, Shard, iter_records
+from tidali.errors import DatasetError
+
+_COLUMNS, _ROWS = 8, 6
+_CELL_PX, _CAPTION_PX, _GAP_PX = 128, 14, 6
+
+
+def contact_sheet(dataset: Dataset, split: str, *, seed: int = 0) -> Image.Image:
+    """48 random samples, upright, each above its class's name; equal seeds give equal sheets.
+
+    Raises:
+        DatasetError: no such split, or a sample that does not decode.
+    """
+    chosen = _sample(dataset, split, _COLUMNS * _ROWS, random.Random(seed))
+    rows = -(-len(chosen) // _COLUMNS)
+    step_x, step_y = _CELL_PX + _GAP_PX, _CELL_PX + _CAPTION_PX + _GAP_PX
+    sheet = Image.new("RGB", (min(len(chosen), _COLUMNS) * step_x + _GAP_PX, rows * step_y + _GAP_PX), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    for place, (shard, record) in enumerate(chosen):
+        x, y = _GAP_PX + place % _COLUMNS * step_x, _GAP_PX + place // _COLUMNS * step_y
+        image = ImageOps.contain(_read_image(dataset, shard, record), (_CELL_PX, _CELL_PX))
+        sheet.paste(image, (x + (_CELL_PX - image.width) // 2, y + (_CELL_PX - image.height) // 2))
+        name = dataset.manifest.classes[record.label].name if record.label is not None else record.key
+        text = name.encode("ascii", "replace").decode()  # PIL's built-in font knows no more
+        while len(text) > 1 and draw.textlength(text, font) > _CELL_PX:
+            text = text[:-1]
+        draw.text((x, y + _CELL_PX), text, "black", font)
+    return sheet
+
+
+def _sample(dataset: Dataset, split: str, count: int, rng: random.Random) -> list[tuple[Shard, SampleRecord]]:
+    """A random choice in one pass that keeps ``count`` at a time (Vitter's algorithm R), in random order."""
+    chosen: list[tuple[Shard, SampleRecord]] = []
+    for seen, pair in enumerate(iter_records(dataset, split), start=1):
+        if len(chosen) < count:
+            chosen.append(pair)
+        elif (place := rng.randrange(seen)) < count:
+            chosen[place] = pair
+    rng.shuffle(chosen)
+    return chosen
+
+
+def _read_image(dataset: Dataset, shard: Shard, record: SampleRecord) -> Image.Image:
+    with open(dataset.root / shard.name, "rb") as file:
+        file.seek(record.offset)
+        data = file.read(record.size_bytes)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # PIL's decoders raise whatever hostile bytes lead them to
+        raise DatasetError(f"{dataset.root / shard.name}: sample {record.key} does not decode ({error})") from None

@@ -1,0 +1,161 @@
+"""Is a packed data set still what was packed? Every hash, header, label and count, and where wished every image."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.check import Fault, ShardCheck, check_shard
+from shards.executor import available_cores, run_tasks
+from shards.manifest import build_manifest
+from shards.pack import PLAN_NAME
+from shards.plan import plan_id
+from shards.store import PARTIAL_SUFFIX
+from tidali.contract import MANIFEST_NAME, Manifest, Shard
+from tidali.errors import DatasetError
+
+_REPACK = "pack the source again into this folder: what is right is kept"
+_SHARD_FILE = re.compile(r".*\.(tar|idx)|[a-z]+-\d{6}\.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What was looked at, and what is wrong with it."""
+
+    faults: tuple[Fault, ...]
+    shards: int
+    samples: int
+    size_bytes: int
+    decoded: bool
+
+
+def verify(root: Path, *, decode: bool = False, workers: int | None = None) -> VerifyReport:
+    """Check a data set in a local folder; with ``decode`` every image too.
+
+    Raises:
+        DatasetError: there is no manifest to check against.
+    """
+    path = root / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DatasetError(f"{root}: no {MANIFEST_NAME} here; make a data set with 'tidali shard SOURCE {root}'") from None
+    except (OSError, UnicodeDecodeError) as error:
+        return _only(Fault(MANIFEST_NAME, f"cannot be read: {error}", _REPACK), decode)
+    try:
+        manifest = Manifest.from_json(text, str(path))
+    except DatasetError as error:
+        return _only(Fault(MANIFEST_NAME, str(error), f"{_REPACK}, with --overwrite"), decode)
+    shards = [(split.name, shard) for split in manifest.splits.values() for shard in split.shards]
+    checks = _check_shards(root, manifest, shards, decode, workers)
+    faults = [fault for check in checks for fault in check.faults]
+    faults += _extra_files(root, manifest)
+    faults += _ordinals(shards, checks)
+    faults += _manifest_faults(manifest, text, checks)
+    return VerifyReport(
+        faults=tuple(faults),
+        shards=len(shards),
+        samples=sum(split.samples for split in manifest.splits.values()),
+        size_bytes=sum(split.size_bytes for split in manifest.splits.values()),
+        decoded=decode,
+    )
+
+
+def _only(fault: Fault, decode: bool) -> VerifyReport:
+    return VerifyReport(faults=(fault,), shards=0, samples=0, size_bytes=0, decoded=decode)
+
+
+def _check_shards(
+    root: Path, manifest: Manifest, shards: list[tuple[str, Shard]], decode: bool, workers: int | None
+) -> list[ShardCheck]:
+    job = functools.partial(
+        check_shard,
+        root=root,
+        num_classes=len(manifest.classes),
+        unlabelled=frozenset(name for name, split in manifest.splits.items() if not split.labelled),
+        file_of={digest: name for _, shard in shards for digest, name in _hashes(shard)},
+        decode=decode,
+    )
+    if workers is None:
+        workers = available_cores() if sum(shard.samples for _, shard in shards) > 20_000 or decode else 1
+    checks = dict(run_tasks(job, shards, workers))
+    return [checks[index] for index in range(len(shards))]
+
+
+def _hashes(shard: Shard) -> Iterator[tuple[str, str]]:
+    yield shard.sha256, shard.name
+    yield shard.index_sha256, shard.index_name
+    yield shard.record_sha256, shard.record_name
+
+
+def _extra_files(root: Path, manifest: Manifest) -> Iterator[Fault]:
+    known = {name for split in manifest.splits.values() for shard in split.shards for _, name in _hashes(shard)}
+    for path in sorted(root.iterdir()):
+        name = path.name
+        if name == PLAN_NAME or name.endswith(PARTIAL_SUFFIX):
+            yield Fault(name, "left by a packer that did not end", "run the same 'tidali shard' command again")
+        elif _SHARD_FILE.fullmatch(name) and name not in known:
+            yield Fault(name, "is in no split of the manifest", "remove it")
+
+
+def _ordinals(shards: list[tuple[str, Shard]], checks: list[ShardCheck]) -> Iterator[Fault]:
+    """Each key begins with its place in the split's listing: none may come twice."""
+    for split in dict.fromkeys(name for name, _ in shards):
+        mine = [(shard.name, check) for (name, shard), check in zip(shards, checks, strict=True) if name == split]
+        counts = Counter(ordinal for _, check in mine for ordinal in check.ordinals)
+        if len(counts) == sum(len(check.ordinals) for _, check in mine):
+            continue
+        for ordinal in sorted(ordinal for ordinal, count in counts.items() if count > 1):
+            names = [name for name, check in mine for other in check.ordinals if other == ordinal]
+            yield Fault(names[-1], f"key {ordinal:08d}_... is in {' and in '.join(names)}: a sample twice", _REPACK)
+
+
+def _manifest_faults(manifest: Manifest, text: str, checks: list[ShardCheck]) -> Iterator[Fault]:
+    """The manifest follows from the shards' records: make it anew, and name what differs."""
+    faults = list(_differences(manifest, checks))
+    if not faults and manifest.to_json() != text:
+        faults = ["was edited: its text is not what its checksum is of"]
+    yield from (Fault(MANIFEST_NAME, fault, _REPACK) for fault in faults)
+
+
+def _differences(manifest: Manifest, checks: list[ShardCheck]) -> Iterator[str]:
+    summaries = [check.summary for check in checks if check.summary is not None]
+    expected_id = plan_id(manifest.source, manifest.settings, manifest.classes)
+    if any(summary.plan_id != expected_id for summary in summaries):
+        yield "its source, settings or classes are not those that the shards were packed with"
+    if len(summaries) < len(checks):
+        return
+    again = build_manifest(
+        summaries,
+        classes=manifest.classes,
+        labelled={name: split.labelled for name, split in manifest.splits.items()},
+        source=manifest.source,
+        settings=manifest.settings,
+        versions=manifest.versions,
+    )
+    ours, theirs = (json.loads(json.dumps(asdict(m))) for m in (manifest, again))
+    for where, here, there in _walk(ours, theirs, ""):
+        yield f"{where} is {here}, the shards' records say {there}"
+
+
+def _walk(here: Any, there: Any, where: str) -> Iterator[tuple[str, str, str]]:
+    """Every leaf in which two JSON documents differ."""
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        pairs: Iterable[tuple[Any, Any, str]] = (
+            (here.get(key), there.get(key), f"{where}.{key}".removeprefix(".")) for key in {**here, **there}
+        )
+    elif isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
+        pairs = ((a, b, f"{where}[{n}]") for n, (a, b) in enumerate(zip(here, there, strict=True)))
+    elif here != there:
+        yield where, json.dumps(here)[:80], json.dumps(there)[:80]
+        return
+    else:
+        return
+    for a, b, place in pairs:
+        yield from _walk(a, b, place)
