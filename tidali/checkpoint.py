@@ -65,7 +65,7 @@ def find_checkpoint(given: str) -> Path:
         UsageError: there is none.
     """
     path = Path(given)
-    for candidate in (path, path.with_name(path.name + SUFFIX), path / f"best{SUFFIX}"):
+    for candidate in (path, Path(f"{given}{SUFFIX}"), path / f"best{SUFFIX}"):
         if candidate.is_file():
             return candidate
     raise UsageError(f"{given}: no such checkpoint (looked for the file, {path.name}{SUFFIX} and {path.name}/best{SUFFIX})")
