@@ -72,7 +72,7 @@ def test_what_is_no_header(header: bytes) -> None:
 
 @pytest.mark.parametrize(("name", "size_bytes"), [("a" * 101, 0), ("é", 0), ("a", 8**11)])
 def test_header_that_ustar_cannot_hold(name: str, size_bytes: int) -> None:
-    with pytest.raises(ValueError, match="USTAR|ascii"):
+    with pytest.raises(ValueError, match=r"USTAR|ascii"):
         member_header(name, size_bytes)
 
 

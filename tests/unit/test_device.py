@@ -1,0 +1,96 @@
+"""Decisions about described devices: none of them is here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tidali import device
+from tidali.device import DeviceFacts, choose_amp, choose_compile, describe_device, plan_device
+from tidali.errors import TidaliError
+
+H100 = DeviceFacts(type="cuda", name="H100", capability=(9, 0), has_compiler=True)
+A100 = DeviceFacts(type="cuda", name="A100", capability=(8, 0), has_compiler=True)
+T4 = DeviceFacts(type="cuda", name="T4", capability=(7, 5), has_compiler=True)
+P100 = DeviceFacts(type="cuda", name="P100", capability=(6, 0), has_compiler=True)
+BARE_A100 = DeviceFacts(type="cuda", name="A100 without a compiler", capability=(8, 0))
+OLD_CPU = DeviceFacts(type="cpu", name="AVX2", cpu_flags=frozenset({"avx2", "avx512f"}), has_compiler=True)
+ZEN4 = DeviceFacts(type="cpu", name="Zen 4", cpu_flags=frozenset({"avx2", "avx512_bf16"}), has_compiler=True)
+SAPPHIRE = DeviceFacts(type="cpu", name="Sapphire Rapids", cpu_flags=frozenset({"amx_bf16", "avx512_bf16"}))
+
+
+@pytest.mark.parametrize(
+    ("facts", "dtype", "compiled"),
+    [
+        (H100, torch.bfloat16, True),
+        (A100, torch.bfloat16, True),
+        (T4, torch.float16, True),
+        (P100, None, True),
+        (BARE_A100, torch.bfloat16, False),
+        (OLD_CPU, None, False),
+        (ZEN4, torch.bfloat16, False),
+        (SAPPHIRE, torch.bfloat16, False),
+    ],
+    ids=lambda value: value.name if isinstance(value, DeviceFacts) else "",
+)
+def test_auto(facts: DeviceFacts, dtype: torch.dtype | None, compiled: bool) -> None:
+    chosen, amp_reason = choose_amp(facts, "auto")
+    assert (chosen, choose_compile(facts, "auto")[0]) == (dtype, compiled)
+    assert amp_reason
+    assert choose_compile(facts, "auto")[1]
+
+
+@pytest.mark.parametrize("facts", [H100, P100, OLD_CPU], ids=lambda facts: facts.name)
+def test_a_wish_is_obeyed_and_named_as_the_reason(facts: DeviceFacts) -> None:
+    assert choose_amp(facts, "off") == (None, "--amp off")
+    assert choose_amp(facts, "bf16") == (torch.bfloat16, "--amp bf16")
+    assert choose_amp(facts, "fp16") == (torch.float16, "--amp fp16")
+    assert choose_compile(facts, "on") == (True, "--compile on")
+    assert choose_compile(facts, "off") == (False, "--compile off")
+
+
+@pytest.mark.parametrize(
+    ("facts", "amp", "dtype_name", "needs_scaler", "autocasts"),
+    [(T4, "auto", "float16", True, True), (A100, "auto", "bfloat16", False, True), (P100, "auto", "float32", False, False)],
+    ids=lambda value: value.name if isinstance(value, DeviceFacts) else "",
+)
+def test_plan_of_a_gpu(monkeypatch, facts: DeviceFacts, amp: str, dtype_name: str, needs_scaler: bool, autocasts: bool) -> None:
+    monkeypatch.setattr(device, "describe_device", lambda wish: facts)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    plan = plan_device("auto", amp, "auto")
+    assert (plan.device, plan.name) == (torch.device("cuda", 3), facts.name)
+    assert (plan.dtype_name, plan.needs_scaler, plan.amp_dtype is not None) == (dtype_name, needs_scaler, autocasts)
+
+
+def test_autocast_is_in_the_planned_dtype() -> None:
+    with plan_device("cpu", "bf16", "auto").autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
+    with plan_device("cpu", "off", "auto").autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+
+
+def test_cuda_without_a_gpu_says_so_in_one_line(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(
+        TidaliError, match=r"--device cuda: no usable NVIDIA GPU or driver was found; use --device cpu"
+    ) as refused:
+        describe_device("cuda")
+    assert "\n" not in str(refused.value)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(TidaliError, match=r"--device cuda: this torch is built without CUDA"):
+        describe_device("cuda")
+    assert describe_device("auto").type == describe_device("cpu").type == "cpu"
+
+
+def test_this_cpu_is_described() -> None:
+    facts = describe_device("cpu")
+    assert (facts.type, facts.capability) == ("cpu", None)
+    assert facts.name
+    assert device.cpu_count() >= 1
+    assert plan_device("cpu", "off", "auto").device == torch.device("cpu")
+
+
+def test_a_machine_without_proc_is_a_cpu_without_flags(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(device, "Path", lambda path: tmp_path / "none")
+    assert device._cpu_name_and_flags() == ("CPU", frozenset())

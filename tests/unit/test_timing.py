@@ -1,0 +1,76 @@
+"""The one reader of the clock, under a clock that the test turns."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import torch
+
+import bench
+import shards
+import tidali
+from tidali import timing
+from tidali.timing import Stopwatch, WaitTimer
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_stopwatch_starts_at_construction_and_goes_on() -> None:
+    clock = Clock()
+    watch = Stopwatch(clock_s=clock)
+    clock.now_s += 2.5
+    assert (watch.peek_s(), watch.elapsed_s()) == (2.5, 2.5)
+    clock.now_s += 1.0
+    assert watch.elapsed_s() == 3.5
+
+
+def test_stopwatch_drains_the_device_on_both_sides_and_not_to_peek(monkeypatch) -> None:
+    drained: list[torch.device] = []
+    monkeypatch.setattr(timing, "synchronize", drained.append)
+    device = torch.device("cuda", 1)
+    watch = Stopwatch(device, clock_s=Clock())
+    assert drained == [device]
+    watch.peek_s()
+    assert drained == [device]
+    watch.elapsed_s()
+    assert drained == [device, device]
+
+
+def test_synchronize_asks_cuda_alone(monkeypatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
+    timing.synchronize(None)
+    timing.synchronize(torch.device("cpu"))
+    assert asked == []
+    timing.synchronize(torch.device("cuda", 0))
+    assert asked == [torch.device("cuda", 0)]
+
+
+def test_wait_timer_adds_up_what_was_inside() -> None:
+    clock = Clock()
+    wait = WaitTimer(clock)
+    for inside_s, outside_s in ((0.5, 7.0), (0.25, 9.0)):
+        with wait:
+            clock.now_s += inside_s
+        clock.now_s += outside_s
+    assert wait.total_s == 0.75
+
+
+def test_no_other_module_reads_the_clock() -> None:
+    modules = [path for package in (tidali, shards, bench) for path in Path(package.__path__[0]).glob("*.py")]
+    assert len(modules) > 20
+    assert {path.name for path in modules if _names_taken_from_time(path) - {"sleep"}} == {"timing.py"}
+
+
+def _names_taken_from_time(module: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(module.read_text())))
+    by_from = {name.name for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "time" for name in node.names}
+    owners = [(node.attr, node.value) for node in nodes if isinstance(node, ast.Attribute)]
+    return by_from | {attr for attr, owner in owners if isinstance(owner, ast.Name) and owner.id == "time"}
