@@ -6,6 +6,9 @@ can be resumed at any step on another number of ranks, as long as the global bat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,3 +58,20 @@ def rank_slice(samples: int, step: int, batch_size: int, rank: int, world_size: 
     start = step * batch_size * world_size
     size = min(batch_size * world_size, samples - start)
     return slice(start + rank * size // world_size, start + (rank + 1) * size // world_size)
+
+
+def check_order(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse a position that was saved under another order.
+
+    Args:
+        saved, own: all that decides the order, by name, as JSON has it.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    names = {**saved, **own}
+    different = [
+        f"{name} {saved.get(name)!r} then, {own.get(name)!r} now" for name in names if saved.get(name) != own.get(name)
+    ]
+    if different:
+        raise UsageError(f"the data position cannot be restored: {'; '.join(different)}")

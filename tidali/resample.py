@@ -1,10 +1,10 @@
 """Resizing as a matrix: cached uint8 pixels to normalised images of any size.
 
 Cropping and bicubic resizing are linear and separable: ``Y = A_y X A_x^T`` for each channel, where a row of ``A`` holds the
-source weights of one output row or column. Its sum is 1, so normalisation may come first, where there are fewer pixels. ``A`` is
-the same for the whole batch, or one for each sample (random crops), made on the device.
+source weights of one output row or column. Its sum is 1, so normalisation may come first, where there are fewer pixels.
+``A`` is the same for the whole batch, or one for each sample (random crops), made on the device.
 
-``A`` is banded. On a CPU its rows are taken in blocks, each times the window of source rows that it needs: 14 of 64 for 28
+``A`` is banded. On a CPU its rows are taken in blocks, each times the window of source rows that it needs: 13 of 64 for 28
 output rows at 64 -> 224. On CUDA, where products are nearly free and launches are not, one block is all of it.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 Kernel = Literal["pil", "opencv"]
 
 CUBIC_A = {"pil": -0.5, "opencv": -0.75}
-"""The free constant of Keys' cubic: -0.5 in PIL, DALI and torch's antialiased bicubic, -0.75 in OpenCV and torch's plain one."""
+"""The free constant of Keys' cubic: -0.5 in PIL, DALI and torch's antialiased bicubic; -0.75 in OpenCV and torch's plain."""
 
 _SUPPORT = 2  # of the cubic on each side, in source pixels
 _CPU_BLOCK_ROWS = 32
