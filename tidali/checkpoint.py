@@ -102,8 +102,9 @@ def load_model(path: Path) -> tuple[nn.Module, ModelCard]:
     model = card.build_model()
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UsageError(f"{path}: the weights do not fit the model that its metadata describes ({error})") from None
+    except RuntimeError as error:  # lists every tensor, a line each
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path}: the weights do not fit the model that its metadata describes ({reason[:200]})") from None
     return model.to(memory_format=torch.channels_last).eval(), card
 
 

@@ -17,3 +17,8 @@ class UsageError(TidaliError):
 
 class DatasetError(TidaliError):
     """A packed data set that is missing, damaged or of an unknown format version."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line; its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.models import ResNet18_Weights
 
 from tidali.checkpoint import SUFFIX, find_checkpoint, load_checkpoint, read_safetensors
-from tidali.errors import TidaliError, UsageError
+from tidali.errors import TidaliError, UsageError, first_line
 from tidali.models import weights_only
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -28,9 +28,9 @@ def imagenet_weights() -> dict[str, Tensor]:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
     except (URLError, OSError, RuntimeError) as error:
         target = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-        reason = str(error).splitlines()[0]
         raise TidaliError(
-            f"--init imagenet: cannot download the weights ({reason}); put {weights.url} at {target}, or give --init PATH"
+            f"--init imagenet: cannot download the weights ({first_line(error)}); "
+            f"put {weights.url} at {target}, or give --init PATH"
         ) from None
 
 
@@ -50,8 +50,7 @@ def file_weights(given: str) -> tuple[dict[str, Tensor], Normalisation | None, s
         except FileNotFoundError:
             raise UsageError(f"--init {given}: no such file") from None
         except Exception as error:  # torch.load raises whatever its unpickler met
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"--init {given}: not loadable as plain weights ({reason})") from None
+            raise UsageError(f"--init {given}: not loadable as plain weights ({first_line(error)})") from None
     path = find_checkpoint(given)
     if path.suffix != SUFFIX:
         raise UsageError(f"--init {given}: give a {SUFFIX}, .pth or .pt file")

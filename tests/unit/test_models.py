@@ -1,0 +1,155 @@
+"""The model, and what is loaded into it."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from tidali.errors import TidaliError, UsageError
+from tidali.models import build_resnet18, load_matching, weights_only
+from tidali.pretrained import file_weights
+
+
+@pytest.mark.parametrize("res", [32, 64])
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_logits_have_a_column_a_class(stem: str, res: int) -> None:
+    model = build_resnet18(7, stem).eval()
+    with torch.inference_mode():
+        assert model(torch.zeros(2, 3, res, res)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("stem", "side"), [("imagenet", 16), ("small", 64)])
+def test_stem_decides_the_side_of_the_feature_maps(stem: str, side: int) -> None:
+    model, seen = build_resnet18(2, stem), []
+    model.layer1.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    with torch.inference_mode():
+        model(torch.zeros(2, 3, 64, 64))
+    assert seen == [(2, 64, side, side)]
+
+
+def test_imagenet_stem_is_torchvisions_model() -> None:
+    torch.manual_seed(3)
+    ours = build_resnet18(10, "imagenet").state_dict()
+    torch.manual_seed(3)
+    theirs = torchvision.models.resnet18(num_classes=10).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_stem_bias_is_for_the_small_stem() -> None:
+    assert build_resnet18(2, "small").conv1.bias is None
+    assert build_resnet18(2, "small", stem_bias=True).conv1.bias.shape == (64,)
+
+
+def test_every_tensor_of_an_equal_model_is_loaded() -> None:
+    source, model = build_resnet18(5, "imagenet").state_dict(), build_resnet18(5, "imagenet")
+    report = load_matching(model, source, "file")
+    assert (set(report.loaded), report.fresh, report.unused) == (set(source), {}, ())
+    assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
+    assert report.lines() == [f"loaded {len(source)} of {len(source)} tensors"]
+
+
+def test_another_head_and_stem_stay_fresh_and_are_listed() -> None:
+    source = build_resnet18(1000, "imagenet").state_dict()
+    model = build_resnet18(5, "small", stem_bias=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = load_matching(model, {**source, "ema.decay": torch.ones(1)}, "file")
+    assert report.fresh == {
+        "conv1.weight": "(64, 3, 7, 7) in the file, (64, 3, 3, 3) in this model",
+        "conv1.bias": "not in the file",
+        "fc.weight": "(1000, 512) in the file, (5, 512) in this model",
+        "fc.bias": "(1000,) in the file, (5,) in this model",
+    }
+    assert report.unused == ("ema.decay",)
+    after = model.state_dict()
+    assert set(report.loaded) == after.keys() - report.fresh.keys()
+    assert all(torch.equal(after[name], source[name]) for name in report.loaded)
+    assert all(torch.equal(after[name], before[name]) for name in report.fresh)
+    assert report.lines() == [
+        f"loaded {len(source) - 3} of {len(source) + 1} tensors",
+        *(f"not loaded: {name} ({reason})" for name, reason in report.fresh.items()),
+        "unused: ema.decay",
+    ]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {},
+        {"encoder.weight": torch.zeros(3)},
+        {"fc.weight": torch.zeros(5, 512)},  # a head alone, of any network with 512 features
+    ],
+    ids=["empty", "another network", "a head"],
+)
+def test_what_is_no_resnet18_is_refused(weights: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(UsageError, match=r"^file: no convolution in it fits"):
+        load_matching(build_resnet18(5, "imagenet"), weights, "file")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state},
+        lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+        lambda state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
+    ],
+    ids=["plain", "state_dict", "model", "DataParallel", "both"],
+)
+def test_usual_wrappings_of_a_state_dict(wrap) -> None:
+    state = {"conv1.weight": torch.ones(1), "fc.bias": torch.zeros(2)}
+    assert weights_only(wrap(state), "file") == state
+
+
+@pytest.mark.parametrize("state", [None, 3, [torch.ones(1)], {"epoch": 3}, {"state_dict": {"a": 1}}])
+def test_what_is_no_state_dict(state: object) -> None:
+    with pytest.raises(UsageError, match=r"^file: not a state dict of tensors"):
+        weights_only(state, "file")
+
+
+def test_torchvision_file_is_read(tmp_path: Path) -> None:
+    state = torchvision.models.resnet18(num_classes=3).state_dict()
+    torch.save(state, tmp_path / "resnet18.pth")
+    weights, normalisation, where = file_weights(str(tmp_path / "resnet18.pth"))
+    assert weights.keys() == state.keys()
+    assert (normalisation, where) == (None, str(tmp_path / "resnet18.pth"))
+
+
+class _Trap:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    trap = tmp_path / "trap.pth"
+    torch.save({"conv1.weight": _Trap(tmp_path / "sprung")}, trap)
+    with pytest.raises(UsageError, match=r"trap\.pth: not loadable as plain weights") as refused:
+        file_weights(str(trap))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "sprung").exists()
+    torch.load(trap, weights_only=False)  # the trap is real
+    assert (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", pickle.dumps(3, protocol=2), pickle.dumps({"epoch": 3}, protocol=2)])
+def test_damaged_file_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(UsageError, match=r"--init .*x\.pth: ") as refused:
+        file_weights(str(tmp_path / "x.pth"))
+    assert "\n" not in str(refused.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.pth: no such file"):
+        file_weights(str(tmp_path / "none.pth"))
+    (tmp_path / "weights.onnx").write_bytes(b"x")
+    with pytest.raises(TidaliError, match=r"weights\.onnx: give a \.safetensors, \.pth or \.pt file"):
+        file_weights(str(tmp_path / "weights.onnx"))
