@@ -1,0 +1,25 @@
+"""Asking for help must not cost an import of torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "torchvision", "nvidia", "numpy", "PIL", "safetensors", "simplejpeg", "fsspec", "ray")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], ["train", "--res", "31"]])
+def test_nothing_heavy_is_imported(argv: list[str]) -> None:
+    program = f"""
+import atexit, sys
+from tidali import cli
+sys.argv = ["tidali", *{argv!r}]
+atexit.register(lambda: print("HEAVY", sorted(set({HEAVY!r}) & set(sys.modules))))
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.endswith("HEAVY []\n"), done.stdout + done.stderr
+    assert done.returncode == (2 if "31" in argv else 0)
+    assert "Traceback" not in done.stderr
