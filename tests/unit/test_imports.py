@@ -22,13 +22,6 @@ MODULES = {
 ROOMS = {"tidali", "shards", "bench"}
 HEAVY = {"torch", "torchvision", "nvidia", "numpy", "PIL", "simplejpeg", "safetensors", "fsspec", "ray", "webdataset"}
 LEAVES = ("contract", "config", "errors", "remote", "schedule", "timing")
-    "tidali.contract",
-    "tidali.config",
-    "tidali.errors",
-    "tidali.remote",
-    "tidali.timing",
-    "tidali.schedule",
-)
 
 
 class Import(NamedTuple):
