@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from tidali.config import TrainSettings
 
 DataOption = Annotated[str, typer.Option(help="A packed data set (made by 'tidali shard' or 'tidali demo').")]
 DeviceOption = Annotated[
@@ -36,6 +40,7 @@ def parse_resolutions(text: str) -> list[int]:
 
 
 def train(
+    context: typer.Context,
     data: Annotated[
         str | None,
         typer.Option(help="A packed data set (made by 'tidali shard'); without it the built-in demo data is made and used."),
@@ -64,13 +69,23 @@ def train(
     compile: Annotated[
         Literal["auto", "on", "off"], typer.Option(help="torch.compile; auto decides by device and says why.")
     ] = "auto",
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Two runs give the same weights, to the bit.")] = False,
     out: Annotated[str | None, typer.Option(help="Run folder.", show_default="runs/DATA-RES-RECIPE-TIME")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Go on with a stopped or killed run; takes its settings, so no other option."),
+    ] = None,
 ) -> None:
     """Train a ResNet-18 and measure it after each epoch.
 
     Writes a run folder: config.json, metrics.jsonl, best.safetensors, last.safetensors (weights with class names inside) and
     summary.json.
     """
+    if resume is not None:
+        _refuse_other_options(context, "resume")
+        _finish(_saved_settings(Path(resume)), resume=True)
+        return
+
     from tidali.config import TrainSettings, check_res, make_recipe
 
     chosen = make_recipe(recipe, epochs=epochs, batch_size=batch_size, lr=lr)
@@ -78,12 +93,10 @@ def train(
         check_res(res)
     folder = data if data is not None else str(demo_data())
 
-    from tidali import train as training
-    from tidali.console import print_table, say
-    from tidali.contract import open_dataset
+    if res is None:
+        from tidali.contract import open_dataset
 
-    dataset = open_dataset(Path(folder))
-    res = res if res is not None else training.default_res(dataset)
+        res = open_dataset(Path(folder)).default_res
     settings = TrainSettings(
         data=folder,
         out=out if out is not None else _run_folder(Path(folder).name, res, recipe),
@@ -95,17 +108,60 @@ def train(
         device=device,
         amp=amp,
         compile=compile,
+        deterministic=deterministic,
     )
-    result = training.train(settings, dataset)
+    _finish(settings)
+
+
+def _finish(settings: TrainSettings, *, resume: bool = False) -> None:
+    """Train to the end and print what it came to."""
+    from tidali.console import print_table, say
+    from tidali.contract import open_dataset
+    from tidali.train import train as run
+
+    result = run(settings, open_dataset(Path(settings.data)), resume=resume)
+    if int(os.environ.get("RANK", "0")):
+        return
     print_table(
         f"{result.out}",
         ("", "epoch", "top-1 %", "top-5 %", "loss"),
         [
             ("best", result.best_epoch, *_score_cells(result.best)),
-            ("last", chosen.epochs, *_score_cells(result.last)),
+            ("last", settings.recipe.epochs, *_score_cells(result.last)),
         ],
     )
     say(f"{result.images_per_s:.0f} images/s in training, {result.minutes:.1f} min in all")
+
+
+def _saved_settings(run: Path) -> TrainSettings:
+    """
+    Raises:
+        UsageError: the folder holds no run.
+    """
+    from dataclasses import replace
+
+    from tidali.config import TrainSettings
+    from tidali.errors import UsageError
+
+    path = run / "config.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--resume {run}: holds no run that could go on ({path}: {error})") from None
+    return replace(TrainSettings.from_dict(document, str(path)), out=str(run))
+
+
+def _refuse_other_options(context: typer.Context, allowed: str) -> None:
+    """
+    Raises:
+        UsageError: another option was given beside one that settles them all.
+    """
+    from tidali.errors import UsageError
+
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name != allowed and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{name.replace('_', '-')}: not together with --{allowed}, which takes the run's own settings")
 
 
 def eval_(

@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -45,6 +46,10 @@ class Recipe:
     step_epochs: int = 7
     """``step``: the learning rate is multiplied by `step_gamma` after each this many epochs."""
     step_gamma: float = 0.1
+    ema_decay: float = 0.0
+    """Of the moving average of the weights that is evaluated and saved; 0 for none. Ramps up as (1 + step) / (10 + step)."""
+    grad_clip_norm: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
     normalise: bool
     """Subtract the mean and divide by the standard deviation; otherwise pixels are scaled to 0..1."""
     flip: bool
@@ -62,18 +67,19 @@ class Recipe:
 RECIPES = {
     # The original study: SGD 1e-3, momentum 0.9, StepLR(7, 0.1), batch 100, pixels in 0..1 without normalisation.
     "seed": Recipe(name="seed", epochs=15, batch_size=100, lr=1e-3, schedule="step", normalise=False, flip=True),
-    # Nesterov SGD with decay on weights only, label smoothing, warm-up and cosine: the ResNet practice of the last years. The
-    # learning rate is for batch 128 and was chosen among 0.025, 0.05, 0.1 and 0.2 on a held-out part of a training split.
+    # Nesterov SGD with decay on weights only, label smoothing, warm-up and cosine, averaged weights: the ResNet practice of the
+    # last years. The learning rate is 0.1 for 256 images, scaled linearly (Goyal et al., 2017, arXiv 1706.02677).
     "modern": Recipe(
         name="modern",
         epochs=20,
         batch_size=128,
-        lr=0.1,
+        lr=0.05,
         nesterov=True,
         weight_decay=5e-4,
         label_smoothing=0.1,
         schedule="cosine",
         warmup_epochs=1.0,
+        ema_decay=0.999,
         normalise=True,
         flip=True,
     ),
@@ -111,12 +117,27 @@ class TrainSettings:
     device: DeviceChoice = "auto"
     amp: AmpChoice = "auto"
     compile: CompileChoice = "auto"
+    deterministic: bool = False
+    """Two runs give the same weights, to the bit, on the same machine and number of ranks."""
+    checkpoint_minutes: float = 10.0
+    """The complete state is saved this often, besides after each epoch and when the run is stopped."""
 
     def __post_init__(self) -> None:
         check_res(self.res)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @staticmethod
+    def from_dict(document: Mapping[str, Any], where: str) -> TrainSettings:
+        """
+        Raises:
+            UsageError: not the settings of a run, or of another version's.
+        """
+        try:
+            return TrainSettings(**{**document, "recipe": Recipe(**document["recipe"])})
+        except (TypeError, KeyError) as error:
+            raise UsageError(f"{where}: not the settings of a training run ({error})") from None
 
 
 def check_res(res: int) -> None:

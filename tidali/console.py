@@ -17,12 +17,12 @@ def say(text: str) -> None:
     messages.print(text, markup=False)
 
 
-def progress_bar(*, note: bool = True) -> Progress:
+def progress_bar(*, note: bool = True, show: bool = True) -> Progress:
     """A bar on standard error, shown only where that is a terminal. Its field ``note`` holds running figures."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     if note:
         columns.append(TextColumn("{task.fields[note]}"))
-    return Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal)
+    return Progress(*columns, console=messages, transient=True, disable=not (show and messages.is_terminal))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

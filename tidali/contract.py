@@ -323,6 +323,13 @@ class Dataset:
             raise DatasetError(f"{self.root}: no {name!r} split with samples (splits: {have})")
         return split
 
+    @property
+    def default_res(self) -> int:
+        """The train images' own side in pixels where they are all the same square of 32 or more, else 224."""
+        height, _, width = next(iter(self.split("train").image_sizes)).partition("x")
+        same = len(self.split("train").image_sizes) == 1 and height == width
+        return int(height) if same and int(height) >= 32 else 224
+
     def tar_paths(self, split: str) -> list[Path]:
         """The split's tars in order, without empty ones: DALI refuses an index of no samples."""
         return [self.root / shard.name for shard in self.split(split).shards if shard.samples]

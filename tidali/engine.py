@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tidali.device import DevicePlan
+from tidali.distributed import Ranks
 from tidali.errors import TidaliError
 from tidali.metrics import Meter, Score
 from tidali.schedule import Schedule
 from tidali.timing import Stopwatch, WaitTimer
+
+
+class Ema:
+    """A moving average of a model's weights and batch-norm statistics."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self._decay = decay
+        self._averages, self._values = self._floats(self.model), self._floats(model)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimizer step number ``step``, counted from 1."""
+        # The ramp keeps the random initial weights from lingering in short runs.
+        decay = min(self._decay, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)(self._averages, self._values, step)
+
+    @staticmethod
+    def _floats(model: nn.Module) -> list[Tensor]:
+        return [tensor.detach() for tensor in model.state_dict().values() if tensor.is_floating_point()]
 
 
 @dataclass(kw_only=True)
@@ -28,9 +52,16 @@ class TrainState:
     schedule: Schedule
     plan: DevicePlan
     label_smoothing: float = 0.0
+    grad_clip_norm: float = 0.0
+    ema: Ema | None = None
     step: int = 0
     """Optimizer steps done."""
     scaler: torch.amp.GradScaler = field(init=False)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are evaluated and saved as the result: the average where there is one."""
+        return self.ema.model if self.ema is not None else self.model
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.plan.device.type, enabled=self.plan.needs_scaler)
@@ -45,6 +76,9 @@ def make_train_state(
     nesterov: bool,
     weight_decay: float,
     label_smoothing: float,
+    grad_clip_norm: float = 0.0,
+    ema_decay: float = 0.0,
+    ranks: Ranks | None = None,
 ) -> TrainState:
     """Put the model on its device, channels-last, and make its optimizer: SGD, with decay on weights of two or more dimensions
     only (batch norm's and biases are vectors)."""
@@ -55,13 +89,16 @@ def make_train_state(
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD(groups, lr=schedule(0), momentum=momentum, nesterov=nesterov, fused=True)
+    wrapped = model if ranks is None else ranks.wrap(model)
     return TrainState(
         model=model,
-        forward=torch.compile(model, fullgraph=True) if plan.compile else model,
+        forward=torch.compile(wrapped, fullgraph=wrapped is model) if plan.compile else wrapped,
         optimizer=optimizer,
         schedule=schedule,
         plan=plan,
         label_smoothing=label_smoothing,
+        grad_clip_norm=grad_clip_norm,
+        ema=Ema(model, ema_decay) if ema_decay else None,
     )
 
 
@@ -81,10 +118,15 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
         logits = state.forward(images)
         loss = functional.cross_entropy(logits.float(), labels, label_smoothing=state.label_smoothing)
     state.scaler.scale(loss).backward()
+    if state.grad_clip_norm:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.model.parameters(), state.grad_clip_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
+    if state.ema is not None:
+        state.ema.update(state.step)
     return logits.detach()
 
 
@@ -102,20 +144,24 @@ class EpochReport:
 def train_epoch(
     state: TrainState,
     batches: Iterable[tuple[Tensor, Tensor]],
-    on_step: Callable[[int, Meter], None] | None = None,
+    meter: Meter,
+    *,
+    ranks: Ranks | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> EpochReport:
-    """Train over all batches.
+    """Train over all batches that are left of an epoch.
 
     Args:
-        on_step: called after each step with the steps done in this epoch and the running counts, to show progress.
+        meter: adds up this epoch's counts; holds those of the steps before a resume.
+        on_step: called after each step, to show progress and to save.
 
     Raises:
-        TidaliError: the loss is not finite at the end of the epoch.
+        TidaliError: the loss was not finite in some step.
     """
     state.model.train()
-    meter, watch, wait = Meter(state.plan.device), Stopwatch(state.plan.device), WaitTimer()
+    watch, wait = Stopwatch(state.plan.device), WaitTimer()
+    before = meter.read(ranks).samples
     iterator = iter(batches)
-    steps = 0
     while True:
         with wait:
             batch = next(iterator, None)
@@ -124,16 +170,15 @@ def train_epoch(
         images, labels = batch
         logits = train_step(state, images, labels)
         meter.update(logits, labels)
-        steps += 1
         if on_step is not None:
-            on_step(steps, meter)
+            on_step()
     seconds = watch.elapsed_s()
-    score = meter.read()
-    if not score.loss_sum - score.loss_sum == 0.0:
-        raise TidaliError(f"the loss is no longer finite by step {state.step}; try a lower --lr")
+    score = meter.read(ranks)
+    if not math.isfinite(score.loss_sum):
+        raise TidaliError(f"the loss is not finite by step {state.step}; try a lower --lr")
     return EpochReport(
         score=score,
-        images_per_s=score.samples / seconds,
+        images_per_s=(score.samples - before) / seconds,
         seconds=seconds,
         data_wait_share=wait.total_s / seconds,
     )
@@ -141,29 +186,30 @@ def train_epoch(
 
 @torch.inference_mode()
 def evaluate(
-    forward: nn.Module,
+    model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     plan: DevicePlan,
     *,
     expected_samples: int,
+    ranks: Ranks | None = None,
 ) -> Score:
     """Score every sample of a split exactly once.
 
     Args:
-        forward: on the plan's device; left in evaluation mode.
+        model: on the plan's device; left in evaluation mode.
         expected_samples: the split's size.
 
     Raises:
         TidaliError: the batches held another number of samples.
     """
-    forward.eval()
+    model.eval()
     meter = Meter(plan.device)
     for images, labels in batches:
         if labels.numel():
             with plan.autocast():
-                logits = forward(images)
+                logits = model(images)
             meter.update(logits, labels)
-    score = meter.read()
+    score = meter.read(ranks)
     if score.samples != expected_samples:
         raise TidaliError(f"evaluated {score.samples} samples, the split has {expected_samples}")
     return score

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -15,11 +17,30 @@ from tidali.pipeline import Placement, ShardFiles, batch_pipeline, decode_pipeli
 
 
 class Batches(Protocol):
-    """An epoch of batches: images (N, 3, H, W) float channels_last and labels (N,) int64, both on the loader's device."""
+    """Batches of one split: images (N, 3, H, W) float channels_last and labels (N,) int64, both on the loader's device."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Steps an epoch, the same on every rank."""
+        ...
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives, counted from 0."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch; after `load_state_dict`, what was left of it."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: where the consumer is, and what the order depends on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            UsageError: the state is of another order; names the difference.
+        """
+        ...
 
 
 class StreamBatches:
@@ -68,10 +89,11 @@ class StreamBatches:
                 f"--batch-size {batch_size}: the {split!r} split has {smallest} samples a rank, not one full batch; "
                 f"use at most --batch-size {smallest}"
             )
-        self._run = 0  # batches taken from the pipeline in this epoch
         self._train, self._batch_size = train, batch_size
-        self._pipe = batch_pipeline(
-            shard_files(dataset, split),
+        self._epoch, self._run = 0, 0  # where the consumer is; runs are the pipeline's batches, dropped ones included
+        self._resumed = False
+        self._dataset, self._split = dataset, split
+        self._pipeline_settings: dict[str, Any] = dict(
             batch_size=batch_size,
             res=res,
             resize=needs_resize(info, res),
@@ -82,18 +104,30 @@ class StreamBatches:
             rank=rank,
             world_size=world_size,
             seed=seed,
-            num_threads=num_threads or cpu_count(),
-            placement=placement_on(device),
         )
-        build(self._pipe, dataset, split)
+        self._num_threads = num_threads or cpu_count()
+        self._placement = placement_on(device)
+        self._pipe = self._build(None)
 
     def __len__(self) -> int:
         return self._steps
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        while self._run:  # an epoch that was left early: the reader cannot be rewound, only read to its end
+    def set_epoch(self, epoch: int) -> None:
+        """A stream's epochs follow each other: those in between are read and dropped.
+
+        Raises:
+            UsageError: the epoch has passed.
+        """
+        if epoch < self._epoch:
+            raise UsageError(f"epoch {epoch} of a stream that is at {self._epoch}: it cannot be rewound")
+        while self._epoch < epoch:
             self._next_run()
-        for step in range(self._runs_per_epoch):
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while self._run and not self._resumed:  # an epoch that was left early
+            self._next_run()
+        self._resumed = False
+        for step in range(self._run, self._runs_per_epoch):
             images, labels = self._next_run()
             if step < self._steps:
                 keep = (
@@ -102,11 +136,53 @@ class StreamBatches:
                 # HWC memory seen as CHW is channels_last: no copy.
                 yield images.permute(0, 3, 1, 2)[:keep], labels.reshape(-1)[:keep]
 
+    def state_dict(self) -> dict[str, Any]:
+        checkpoint = base64.b64encode(self._pipe.checkpoint()).decode("ascii")
+        return {"epoch": self._epoch, "run": self._run, "dali": checkpoint, "order": self._order()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_order(state["order"], self._order())
+        self._pipe = self._build(base64.b64decode(state["dali"]))
+        self._epoch, self._run, self._resumed = state["epoch"], state["run"], True
+
+    def _order(self) -> dict[str, Any]:
+        """All that decides which samples come when. DALI restores a checkpoint under other settings without a word."""
+        names = ("batch_size", "flip", "rank", "seed", "shuffle_buffer", "world_size")
+        shards = "".join(shard.sha256 for shard in self._dataset.split(self._split).shards)
+        return {
+            "route": "stream",
+            "shards": hashlib.sha256(shards.encode()).hexdigest(),
+            **{name: self._pipeline_settings[name] for name in names},
+        }
+
+    def _build(self, checkpoint: bytes | None) -> Any:
+        pipe = batch_pipeline(
+            shard_files(self._dataset, self._split),
+            **self._pipeline_settings,
+            num_threads=self._num_threads,
+            placement=self._placement,
+            checkpoint=checkpoint,
+        )
+        build(pipe, self._dataset, self._split)
+        return pipe
+
     def _next_run(self) -> tuple[Tensor, Tensor]:
         outputs = run(self._pipe)
-        self._run = (self._run + 1) % self._runs_per_epoch
+        self._run += 1
+        if self._run == self._runs_per_epoch:
+            self._epoch, self._run = self._epoch + 1, 0
         images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         return images, labels
+
+
+def check_order(saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """
+    Raises:
+        UsageError: a saved position belongs to another order; names what differs.
+    """
+    different = [f"{name} {saved.get(name)!r} then, {own.get(name)!r} now" for name in own if saved.get(name) != own.get(name)]
+    if different:
+        raise UsageError(f"the data position cannot be restored: {'; '.join(different)}")
 
 
 def stream_decoded(

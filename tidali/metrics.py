@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tidali.distributed import Ranks
 from tidali.errors import TidaliError
 
 
@@ -50,8 +51,8 @@ class Meter:
     """Adds up loss and hits on the device; the host waits for it only in `read` ."""
 
     def __init__(self, device: torch.device) -> None:
-        # float64 on a CPU and CUDA alike: 100,000 losses add up to 1e-11 relative.
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        # Samples, loss, top-1 and top-5 hits. float64 on a CPU and CUDA alike: 100,000 losses add up to 1e-11 relative.
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._late = torch.zeros(4, dtype=torch.float64, pin_memory=device.type == "cuda")
         self._late_ready = torch.cuda.Event() if device.type == "cuda" else None
 
@@ -65,13 +66,13 @@ class Meter:
         logits = logits.float()
         loss_sum = functional.cross_entropy(logits, labels, reduction="sum")
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        self._sums += torch.stack(
+        self.sums += torch.stack(
             [torch.full_like(loss_sum, labels.numel()), loss_sum, hits[:, 0].sum().to(loss_sum), hits.sum().to(loss_sum)]
         )
 
-    def read(self) -> Score:
-        """Waits for the device."""
-        return _score(self._sums)
+    def read(self, ranks: Ranks | None = None) -> Score:
+        """The counts so far, of all ranks where they are given. Waits for the device."""
+        return _score(self.sums if ranks is None else ranks.sum_(self.sums.clone()))
 
     def peek(self) -> Score:
         """The counts as of an earlier call, for a display: never waits for the device."""
@@ -80,7 +81,7 @@ class Meter:
         if not self._late_ready.query():
             return Score(samples=0, loss_sum=0.0, correct1=0, correct5=0)
         score = _score(self._late)
-        self._late.copy_(self._sums, non_blocking=True)
+        self._late.copy_(self.sums, non_blocking=True)
         self._late_ready.record()
         return score
 

@@ -1,0 +1,88 @@
+"""The ranks of one training job, as torchrun starts them; a plain start is one rank and needs none of this."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tidali.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Who this process is among how many."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that writes files and talks."""
+        return self.rank == 0
+
+    def share(self, global_batch_size: int) -> int:
+        """This rank's part of a global batch.
+
+        Raises:
+            UsageError: the batch does not divide by the number of ranks.
+        """
+        if global_batch_size % self.world_size:
+            raise UsageError(f"--batch-size {global_batch_size}: not a multiple of the {self.world_size} ranks")
+        return global_batch_size // self.world_size
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.world_size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether it holds on any rank: what lets all of them stop after the same step. Waits for the device."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum_(torch.tensor([float(flag)], device=device)).item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with averaged gradients. Batch-norm statistics stay each rank's own; rank 0's are saved."""
+        if self.world_size == 1:
+            return model
+        parameter = next(model.parameters())
+        return DistributedDataParallel(
+            model,
+            device_ids=[parameter.device.index] if parameter.is_cuda else None,
+            broadcast_buffers=False,  # would make rank 0's statistics everybody's before each step, at the price of a broadcast
+            gradient_as_bucket_view=True,
+        )
+
+
+@contextmanager
+def joined_ranks(device_type: str) -> Iterator[Ranks]:
+    """Join the other ranks for the time of a run, by NCCL between GPUs and gloo between CPUs; one rank without torchrun."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield Ranks()
+        return
+    ranks = Ranks(rank=int(os.environ["RANK"]), world_size=world_size, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if device_type == "cuda":
+        torch.cuda.set_device(ranks.local_rank)
+    distributed.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    try:
+        yield ranks
+    finally:
+        distributed.destroy_process_group()
