@@ -1,0 +1,284 @@
+"""The stream of batches against PIL's decodes of the tars' own members."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tidali.contract import Dataset, open_dataset
+from tidali.errors import DatasetError, TidaliError, UsageError
+from tidali.loader import StreamBatches
+
+MEAN, STD = (0.48, 0.45, 0.41), (0.23, 0.22, 0.24)
+
+
+def stored(dataset: Dataset, split: str) -> list[tuple[Image.Image, int]]:
+    """Every sample of a split as PIL and Python's tarfile read it, in stored order."""
+    samples = []
+    for path in dataset.tar_paths(split):
+        with tarfile.open(path) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}
+        for name in files:
+            if name.endswith(".jpg"):
+                label = int(files[name.replace(".jpg", ".cls")])
+                samples.append((Image.open(io.BytesIO(files[name])).convert("RGB"), label))
+    assert len(samples) == dataset.split(split).samples
+    return samples
+
+
+def grey_levels(images: torch.Tensor) -> np.ndarray:
+    """(N, 3, H, W) in 0..1 -> (N, H, W, 3) uint8."""
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def seen(batches: StreamBatches) -> list[tuple[bytes, int]]:
+    """One epoch's samples in the order given, each as its pixels and its label."""
+    return [
+        (pixels.tobytes(), int(label))
+        for images, labels in batches
+        for pixels, label in zip(grey_levels(images), labels, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def dataset(demo_data: Path) -> Dataset:
+    return open_dataset(demo_data)
+
+
+@pytest.fixture(scope="module")
+def truth(dataset: Dataset) -> dict[str, list[tuple[bytes, int]]]:
+    """What `seen` has to give, in stored order. No two samples are equal, so that a multiset tells them apart."""
+    found = {split: [(image.tobytes(), label) for image, label in stored(dataset, split)] for split in ("train", "val")}
+    assert {split: len(set(samples)) for split, samples in found.items()} == {"train": 160, "val": 32}
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- coverage and order
+
+
+# 32 samples over 3 ranks are 10, 11 and 11: with batches of 5 the first rank's last batch is empty.
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 5), (1, 32), (1, 100), (2, 7), (3, 5), (3, 11)])
+def test_evaluation_gives_every_sample_exactly_once(dataset, truth, world_size: int, batch_size: int) -> None:
+    ranks = [
+        StreamBatches(dataset, "val", res=64, batch_size=batch_size, rank=rank, world_size=world_size, num_threads=1)
+        for rank in range(world_size)
+    ]
+    assert len({len(rank) for rank in ranks}) == 1
+    for _ in range(2):  # the second epoch has to start clean
+        epoch = [seen(rank) for rank in ranks]
+        assert list(itertools.chain(*epoch)) == truth["val"]  # the ranks' ranges one after the other are the stored order
+
+
+def test_an_evaluation_batch_is_channels_last_float32(dataset) -> None:
+    batches = StreamBatches(dataset, "val", res=64, batch_size=20, num_threads=1)
+    shapes = []
+    for images, labels in batches:
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert (images.dtype, labels.dtype, images.device.type) == (torch.float32, torch.int64, "cpu")
+        assert len(labels) == len(images)
+        shapes.append(tuple(images.shape))
+    assert shapes == [(20, 3, 64, 64), (12, 3, 64, 64)]
+    assert len(batches) == 2
+
+
+def test_training_epochs_are_new_permutations_without_their_tails(dataset, truth) -> None:
+    batches = StreamBatches(dataset, "train", res=64, batch_size=48, train=True, num_threads=2)
+    epochs = [seen(batches) for _ in range(3)]
+    assert len(batches) == 3
+    for epoch in epochs:
+        assert len(epoch) == len(set(epoch)) == 3 * 48  # the last 16 of 160 fill no batch
+        assert set(epoch) < set(truth["train"])
+        assert epoch != truth["train"][: len(epoch)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert set(epochs[0]) != set(epochs[1])  # another tail is left out
+
+
+def test_a_seed_decides_the_order_and_the_flips(dataset) -> None:
+    def epochs(seed: int, num_threads: int) -> list[list[tuple[bytes, int]]]:
+        batches = StreamBatches(
+            dataset, "train", res=64, batch_size=32, train=True, flip=True, seed=seed, num_threads=num_threads
+        )
+        return [seen(batches) for _ in range(2)]
+
+    assert epochs(seed=5, num_threads=1) == epochs(seed=5, num_threads=2)
+    assert epochs(seed=5, num_threads=1) != epochs(seed=6, num_threads=1)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_training_ranks_share_an_epoch_without_overlap(dataset, truth, world_size: int) -> None:
+    ranks = [
+        StreamBatches(dataset, "train", res=64, batch_size=10, train=True, rank=rank, world_size=world_size, num_threads=1)
+        for rank in range(world_size)
+    ]
+    for _ in range(2):
+        samples = list(itertools.chain.from_iterable(seen(rank) for rank in ranks))
+        assert len(samples) == len(set(samples)) == world_size * 10 * (160 // world_size // 10)
+        assert set(samples) <= set(truth["train"])
+
+
+def test_flips_are_mirror_images_of_about_half(dataset, truth) -> None:
+    mirrored = {
+        (np.frombuffer(pixels, np.uint8).reshape(64, 64, 3)[:, ::-1].tobytes(), label) for pixels, label in truth["train"]
+    }
+    epoch = seen(StreamBatches(dataset, "train", res=64, batch_size=160, train=True, flip=True, num_threads=2))
+    flipped = sum(sample in mirrored for sample in epoch)
+    assert len(epoch) == 160 == flipped + sum(sample in set(truth["train"]) for sample in epoch)
+    # 160 fair coins: outside 40..120 is six standard deviations, and the seed is fixed.
+    assert 40 < flipped < 120
+
+
+@pytest.mark.parametrize("taken", [1, 3])
+def test_an_epoch_left_early_does_not_leak_into_the_next(dataset, truth, taken: int) -> None:
+    train = StreamBatches(dataset, "train", res=64, batch_size=48, train=True, num_threads=2)
+    assert len(list(itertools.islice(train, taken))) == taken
+    again = seen(train)
+    assert len(again) == len(set(again)) == 144
+
+    val = StreamBatches(dataset, "val", res=64, batch_size=10, num_threads=1)
+    assert len(list(itertools.islice(val, taken))) == taken
+    assert seen(val) == truth["val"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- resume
+
+
+# 160 samples are five batches of 30 and a tail that training drops: after the fifth nothing is left of the epoch.
+@pytest.mark.parametrize("taken", [1, 3, 5])
+def test_a_restored_position_goes_on_to_the_bit(dataset, taken: int) -> None:
+    def batches() -> StreamBatches:
+        return StreamBatches(dataset, "train", res=64, batch_size=30, train=True, flip=True, seed=3, num_threads=1)
+
+    uncut = batches()
+    epochs = [list(uncut) for _ in range(3)]
+    assert [len(epoch) for epoch in epochs] == [5, 5, 5]
+
+    cut = batches()
+    cut.set_epoch(1)
+    assert len(list(itertools.islice(cut, taken))) == taken
+    restored = batches()
+    restored.load_state_dict(json.loads(json.dumps(cut.state_dict())))
+    for expected in (epochs[1][taken:], epochs[2]):
+        got = list(restored)
+        assert len(got) == len(expected)
+        for pair, expected_pair in zip(got, expected, strict=True):
+            assert all(torch.equal(tensor, other) for tensor, other in zip(pair, expected_pair, strict=True))
+
+
+def test_a_position_of_another_order_is_refused(dataset) -> None:
+    state = StreamBatches(dataset, "train", res=64, batch_size=30, train=True, seed=3, num_threads=1).state_dict()
+    other = StreamBatches(dataset, "train", res=64, batch_size=32, train=True, seed=4, num_threads=1)
+    with pytest.raises(UsageError, match="batch_size 30 then, 32 now; seed 3 then, 4 now"):
+        other.load_state_dict(state)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- pixels
+
+
+def test_pixels_are_pils_and_normalised(dataset) -> None:
+    batches = StreamBatches(dataset, "val", res=64, batch_size=32, mean=MEAN, std=STD, num_threads=1)
+    images, labels = next(iter(batches))
+    samples = stored(dataset, "val")
+    expected = np.stack([(np.asarray(image, np.float64) / 255 - MEAN) / STD for image, _ in samples])
+    # DALI computes (pixel - 255 mean) * (1 / (255 std)) in float32: three roundings of values up to 255 / (255 * 0.22).
+    np.testing.assert_allclose(images.permute(0, 2, 3, 1).numpy(), expected, rtol=0, atol=2e-6)
+    assert labels.tolist() == [label for _, label in samples]
+
+
+@pytest.fixture(scope="module")
+def pack_photos(tmp_path_factory, write_photos):
+    """Smooth images of one size, packed: see `write_photos` for why smooth."""
+    from shards.pack import pack
+    from shards.scan import FileSource
+
+    def make(width: int, height: int) -> Dataset:
+        folder = tmp_path_factory.mktemp("photos")
+        write_photos(folder / "source", {"train/a": 1, "train/b": 1, "val/a": 3, "val/b": 3}, size=(width, height))
+        pack(FileSource(folder / "source"), folder / "packed", workers=1)
+        return open_dataset(folder / "packed")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "res", "resized"),
+    [
+        (64, 64, 96, (96, 96)),
+        (64, 64, 32, (32, 32)),
+        (96, 64, 32, (48, 32)),  # the centre of a wide one
+        (48, 72, 64, (64, 96)),  # and of a tall one
+    ],
+)
+def test_resize_is_pils_bicubic_of_the_shorter_side_and_the_centre(pack_photos, width, height, res, resized) -> None:
+    dataset = pack_photos(width, height)
+    images, _ = next(iter(StreamBatches(dataset, "val", res=res, batch_size=6, num_threads=1)))
+    left, top = (resized[0] - res) // 2, (resized[1] - res) // 2
+    expected = np.stack(
+        [
+            np.asarray(image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + res, top + res)), np.int16)
+            for image, _ in stored(dataset, "val")
+        ]
+    )
+    difference = np.abs(grey_levels(images).astype(np.int16) - expected)
+    assert expected.shape == (6, res, res, 3)
+    # PIL rounds to whole grey levels after each of its two passes, DALI once at the end, and they treat the border differently.
+    assert difference.max() <= 1, f"largest {difference.max()}, mean {difference.mean():.4f}"
+
+
+# --------------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_batch_that_the_split_cannot_fill(dataset) -> None:
+    with pytest.raises(UsageError, match=r"--batch-size 161: the 'train' split has 160 samples.*use at most --batch-size 160"):
+        StreamBatches(dataset, "train", res=64, batch_size=161, train=True)
+    with pytest.raises(UsageError, match="use at most --batch-size 53"):
+        StreamBatches(dataset, "train", res=64, batch_size=54, train=True, world_size=3)
+
+
+def test_a_split_without_labels(dataset) -> None:
+    splits = {**dataset.manifest.splits, "test": replace(dataset.manifest.splits["val"], labelled=False)}
+    unlabelled = replace(dataset, manifest=replace(dataset.manifest, splits=splits))
+    with pytest.raises(UsageError, match="the 'test' split has no labels"):
+        StreamBatches(unlabelled, "test", res=64, batch_size=4)
+
+
+def test_a_split_that_is_not_there(dataset) -> None:
+    with pytest.raises(DatasetError, match="no 'test' split"):
+        StreamBatches(dataset, "test", res=64, batch_size=4)
+
+
+def test_files_that_dali_cannot_read_are_one_line(demo_copy: Path) -> None:
+    dataset = open_dataset(demo_copy)
+    (demo_copy / "val-000000.idx").write_text("v1.2 1\n")
+    with pytest.raises(TidaliError, match=r"DALI cannot read the 'val' split: .*val-000000\.idx") as refused:
+        StreamBatches(dataset, "val", res=64, batch_size=4)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_image_that_cannot_be_decoded_is_one_line(demo_copy: Path) -> None:
+    dataset = open_dataset(demo_copy)
+    tar = demo_copy / "val-000000.tar"
+    content = bytearray(tar.read_bytes())
+    content[512 + 20 : 512 + 220] = bytes(200)  # inside the first image's quantisation tables
+    tar.write_bytes(content)
+    with pytest.raises(TidaliError, match=r"DALI failed on a batch: .*'tidali verify --decode' names bad images") as refused:
+        list(StreamBatches(dataset, "val", res=64, batch_size=4, num_threads=1))
+    assert "\n" not in str(refused.value)
+
+
+def test_labels_of_three_digits(tmp_path: Path) -> None:
+    from shards.demo import pack_demo
+
+    pack_demo(tmp_path / "wide", classes=101, per_class=1, workers=1)
+    dataset = open_dataset(tmp_path / "wide")
+    batches = StreamBatches(dataset, "train", res=64, batch_size=101, train=True, num_threads=2)
+    assert Counter(label for _, label in seen(batches)) == Counter(range(101))
