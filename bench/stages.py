@@ -10,12 +10,14 @@ from torch import Tensor
 
 from bench.measure import Case, Rates, measure
 from bench.report import environment
-from tidali.config import AmpChoice, DeviceChoice, Stem, make_recipe
+from tidali.augment import Augment
+from tidali.config import AmpChoice, CacheChoice, DeviceChoice, Stem, make_recipe
 from tidali.console import progress_bar, say
 from tidali.contract import Dataset
+from tidali.data import Data
 from tidali.device import DevicePlan, cpu_count, plan_device
 from tidali.engine import TrainState, make_train_state, train_step
-from tidali.loader import StreamBatches, stream_decoded
+from tidali.loader import decoded_forever
 from tidali.metrics import Meter
 from tidali.models import build_resnet18
 
@@ -31,6 +33,7 @@ def bench_stages(
     repeats: int = 5,
     device: DeviceChoice = "auto",
     amp: AmpChoice = "auto",
+    cache: CacheChoice = "auto",
 ) -> dict[str, Any]:
     """Measure, and return the JSON document.
 
@@ -43,13 +46,15 @@ def bench_stages(
     plan = plan_device(device, amp, "auto")
     if batch_size is None:
         batch_size = 256 if plan.device.type == "cuda" else 32
+    data = Data(dataset, ("train",), plan.device, cache=cache, max_res=max(resolutions))
+    say(f"cache {'on' if data.route.cached else 'off'}: {data.route.reason}")
     names = (DECODE, LOADER, STEP, END_TO_END)
     rows = []
     with progress_bar() as bar:
         task = bar.add_task("bench", total=len(resolutions) * len(names) * repeats, note="")
         for res in resolutions:
             rates = measure(
-                stage_cases(dataset, plan, res=res, stem=stem, batch_size=batch_size),
+                stage_cases(dataset, data, plan, res=res, stem=stem, batch_size=batch_size),
                 repeats=repeats,
                 on_done=lambda name: bar.update(task, advance=1, note=name),
             )
@@ -59,6 +64,7 @@ def bench_stages(
         "benchmark": "stages",
         **environment(plan),
         "data": {"name": dataset.root.name, "train_samples": dataset.split("train").samples},
+        "cached": data.route.cached,
         "stem": stem,
         "batch_size": batch_size,
         "repeats": repeats,
@@ -66,23 +72,20 @@ def bench_stages(
     }
 
 
-def stage_cases(dataset: Dataset, plan: DevicePlan, *, res: int, stem: Stem, batch_size: int) -> list[Case]:
+def stage_cases(dataset: Dataset, data: Data, plan: DevicePlan, *, res: int, stem: Stem, batch_size: int) -> list[Case]:
     """The four cases of one resolution; the two that train share one model, whose weights do not matter here."""
-    recipe = make_recipe("modern")
     manifest = dataset.manifest
-    decoded = stream_decoded(dataset, "train", batch_size=batch_size, device=plan.device)
+    decoded = decoded_forever(dataset, "train", batch_size=batch_size, device=plan.device)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        loader = StreamBatches(
-            dataset,
+        loader = data.batches(
             "train",
             res=res,
             batch_size=batch_size,
             mean=manifest.mean,
             std=manifest.std,
             train=True,
-            flip=recipe.flip,
-            device=plan.device,
+            augment=Augment(flip="random"),
         )
         while True:
             yield from loader
@@ -103,7 +106,7 @@ def stage_cases(dataset: Dataset, plan: DevicePlan, *, res: int, stem: Stem, bat
         return batch_size
 
     return [
-        Case(name=DECODE, step=lambda: next(decoded), device=plan.device),
+        Case(name=DECODE, step=lambda: len(next(decoded)[0]), device=plan.device),
         Case(name=LOADER, step=lambda: len(next(alone)[1]), device=plan.device),
         Case(name=STEP, step=step_synthetic, device=plan.device),
         Case(name=END_TO_END, step=step_end_to_end, device=plan.device),

@@ -25,6 +25,9 @@ MEASURE = "Measure"
 
 app.command(rich_help_panel=DATA)(cli_data.shard)
 app.command(rich_help_panel=DATA)(cli_data.demo)
+app.command(rich_help_panel=DATA)(cli_data.verify)
+app.command(rich_help_panel=DATA)(cli_data.info)
+app.command(rich_help_panel=DATA)(cli_data.download)
 app.command(rich_help_panel=MODEL)(cli_train.train)
 app.command("eval", rich_help_panel=MODEL)(cli_train.eval_)
 app.command(rich_help_panel=MEASURE)(cli_bench.bench)

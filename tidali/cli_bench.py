@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from tidali.cli_train import AmpOption, DeviceOption, demo_data, parse_resolutions
+from tidali.cli_train import AmpOption, CacheOption, DeviceOption, demo_data, parse_resolutions
 
 
 def bench(
@@ -18,6 +17,7 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Measurements of each row, interleaved.", min=1)] = 5,
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
+    cache: CacheOption = "auto",
     json_: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Also write one JSON document; '-' prints it.")
     ] = None,
@@ -27,11 +27,11 @@ def bench(
 
     from bench.report import show, write_json
     from bench.stages import bench_stages
-    from tidali.contract import open_dataset
+    from tidali.source import open_data
 
-    dataset = open_dataset(Path(data) if data is not None else demo_data())
+    dataset = open_data(data if data is not None else str(demo_data()))
     document = bench_stages(
-        dataset, resolutions=resolutions, stem=stem, batch_size=batch_size, repeats=repeats, device=device, amp=amp
+        dataset, resolutions=resolutions, stem=stem, batch_size=batch_size, repeats=repeats, device=device, amp=amp, cache=cache
     )
     if json_ != "-":
         show(document)

@@ -16,6 +16,10 @@ DataOption = Annotated[str, typer.Option(help="A packed data set (made by 'tidal
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run; auto takes a GPU where there is one.")
 ]
+CacheOption = Annotated[
+    Literal["auto", "device", "off"],
+    typer.Option(help="Decode once into the device's memory, or stream; auto caches what takes less than half of it."),
+]
 AmpOption = Annotated[
     Literal["auto", "bf16", "fp16", "off"], typer.Option(help="Mixed precision; auto decides by device and says why.")
 ]
@@ -69,6 +73,7 @@ def train(
     compile: Annotated[
         Literal["auto", "on", "off"], typer.Option(help="torch.compile; auto decides by device and says why.")
     ] = "auto",
+    cache: CacheOption = "auto",
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Two runs give the same weights, to the bit.")] = False,
     out: Annotated[str | None, typer.Option(help="Run folder.", show_default="runs/DATA-RES-RECIPE-TIME")] = None,
     resume: Annotated[
@@ -94,9 +99,9 @@ def train(
     folder = data if data is not None else str(demo_data())
 
     if res is None:
-        from tidali.contract import open_dataset
+        from tidali.source import open_data
 
-        res = open_dataset(Path(folder)).default_res
+        res = open_data(folder).default_res
     settings = TrainSettings(
         data=folder,
         out=out if out is not None else _run_folder(Path(folder).name, res, recipe),
@@ -108,6 +113,7 @@ def train(
         device=device,
         amp=amp,
         compile=compile,
+        cache=cache,
         deterministic=deterministic,
     )
     _finish(settings)
@@ -116,10 +122,10 @@ def train(
 def _finish(settings: TrainSettings, *, resume: bool = False) -> None:
     """Train to the end and print what it came to."""
     from tidali.console import print_table, say
-    from tidali.contract import open_dataset
+    from tidali.source import open_data
     from tidali.train import train as run
 
-    result = run(settings, open_dataset(Path(settings.data)), resume=resume)
+    result = run(settings, open_data(settings.data), resume=resume)
     if int(os.environ.get("RANK", "0")):
         return
     print_table(
@@ -173,17 +179,18 @@ def eval_(
     split: Annotated[str, typer.Option(help="Split to score.")] = "val",
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
+    cache: CacheOption = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
 ) -> None:
     """Score a checkpoint on a split at one or several resolutions; every sample counts exactly once."""
     resolutions = parse_resolutions(res) if res is not None else []
 
     from tidali.console import print_table
-    from tidali.contract import open_dataset
     from tidali.evaluation import evaluate_checkpoint
+    from tidali.source import open_data
 
     _, rows = evaluate_checkpoint(
-        checkpoint, open_dataset(Path(data)), split=split, resolutions=resolutions, device=device, amp=amp
+        checkpoint, open_data(data), split=split, resolutions=resolutions, device=device, amp=amp, cache=cache
     )
     if json_:
         scores = [{"res": row.res, **row.score.to_dict()} for row in rows]

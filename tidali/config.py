@@ -14,6 +14,7 @@ from tidali.errors import UsageError
 Stem = Literal["imagenet", "small"]
 AmpChoice = Literal["auto", "bf16", "fp16", "off"]
 CompileChoice = Literal["auto", "on", "off"]
+CacheChoice = Literal["auto", "device", "off"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 MIN_RES_PX = 32
@@ -117,6 +118,8 @@ class TrainSettings:
     device: DeviceChoice = "auto"
     amp: AmpChoice = "auto"
     compile: CompileChoice = "auto"
+    cache: CacheChoice = "auto"
+    """``device`` decodes once into the training device's memory, ``off`` streams; ``auto`` caches what takes less than half."""
     deterministic: bool = False
     """Two runs give the same weights, to the bit, on the same machine and number of ranks."""
     checkpoint_minutes: float = 10.0

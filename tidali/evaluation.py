@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tidali.checkpoint import ModelCard, find_checkpoint, load_model
-from tidali.config import AmpChoice, DeviceChoice, check_res
+from tidali.config import AmpChoice, CacheChoice, DeviceChoice, check_res
 from tidali.contract import Dataset
+from tidali.data import Data
 from tidali.device import plan_device
 from tidali.engine import evaluate
 from tidali.errors import UsageError
-from tidali.loader import StreamBatches
 from tidali.metrics import Score
 from tidali.train import EVAL_BATCH_SIZE
 
@@ -32,6 +32,7 @@ def evaluate_checkpoint(
     resolutions: Sequence[int] = (),
     device: DeviceChoice = "auto",
     amp: AmpChoice = "auto",
+    cache: CacheChoice = "auto",
 ) -> tuple[ModelCard, list[ResolutionScore]]:
     """Score a checkpoint on a split, preprocessed as its card says.
 
@@ -50,11 +51,10 @@ def evaluate_checkpoint(
         check_res(res)
     plan = plan_device(device, amp, "off")
     model.to(plan.device)
+    data = Data(dataset, (split,), plan.device, cache=cache, max_res=max(resolutions))
     rows = []
     for res in resolutions:
-        batches = StreamBatches(
-            dataset, split, res=res, batch_size=EVAL_BATCH_SIZE, mean=card.mean, std=card.std, device=plan.device
-        )
+        batches = data.batches(split, res=res, batch_size=EVAL_BATCH_SIZE, mean=card.mean, std=card.std)
         rows.append(
             ResolutionScore(res=res, score=evaluate(model, batches, plan, expected_samples=dataset.split(split).samples))
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,34 +13,8 @@ from torch import Tensor
 from tidali.contract import Dataset, Split
 from tidali.device import cpu_count
 from tidali.errors import TidaliError, UsageError
+from tidali.order import check_order
 from tidali.pipeline import Placement, ShardFiles, batch_pipeline, decode_pipeline
-
-
-class Batches(Protocol):
-    """Batches of one split: images (N, 3, H, W) float channels_last and labels (N,) int64, both on the loader's device."""
-
-    def __len__(self) -> int:
-        """Steps an epoch, the same on every rank."""
-        ...
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives, counted from 0."""
-        ...
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch; after `load_state_dict`, what was left of it."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able: where the consumer is, and what the order depends on."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Raises:
-            UsageError: the state is of another order; names the difference.
-        """
-        ...
 
 
 class StreamBatches:
@@ -175,29 +149,28 @@ class StreamBatches:
         return images, labels
 
 
-def check_order(saved: dict[str, Any], own: dict[str, Any]) -> None:
-    """
-    Raises:
-        UsageError: a saved position belongs to another order; names what differs.
-    """
-    different = [f"{name} {saved.get(name)!r} then, {own.get(name)!r} now" for name in own if saved.get(name) != own.get(name)]
-    if different:
-        raise UsageError(f"the data position cannot be restored: {'; '.join(different)}")
+def decoded_forever(
+    dataset: Dataset,
+    split: str,
+    *,
+    batch_size: int,
+    square: int | None = None,
+    device: torch.device | None = None,
+    num_threads: int | None = None,
+) -> Iterator[Any]:
+    """Read and decode a split for ever, in stored order and nothing more.
 
-
-def stream_decoded(
-    dataset: Dataset, split: str, *, batch_size: int, device: torch.device | None = None, num_threads: int | None = None
-) -> Iterator[int]:
-    """Read and decode a split for ever, in stored order and nothing more: the ceiling of every loader.
+    Args:
+        square: side that every image is brought to, in pixels; None keeps each as stored.
 
     Yields:
-        The images in each batch, padding included.
+        DALI's outputs: images (H, W, 3) uint8 on the device, labels int64 on the CPU; an epoch's last batch is padded.
     """
     labelled_split(dataset, split)
     pipe = decode_pipeline(
         shard_files(dataset, split),
         batch_size=batch_size,
-        resize_to=None,
+        square=square,
         rank=0,
         world_size=1,
         num_threads=num_threads or cpu_count(),
@@ -205,7 +178,24 @@ def stream_decoded(
     )
     build(pipe, dataset, split)
     while True:
-        yield len(run(pipe)[0])
+        yield run(pipe)
+
+
+def decoded_once(
+    dataset: Dataset, split: str, *, square: int | None, device: torch.device | None = None, batch_size: int = 512
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every sample of a split, once, in stored order: pixels (n, H, W, 3) uint8 on the device and labels (n,) int64 on the CPU.
+
+    Args:
+        square: side that every image is brought to, in pixels; None where all are of one size.
+    """
+    left = dataset.split(split).samples
+    for outputs in decoded_forever(dataset, split, batch_size=batch_size, square=square, device=device):
+        pixels, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+        yield pixels[:left], labels.reshape(-1)[:left]
+        left -= len(labels)
+        if left <= 0:
+            return
 
 
 def labelled_split(dataset: Dataset, split: str) -> Split:

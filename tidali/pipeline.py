@@ -56,6 +56,11 @@ def decode_graph(encoded: Any, decoder: str) -> Any:
     return fn.decoders.image(encoded, device=decoder, output_type=types.RGB, jpeg_fancy_upsampling=True)
 
 
+def resize_graph(images: Any, shorter: int) -> Any:
+    """The shorter side becomes ``shorter`` pixels by DALI's cubic kernel: a = -0.5, antialiased, as PIL's. uint8 stays uint8."""
+    return fn.resize(images, resize_shorter=shorter, interp_type=types.INTERP_CUBIC, antialias=True)
+
+
 def image_graph(
     encoded: Any,
     *,
@@ -68,12 +73,12 @@ def image_graph(
 ) -> Any:
     """Encoded bytes -> (res, res, 3) float32 HWC, ``(pixel / 255 - mean) / std``.
 
-    The shorter side is resized to ``res`` with DALI's cubic kernel (a = -0.5, antialiased, as PIL's), rounded to uint8, and the
-    centre is cropped. ``resize=False`` where every image has the size already: DALI would copy.
+    The shorter side is resized to ``res`` (see `resize_graph`), rounded to uint8, and the centre is cropped. ``resize=False``
+    where every image has the size already: DALI would copy.
     """
     images = decode_graph(encoded, decoder)
     if resize:
-        images = fn.resize(images, resize_shorter=res, interp_type=types.INTERP_CUBIC, antialias=True)
+        images = resize_graph(images, res)
     return fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT,
@@ -159,7 +164,7 @@ def decode_pipeline(
     files: ShardFiles,
     *,
     batch_size: int,
-    resize_to: tuple[int, int] | None,
+    square: int | None,
     rank: int,
     world_size: int,
     num_threads: int,
@@ -168,16 +173,15 @@ def decode_pipeline(
     """Decoding alone, in stored order, unbuilt. Outputs: images (H, W, 3) uint8 RGB, labels int64 scalar on the CPU.
 
     Args:
-        resize_to: height and width of every image given; None keeps each image's own.
+        square: side of the square that every image becomes, its shorter side resized and its centre cropped; None keeps it.
     """
 
     @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=placement.device_id, seed=0)
     def define() -> Any:
         encoded, digits = read_graph(files, shuffle_buffer=0, rank=rank, world_size=world_size)
         images = decode_graph(encoded, placement.decoder)
-        if resize_to is not None:
-            height, width = resize_to
-            images = fn.resize(images, resize_y=height, resize_x=width, interp_type=types.INTERP_CUBIC, antialias=True)
+        if square is not None:
+            images = fn.crop(resize_graph(images, square), crop=(square, square))
         return images, label_graph(digits, files.num_digits)
 
     return define()

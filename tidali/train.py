@@ -18,16 +18,17 @@ import torch
 from torch import nn
 
 from tidali import __version__
+from tidali.augment import Augment
 from tidali.checkpoint import SUFFIX, ModelCard, save_checkpoint, write_atomically
 from tidali.config import IMAGENET_MEAN, IMAGENET_STD, TrainSettings
 from tidali.console import progress_bar, say
 from tidali.contract import Dataset
+from tidali.data import Data
 from tidali.device import DevicePlan, cpu_count, plan_device
 from tidali.distributed import Ranks, joined_ranks
 from tidali.engine import EpochReport, evaluate, make_train_state, train_epoch
 from tidali.errors import TidaliError, UsageError
 from tidali.interrupt import Interrupted, StopRequest
-from tidali.loader import StreamBatches
 from tidali.metrics import JsonlLog, Meter, Score
 from tidali.models import LoadReport, build_resnet18, load_matching
 from tidali.pretrained import Normalisation, file_weights, imagenet_weights
@@ -89,24 +90,19 @@ class Run:
         model = build_resnet18(len(dataset.manifest.classes), settings.stem, stem_bias=self.stem_bias)
         self.load_report, of_init = apply_init(model, settings.init)
         self.mean, self.std = choose_normalisation(recipe.normalise, of_init, dataset)
+        self.data = Data(dataset, ("train", self.select_on), plan.device, cache=settings.cache, max_res=settings.res)
         common: dict[str, Any] = dict(
-            res=settings.res,
-            mean=self.mean,
-            std=self.std,
-            device=plan.device,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            res=settings.res, mean=self.mean, std=self.std, rank=ranks.rank, world_size=ranks.world_size
         )
-        self.train_batches = StreamBatches(
-            dataset,
+        self.train_batches = self.data.batches(
             "train",
             batch_size=ranks.share(recipe.batch_size),
             train=True,
-            flip=recipe.flip,
+            augment=Augment(flip="random" if recipe.flip else "none"),
             seed=settings.seed,
             **common,
         )
-        self.eval_batches = StreamBatches(dataset, self.select_on, batch_size=EVAL_BATCH_SIZE, **common)
+        self.eval_batches = self.data.batches(self.select_on, batch_size=EVAL_BATCH_SIZE, **common)
         schedule = make_schedule(
             recipe.schedule,
             lr=recipe.lr,
@@ -269,6 +265,7 @@ class Run:
         steps = len(self.train_batches)
         say(f"recipe  {recipe.name}: {recipe.epochs} epochs of {steps} steps, batch {recipe.batch_size}, lr {recipe.lr}")
         say(f"device  {plan.device}: {plan.name}, {cpu_count()} cores{ranks}")
+        say(f"cache   {'on' if self.data.route.cached else 'off'}: {self.data.route.reason}")
         say(f"amp     {plan.dtype_name}: {plan.amp_reason}")
         say(f"compile {'on' if plan.compile else 'off'}: {plan.compile_reason}")
         if resume:

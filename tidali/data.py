@@ -1,0 +1,208 @@
+"""A data set's batches, by the route that fits: decoded once into the device's memory, or streamed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tidali.augment import Augment
+from tidali.cache import CachedBatches, PixelCache, fill_cache
+from tidali.config import CacheChoice
+from tidali.console import progress_bar
+from tidali.contract import Dataset, Split
+from tidali.errors import TidaliError, UsageError
+from tidali.resample import Kernel
+
+CACHE_SHARE = 0.5
+"""Of the free memory: the rest is for activations, which at 224 px and batch 256 take more than Tiny-ImageNet's pixels."""
+
+
+class Batches(Protocol):
+    """Batches of one split: images (N, 3, H, W) float channels_last and labels (N,) int64, both on the loader's device."""
+
+    def __len__(self) -> int:
+        """Steps an epoch, the same on every rank."""
+        ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives, counted from 0."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch; after `load_state_dict`, what was left of it."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: where the consumer is, and what the order depends on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            UsageError: the state is of another order; names the difference.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Whether the pixels are kept on the device, and why."""
+
+    cached: bool
+    reason: str
+    square: int | None = None
+    """Side that images of unequal size are stored at, in pixels; None where they are stored as they are."""
+
+
+def choose_route(wish: CacheChoice, splits: Sequence[Split], *, max_res: int, free_bytes: int, has_dali: bool = True) -> Route:
+    """Decide from described facts.
+
+    Args:
+        splits: those that will be read.
+        max_res: the largest input side that will be asked for, in pixels.
+        free_bytes: of the training device's memory, before anything is on it.
+
+    Raises:
+        UsageError: streaming was asked for where DALI is missing.
+    """
+    sizes = {size for split in splits for size in split.image_sizes}
+    square = None if len(sizes) == 1 else max_res
+    samples = sum(split.samples for split in splits)
+    height, width = (int(side) for side in next(iter(sizes)).split("x")) if square is None else (square, square)
+    pixel_bytes = samples * height * width * 3
+    stored = f"{samples:,} images of {height} x {width} px take {pixel_bytes / 2**20:,.0f} MiB"
+    if square is not None:
+        stored += f" ({len(sizes)} sizes, stored at the largest resolution asked for)"
+    if not has_dali and wish == "off":
+        raise UsageError("--cache off streams through DALI, which is not installed here; leave --cache at auto")
+    if wish == "off":
+        return Route(cached=False, reason="--cache off")
+    if wish == "device" or not has_dali:
+        return Route(cached=True, reason=stored, square=square)
+    if pixel_bytes <= CACHE_SHARE * free_bytes:
+        return Route(cached=True, reason=f"{stored}, under half of the {free_bytes / 2**30:,.1f} GiB free", square=square)
+    return Route(cached=False, reason=f"{stored}, over half of the {free_bytes / 2**30:,.1f} GiB free")
+
+
+class Data:
+    """A data set on a device, ready to give batches of any of its splits at any resolution."""
+
+    def __init__(
+        self, dataset: Dataset, splits: Sequence[str], device: torch.device, *, cache: CacheChoice = "auto", max_res: int
+    ) -> None:
+        """
+        Args:
+            splits: those that will be asked for.
+            max_res: the largest resolution that will be asked for, in pixels.
+
+        Raises:
+            DatasetError, UsageError: a split that is not there or has no labels.
+        """
+        for split in splits:
+            if not dataset.split(split).labelled:
+                raise UsageError(
+                    f"{dataset.root}: the {split!r} split has no labels, so it can be neither trained nor evaluated on"
+                )
+        self.dataset, self.device = dataset, device
+        self.route = choose_route(
+            cache,
+            [dataset.split(split) for split in splits],
+            max_res=max_res,
+            free_bytes=free_memory_bytes(device),
+            has_dali=importlib.util.find_spec("nvidia.dali") is not None if importlib.util.find_spec("nvidia") else False,
+        )
+        self._caches: dict[str, PixelCache] = {}
+
+    def batches(
+        self,
+        split: str,
+        *,
+        res: int,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        train: bool = False,
+        augment: Augment | None = None,
+        kernel: Kernel = "pil",
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Batches:
+        """
+        Raises:
+            UsageError: a batch larger than the split, or augmentation or a kernel that the route does not have.
+            TidaliError: the shards cannot be read.
+        """
+        common: dict[str, Any] = dict(
+            res=res, batch_size=batch_size, mean=mean, std=std, train=train, seed=seed, rank=rank, world_size=world_size
+        )
+        if self.route.cached:
+            return CachedBatches(self._cache(split), augment=augment, kernel=kernel, **common)
+        from tidali.loader import StreamBatches
+
+        augment = augment or Augment()
+        if augment != Augment(flip=augment.flip) or augment.flip == "alternating":
+            raise UsageError("streaming has random flips alone; other augmentation needs the cache (--cache device)")
+        if kernel != "pil":
+            raise UsageError(f"streaming resizes with the kernel 'pil' alone; {kernel!r} needs the cache (--cache device)")
+        return StreamBatches(self.dataset, split, flip=train and augment.flip == "random", device=self.device, **common)
+
+    def _cache(self, split: str) -> PixelCache:
+        if split not in self._caches:
+            self._caches[split] = fill(self.dataset, split, self.device, self.route.square)
+        return self._caches[split]
+
+
+def fill(dataset: Dataset, split: str, device: torch.device, square: int | None) -> PixelCache:
+    """Decode a split into the device's memory, by DALI or, where that is missing, by libjpeg-turbo and PIL to the same pixels.
+
+    Raises:
+        TidaliError: an image cannot be decoded.
+    """
+    info = dataset.split(split)
+    size = (square, square) if square is not None else parse_size(next(iter(info.image_sizes)))
+    shards = "".join(shard.sha256 for shard in info.shards)
+    try:
+        from tidali.loader import decoded_once
+    except TidaliError:
+        from tidali.decode_pil import decoded_once
+    with progress_bar(note=False) as bar:
+        task = bar.add_task(f"decoding {split}", total=info.samples)
+        return fill_cache(
+            decoded_once(dataset, split, square=square, device=device),
+            info.samples,
+            size,
+            identity=hashlib.sha256(f"{shards}{size}".encode()).hexdigest(),
+            device=device,
+            on_batch=lambda done: bar.update(task, completed=done),
+        )
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """'HxW' -> (height, width)."""
+    height, _, width = text.partition("x")
+    return int(height), int(width)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Of the GPU, or of this machine's memory within the container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except OSError:  # not Linux: half of what the machine has
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        return free if limit == "max" else min(free, int(limit) - int(used))
+    except OSError:
+        return free
