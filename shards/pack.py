@@ -86,6 +86,7 @@ def pack(
                 settings=plan.settings,
                 versions={name: version(name) for name in ("tidali", "simplejpeg", "pillow")},
             )
+            _refuse_empty_train(store, manifest)
             _finish(store, manifest)
         except OSError as error:
             where = f"{error.filename or store.location}: {error.strerror or error}"
@@ -204,6 +205,13 @@ def _sweep(store: Store, plan: Plan) -> tuple[str, ...]:
     for name in stale:
         store.remove(name)
     return tuple(name for name in stale if not name.endswith(PARTIAL_SUFFIX))
+
+
+def _refuse_empty_train(store: Store, manifest: Manifest) -> None:
+    if not manifest.splits["train"].samples:
+        first = manifest.quarantine[0]
+        what = f"no usable image in train: all are in {QUARANTINE}/, {first.source!r} for this: {first.reason}"
+        raise TidaliError(f"{store.location}: {what}; mend the source and choose another DEST")
 
 
 def _finish(store: Store, manifest: Manifest) -> None:

@@ -21,6 +21,7 @@ from tidali.contract import MANIFEST_NAME, Manifest, Shard
 from tidali.errors import DatasetError
 
 _REPACK = "pack the source again into this folder: what is right is kept"
+_MOST_DIFFERENCES = 8
 _SHARD_FILE = re.compile(r".*\.(tar|idx)|[a-z]+-\d{6}\.json")
 
 
@@ -101,7 +102,7 @@ def _extra_files(root: Path, manifest: Manifest) -> Iterator[Fault]:
         if name == PLAN_NAME or name.endswith(PARTIAL_SUFFIX):
             yield Fault(name, "left by a packer that did not end", "run the same 'tidali shard' command again")
         elif _SHARD_FILE.fullmatch(name) and name not in known:
-            yield Fault(name, "is in no split of the manifest", "remove it")
+            yield Fault(name, "is in no split of the manifest", "remove it, or pack again if the manifest is what is wrong")
 
 
 def _ordinals(shards: list[tuple[str, Shard]], checks: list[ShardCheck]) -> Iterator[Fault]:
@@ -119,6 +120,8 @@ def _ordinals(shards: list[tuple[str, Shard]], checks: list[ShardCheck]) -> Iter
 def _manifest_faults(manifest: Manifest, text: str, checks: list[ShardCheck]) -> Iterator[Fault]:
     """The manifest follows from the shards' records: make it anew, and name what differs."""
     faults = list(_differences(manifest, checks))
+    if len(faults) > _MOST_DIFFERENCES:
+        faults[_MOST_DIFFERENCES:] = [f"and {len(faults) - _MOST_DIFFERENCES} more values differ"]
     if not faults and manifest.to_json() != text:
         faults = ["was edited: its text is not what its checksum is of"]
     yield from (Fault(MANIFEST_NAME, fault, _REPACK) for fault in faults)

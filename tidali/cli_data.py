@@ -46,9 +46,7 @@ def shard(
     max_pixels: Annotated[int, typer.Option(help="Images that declare more are quarantined undecoded.")] = 1 << 26,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if any file was quarantined.")] = False,
     workers: Workers = None,
-    executor: Annotated[
-        Literal["local", "ray"], typer.Option(help="Where to pack; ray needs the extra 'ray'.")
-    ] = "local",
+    executor: Annotated[Literal["local", "ray"], typer.Option(help="Where to pack; ray needs the extra 'ray'.")] = "local",
     overwrite: Overwrite = False,
 ) -> None:
     """Pack labelled images into shards: WebDataset tars with DALI indexes and a manifest.
@@ -243,7 +241,7 @@ def _print_info(data: str, manifest: Manifest) -> None:
     _print_splits(f"{data}: {len(manifest.classes)} classes", manifest)
     facts = [
         ("source", f"{manifest.source.get('name')} ({manifest.source.get('layout')})"),
-        ("settings", ", ".join(f"{key} {value}" for key, value in manifest.settings.items() if value not in (None, 0.0))),
+        ("settings", ", ".join(f"{key} {value}" for key, value in manifest.settings.items() if value is not None)),
         ("mean of train", ", ".join(f"{value:.4f}" for value in manifest.mean)),
         ("std of train", ", ".join(f"{value:.4f}" for value in manifest.std)),
         ("seen", ", ".join(f"{count:,} {name}" for name, count in manifest.counts.items()) or "nothing unusual"),

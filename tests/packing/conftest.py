@@ -1,0 +1,106 @@
+"""Sources made on the spot: their own images, names and layouts, so that every expected value is known."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards.pack import PackReport, pack
+from shards.plan import PackSettings
+from shards.scan import FileSource
+
+Tree = dict[str, bytes]
+
+
+class Maker:
+    """Makes images, source trees and packs. Everything depends on the arguments alone."""
+
+    def image(self, seed: int, height: int = 40, width: int = 48) -> Image.Image:
+        """Smooth with some noise, as photographs are: (height, width) RGB."""
+        rng = np.random.default_rng(seed)
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
+        noise = rng.integers(-20, 21, (height, width, 3))
+        return Image.fromarray(np.clip(np.asarray(coarse).astype(int) + noise, 0, 255).astype(np.uint8))
+
+    def encode(self, image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, format=kind, **options)
+        return buffer.getvalue()
+
+    def jpeg(self, seed: int, height: int = 40, width: int = 48) -> bytes:
+        return self.encode(self.image(seed, height, width), quality=85)
+
+    def tiny_tree(self, classes: int = 4, train: int = 12, val: int = 3, test: int = 5) -> Tree:
+        """Tiny-ImageNet's layout. wnids.txt is not sorted, so that class order is told from name order."""
+        ids = [f"n{9000 - 37 * n:08d}" for n in range(classes)]
+        tree: Tree = {
+            "wnids.txt": "".join(f"{id_}\n" for id_ in ids).encode(),
+            "words.txt": "".join(f"{id_}\tthing {n}, no. {n}\n" for n, id_ in enumerate(ids)).encode(),
+        }
+        seed = 0
+        for id_ in ids:
+            tree[f"train/{id_}/{id_}_boxes.txt"] = b"no image\n"
+            for n in range(train):
+                tree[f"train/{id_}/images/{id_}_{n}.JPEG"] = self.jpeg(seed := seed + 1)
+        lines = []
+        for n in range(val * classes):
+            tree[f"val/images/val_{n}.JPEG"] = self.jpeg(seed := seed + 1)
+            lines.append(f"val_{n}.JPEG\t{ids[n % classes]}\t0\t0\t47\t39\n")
+        tree["val/val_annotations.txt"] = "".join(lines).encode()
+        for n in range(test):
+            tree[f"test/images/test_{n}.JPEG"] = self.jpeg(seed := seed + 1)
+        return tree
+
+    def folder_tree(self, classes: int = 3, train: int = 8, val: int = 2) -> Tree:
+        """SPLIT/CLASS/*.jpg"""
+        return {
+            f"{split}/class_{c}/img {n}.jpg": self.jpeg(1000 * c + 10 * n + (split == "val"))
+            for split, count in (("train", train), ("val", val))
+            for c in range(classes)
+            for n in range(count)
+        }
+
+    def folder(self, tree: Tree, root: Path) -> Path:
+        for name, data in tree.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return root
+
+    def zip(self, tree: Tree, path: Path, *, inside: str = "", method: int = zipfile.ZIP_STORED) -> Path:
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name, data in tree.items():
+                archive.writestr(inside + name, data)
+        return path
+
+    def pack(self, source: Path, dest: Path, *, workers: int = 1, overwrite: bool = False, **settings: Any) -> PackReport:
+        return pack(FileSource(source), dest, PackSettings(**settings), workers=workers, overwrite=overwrite)
+
+
+@pytest.fixture(scope="session")
+def make() -> Maker:
+    return Maker()
+
+
+@pytest.fixture(scope="session")
+def tiny_zip(make: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """65 images: 4 classes x (12 train + 3 val) and 5 unlabelled ones, inside one folder of the zip."""
+    return make.zip(make.tiny_tree(), tmp_path_factory.mktemp("source") / "tiny.zip", inside="tiny-200/")
+
+
+def folder_bytes(root: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def contents() -> Any:
+    return folder_bytes
