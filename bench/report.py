@@ -10,8 +10,8 @@ from typing import Any
 
 from tidali.console import print_table
 from tidali.device import DevicePlan, cpu_count
+from tidali.environment import versions
 from tidali.errors import TidaliError
-from tidali.train import versions
 
 SCHEMA_VERSION = 1
 

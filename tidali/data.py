@@ -18,7 +18,7 @@ from tidali.cache import CachedBatches, PixelCache, fill_cache
 from tidali.config import CacheChoice
 from tidali.console import progress_bar
 from tidali.contract import Dataset, Split
-from tidali.errors import TidaliError, UsageError
+from tidali.errors import UsageError
 from tidali.resample import Kernel
 
 CACHE_SHARE = 0.5
@@ -85,7 +85,9 @@ def choose_route(wish: CacheChoice, splits: Sequence[Split], *, max_res: int, fr
         raise UsageError("--cache off streams through DALI, which is not installed here; leave --cache at auto")
     if wish == "off":
         return Route(cached=False, reason="--cache off")
-    if wish == "device" or not has_dali:
+    if not has_dali:
+        return Route(cached=True, reason=f"{stored}; decoded by PIL, as NVIDIA DALI is not installed here", square=square)
+    if wish == "device":
         return Route(cached=True, reason=stored, square=square)
     if pixel_bytes <= CACHE_SHARE * free_bytes:
         return Route(cached=True, reason=f"{stored}, under half of the {free_bytes / 2**30:,.1f} GiB free", square=square)
@@ -117,7 +119,7 @@ class Data:
             [dataset.split(split) for split in splits],
             max_res=max_res,
             free_bytes=free_memory_bytes(device),
-            has_dali=importlib.util.find_spec("nvidia.dali") is not None if importlib.util.find_spec("nvidia") else False,
+            has_dali=dali_is_installed(),
         )
         self._caches: dict[str, PixelCache] = {}
 
@@ -162,7 +164,7 @@ class Data:
 
 
 def fill(dataset: Dataset, split: str, device: torch.device, square: int | None) -> PixelCache:
-    """Decode a split into the device's memory, by DALI or, where that is missing, by libjpeg-turbo and PIL to the same pixels.
+    """Decode a split into the device's memory, by DALI or, where that is missing, by PIL to the same pixels.
 
     Raises:
         TidaliError: an image cannot be decoded.
@@ -170,9 +172,9 @@ def fill(dataset: Dataset, split: str, device: torch.device, square: int | None)
     info = dataset.split(split)
     size = (square, square) if square is not None else parse_size(next(iter(info.image_sizes)))
     shards = "".join(shard.sha256 for shard in info.shards)
-    try:
+    if dali_is_installed():
         from tidali.loader import decoded_once
-    except TidaliError:
+    else:
         from tidali.decode_pil import decoded_once
     with progress_bar(note=False) as bar:
         task = bar.add_task(f"decoding {split}", total=info.samples)
@@ -184,6 +186,13 @@ def fill(dataset: Dataset, split: str, device: torch.device, square: int | None)
             device=device,
             on_batch=lambda done: bar.update(task, completed=done),
         )
+
+
+def dali_is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # not even the namespace that it shares with other packages
+        return False
 
 
 def parse_size(text: str) -> tuple[int, int]:

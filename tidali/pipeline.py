@@ -57,7 +57,7 @@ def decode_graph(encoded: Any, decoder: str) -> Any:
 
 
 def resize_graph(images: Any, shorter: int) -> Any:
-    """The shorter side becomes ``shorter`` pixels by DALI's cubic kernel: a = -0.5, antialiased, as PIL's. uint8 stays uint8."""
+    """Resize the shorter side to this many pixels by DALI's cubic kernel: a = -0.5, antialiased, as PIL's. Keeps uint8."""
     return fn.resize(images, resize_shorter=shorter, interp_type=types.INTERP_CUBIC, antialias=True)
 
 

@@ -6,15 +6,19 @@ from pathlib import Path
 from urllib.error import URLError
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
 from tidali.checkpoint import SUFFIX, find_checkpoint, load_checkpoint, read_safetensors
+from tidali.config import IMAGENET_MEAN, IMAGENET_STD
+from tidali.contract import Dataset
 from tidali.errors import TidaliError, UsageError, first_line
-from tidali.models import weights_only
+from tidali.models import LoadReport, load_matching, weights_only
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation per RGB channel on a 0..1 scale."""
+
+NO_NORMALISATION: Normalisation = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def imagenet_weights() -> dict[str, Tensor]:
@@ -59,3 +63,26 @@ def file_weights(given: str) -> tuple[dict[str, Tensor], Normalisation | None, s
         return weights_only(weights, given), None, str(path)
     card, weights = load_checkpoint(path)
     return weights, (card.mean, card.std), str(path)
+
+
+def apply_init(model: nn.Module, init: str) -> tuple[LoadReport | None, Normalisation | None]:
+    """Load the starting weights into the model.
+
+    Returns:
+        What was loaded, and the normalisation that those weights were trained with, where known.
+    """
+    if init == "none":
+        return None, None
+    if init == "imagenet":
+        return load_matching(model, imagenet_weights(), "ImageNet weights"), (IMAGENET_MEAN, IMAGENET_STD)
+    weights, normalisation, where = file_weights(init)
+    return load_matching(model, weights, where), normalisation
+
+
+def choose_normalisation(normalise: bool, of_init: Normalisation | None, dataset: Dataset) -> Normalisation:
+    """None where the recipe has none; else that of the starting weights, whose filters expect it; else the data set's own."""
+    if not normalise:
+        return NO_NORMALISATION
+    if of_init is not None:
+        return of_init
+    return dataset.manifest.mean, dataset.manifest.std

@@ -2,57 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import platform
 import signal
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from tidali import __version__
 from tidali.augment import Augment
-from tidali.checkpoint import SUFFIX, ModelCard, save_checkpoint, write_atomically
-from tidali.config import IMAGENET_MEAN, IMAGENET_STD, TrainSettings
+from tidali.checkpoint import SUFFIX, ModelCard, save_checkpoint
+from tidali.config import TrainSettings
 from tidali.console import progress_bar, say
 from tidali.contract import Dataset
 from tidali.data import Data
 from tidali.device import DevicePlan, cpu_count, plan_device
 from tidali.distributed import Ranks, joined_ranks
 from tidali.engine import EpochReport, evaluate, make_train_state, train_epoch
+from tidali.environment import versions
 from tidali.errors import TidaliError, UsageError
 from tidali.interrupt import Interrupted, StopRequest
 from tidali.metrics import JsonlLog, Meter, Score
-from tidali.models import LoadReport, build_resnet18, load_matching
-from tidali.pretrained import Normalisation, file_weights, imagenet_weights
+from tidali.models import build_resnet18
+from tidali.pretrained import apply_init, choose_normalisation
 from tidali.resume import STATE_NAME, Progress, load_state, save_state
+from tidali.run_folder import RunResult, epoch_fields, make_run_folder, summary, write_json
 from tidali.schedule import make_schedule
 from tidali.timing import Stopwatch
 
 EVAL_BATCH_SIZE = 256
 """One value for training runs and ``tidali eval``, so that both do the same arithmetic and print the same figure."""
-
-NO_NORMALISATION: Normalisation = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a run came to."""
-
-    out: Path
-    best: Score
-    best_epoch: int
-    last: Score
-    images_per_s: float
-    """Median over the epochs, evaluation not counted."""
-    minutes: float
 
 
 def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False) -> RunResult:
@@ -278,9 +259,8 @@ def set_numerics(deterministic: bool) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # without it cuBLAS refuses: torch, notes on reproducibility
+        # Without it cuBLAS refuses to run: torch's notes on reproducibility.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
 
 
@@ -294,82 +274,3 @@ def selection_split(dataset: Dataset) -> str:
         if name in dataset.manifest.splits and dataset.manifest.splits[name].samples:
             return name
     raise UsageError(f"{dataset.root}: no val split to evaluate on; pack it again with --val-fraction 0.1")
-
-
-def apply_init(model: nn.Module, init: str) -> tuple[LoadReport | None, Normalisation | None]:
-    """Load the starting weights into the model.
-
-    Returns:
-        What was loaded, and the normalisation that those weights were trained with, where known.
-    """
-    if init == "none":
-        return None, None
-    if init == "imagenet":
-        return load_matching(model, imagenet_weights(), "ImageNet weights"), (IMAGENET_MEAN, IMAGENET_STD)
-    weights, normalisation, where = file_weights(init)
-    return load_matching(model, weights, where), normalisation
-
-
-def choose_normalisation(normalise: bool, of_init: Normalisation | None, dataset: Dataset) -> Normalisation:
-    """None where the recipe has none; else that of the starting weights, whose filters expect it; else the data set's own."""
-    if not normalise:
-        return NO_NORMALISATION
-    if of_init is not None:
-        return of_init
-    return dataset.manifest.mean, dataset.manifest.std
-
-
-def make_run_folder(out: Path) -> Path:
-    """
-    Raises:
-        UsageError: it exists and holds something.
-        TidaliError: it cannot be made.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise UsageError(f"--out {out}: not empty; give a new folder")
-    except OSError as error:
-        raise TidaliError(f"--out {out}: cannot be made ({error.strerror})") from None
-    return out
-
-
-def epoch_fields(trained: EpochReport, score: Score, split: str) -> dict[str, float]:
-    """One line of metrics.jsonl, units in the names."""
-    return {
-        "train_loss": trained.score.loss,
-        "train_top1_percent": trained.score.top1_percent,
-        "images_per_s": trained.images_per_s,
-        "epoch_s": trained.seconds,
-        "data_wait_share": trained.data_wait_share,
-        **{f"{split}_{name}": value for name, value in score.to_dict().items()},
-    }
-
-
-def summary(result: RunResult, plan: DevicePlan, split: str) -> dict[str, Any]:
-    """The content of summary.json."""
-    return {
-        "evaluated_on": split,
-        "best_epoch": result.best_epoch,
-        "best": result.best.to_dict(),
-        "last": result.last.to_dict(),
-        "images_per_s": result.images_per_s,
-        "minutes": result.minutes,
-        "device": {"type": plan.device.type, "name": plan.name, "cores": cpu_count(), "dtype": plan.dtype_name},
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the result."""
-    found = {"tidali": __version__, "python": platform.python_version()}
-    for package in ("torch", "torchvision", "nvidia-dali-cuda120", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())

@@ -1,0 +1,19 @@
+"""What software a result was made with."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from tidali import __version__
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the result."""
+    found = {"tidali": __version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "nvidia-dali-cuda120", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

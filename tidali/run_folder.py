@@ -1,0 +1,74 @@
+"""What a run leaves: the folder, its JSON files, and what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tidali.checkpoint import write_atomically
+from tidali.device import DevicePlan, cpu_count
+from tidali.engine import EpochReport
+from tidali.environment import versions
+from tidali.errors import TidaliError, UsageError
+from tidali.metrics import Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run came to."""
+
+    out: Path
+    best: Score
+    best_epoch: int
+    last: Score
+    images_per_s: float
+    """Median over the epochs, evaluation not counted."""
+    minutes: float
+
+
+def make_run_folder(out: Path) -> Path:
+    """
+    Raises:
+        UsageError: it exists and holds something.
+        TidaliError: it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UsageError(f"--out {out}: not empty; give a new folder")
+    except OSError as error:
+        raise TidaliError(f"--out {out}: cannot be made ({error.strerror})") from None
+    return out
+
+
+def epoch_fields(trained: EpochReport, score: Score, split: str) -> dict[str, float]:
+    """One line of metrics.jsonl, units in the names."""
+    return {
+        "train_loss": trained.score.loss,
+        "train_top1_percent": trained.score.top1_percent,
+        "images_per_s": trained.images_per_s,
+        "epoch_s": trained.seconds,
+        "data_wait_share": trained.data_wait_share,
+        **{f"{split}_{name}": value for name, value in score.to_dict().items()},
+    }
+
+
+def summary(result: RunResult, plan: DevicePlan, split: str) -> dict[str, Any]:
+    """The content of summary.json."""
+    return {
+        "evaluated_on": split,
+        "best_epoch": result.best_epoch,
+        "best": result.best.to_dict(),
+        "last": result.last.to_dict(),
+        "images_per_s": result.images_per_s,
+        "minutes": result.minutes,
+        "device": {"type": plan.device.type, "name": plan.name, "cores": cpu_count(), "dtype": plan.dtype_name},
+        "versions": versions(),
+    }
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
