@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -129,11 +130,16 @@ def _write_shards(
     )
     results: dict[int, ShardResult] = {}
     done = 0
-    for index, result in run(job, plan.tasks):
-        results[index] = result
-        done += len(plan.tasks[index].samples)
-        if progress is not None:
-            progress(done, plan.samples)
+    try:
+        for index, result in run(job, plan.tasks):
+            results[index] = result
+            done += len(plan.tasks[index].samples)
+            if progress is not None:
+                progress(done, plan.samples)
+    except BaseException:
+        with suppress(OSError, TidaliError):
+            _sweep(store, plan)  # what a stopped worker had half written may be what filled the disk
+        raise
     return [results[index] for index in range(len(plan.tasks))]
 
 
