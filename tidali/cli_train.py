@@ -126,7 +126,7 @@ def _finish(settings: TrainSettings, *, resume: bool = False) -> None:
     from tidali.train import train as run
 
     result = run(settings, open_data(settings.data), resume=resume)
-    if int(os.environ.get("RANK", "0")):
+    if not is_main_rank():
         return
     print_table(
         f"{result.out}",
@@ -137,6 +137,11 @@ def _finish(settings: TrainSettings, *, resume: bool = False) -> None:
         ],
     )
     say(f"{result.images_per_s:.0f} images/s in training, {result.minutes:.1f} min in all")
+
+
+def is_main_rank() -> bool:
+    """Whether this process is the one of torchrun's that talks."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _saved_settings(run: Path) -> TrainSettings:
@@ -192,6 +197,8 @@ def eval_(
     _, rows = evaluate_checkpoint(
         checkpoint, open_data(data), split=split, resolutions=resolutions, device=device, amp=amp, cache=cache
     )
+    if not is_main_rank():
+        return
     if json_:
         scores = [{"res": row.res, **row.score.to_dict()} for row in rows]
         print(json.dumps({"checkpoint": checkpoint, "data": data, "split": split, "scores": scores}))

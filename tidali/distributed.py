@@ -58,6 +58,12 @@ class Ranks:
         distributed.all_gather_object(values, value)
         return values
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every rank rank 0's batch-norm statistics, those that are saved: an evaluation is then of one model."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, 0)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with averaged gradients. Batch-norm statistics stay each rank's own; rank 0's are saved."""
         if self.world_size == 1:

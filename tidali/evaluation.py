@@ -10,6 +10,7 @@ from tidali.config import AmpChoice, CacheChoice, DeviceChoice, check_res
 from tidali.contract import Dataset
 from tidali.data import Data
 from tidali.device import plan_device
+from tidali.distributed import joined_ranks
 from tidali.engine import evaluate
 from tidali.errors import UsageError
 from tidali.metrics import Score
@@ -51,13 +52,21 @@ def evaluate_checkpoint(
         check_res(res)
     plan = plan_device(device, amp, "off")
     model.to(plan.device)
-    data = Data(dataset, (split,), plan.device, cache=cache, max_res=max(resolutions))
     rows = []
-    for res in resolutions:
-        batches = data.batches(split, res=res, batch_size=EVAL_BATCH_SIZE, mean=card.mean, std=card.std)
-        rows.append(
-            ResolutionScore(res=res, score=evaluate(model, batches, plan, expected_samples=dataset.split(split).samples))
-        )
+    with joined_ranks(plan.device.type) as ranks:
+        data = Data(dataset, (split,), plan.device, cache=cache, max_res=max(resolutions))
+        for res in resolutions:
+            batches = data.batches(
+                split,
+                res=res,
+                batch_size=EVAL_BATCH_SIZE,
+                mean=card.mean,
+                std=card.std,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )
+            score = evaluate(model, batches, plan, expected_samples=dataset.split(split).samples, ranks=ranks)
+            rows.append(ResolutionScore(res=res, score=score))
     return card, rows
 
 

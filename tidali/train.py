@@ -153,6 +153,7 @@ class Run:
 
             trained = train_epoch(self.state, self.train_batches, self.meter, ranks=self.ranks, on_step=on_step)
 
+        self.ranks.share_buffers(self.state.evaluated)
         score = evaluate(
             self.state.evaluated,
             self.eval_batches,
