@@ -1,0 +1,187 @@
+"""The training step against a plain torchvision and torch.optim loop, and evaluation's counting."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tidali.device import DevicePlan, plan_device
+from tidali.engine import Ema, TrainState, evaluate, make_train_state, train_epoch, train_step
+from tidali.errors import TidaliError
+from tidali.metrics import Meter
+from tidali.models import build_resnet18
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def plan() -> DevicePlan:
+    return plan_device("cpu", "off", "off")
+
+
+def batches(count: int, size: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random images in NCHW memory and labels of 5 classes."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        yield torch.randn(size, 3, 32, 32, generator=generator), torch.randint(5, (size,), generator=generator)
+
+
+def linear_state(plan: DevicePlan, **changes: float) -> TrainState:
+    """A state around one linear layer: what a step does to weights can be written down."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
+    settings = dict(momentum=0.0, nesterov=False, weight_decay=0.0, label_smoothing=0.0)
+    return make_train_state(model, plan, lambda step: 0.1, **{**settings, **changes})
+
+
+def test_twenty_steps_are_a_plain_loops(plan: DevicePlan) -> None:
+    """One batch again and again, whose loss falls smoothly: with new random labels each step, batch norm over a few values
+    turns a last bit into a tenth of the loss within twenty steps, and nothing could be compared."""
+    generator = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(8, 3, 64, 64, generator=generator), torch.randint(5, (8,), generator=generator)
+    torch.manual_seed(0)
+    model = build_resnet18(5, "imagenet")
+    plain = copy.deepcopy(model)
+
+    def schedule(step: int) -> float:
+        return 5e-4 * (step + 1)
+
+    settings = dict(momentum=0.9, nesterov=True)
+    state = make_train_state(model, plan, schedule, weight_decay=0.01, label_smoothing=0.1, **settings)
+    state.model.train()
+    smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
+    losses = [smoothed(train_step(state, images.to(memory_format=torch.channels_last), labels), labels) for _ in range(STEPS)]
+
+    decayed = [module.weight for module in plain.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    others = [parameter for parameter in plain.parameters() if all(parameter is not weight for weight in decayed)]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=1, **settings)
+    plain.train()
+    first = smoothed(copy.deepcopy(plain)(images), labels)  # in torch's own memory order, NCHW
+    # The steps themselves in the engine's order: oneDNN sums in another one for NCHW, and the difference grows with the steps.
+    plain.to(memory_format=torch.channels_last)
+    expected = []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step)
+        loss = smoothed(plain(images.to(memory_format=torch.channels_last)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.detach())
+
+    assert len(losses) == len(expected) == state.step == STEPS
+    assert expected[-1] < 0.5 * expected[0]  # it trained, so the comparison is of something
+    torch.testing.assert_close(losses[0], first.detach(), rtol=1e-5, atol=0)  # float32 sums in two orders
+    # The same operations but for the optimizer, fused in the engine: it rounds once where the plain one rounds twice.
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), name
+
+
+def test_the_model_stays_channels_last(plan: DevicePlan) -> None:
+    state = make_train_state(
+        build_resnet18(5, "small"), plan, lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0, label_smoothing=0.0
+    )
+    train_step(state, *next(batches(1, size=2)))
+    convolutions = [parameter for parameter in state.model.parameters() if parameter.ndim == 4]
+    assert len(convolutions) == 20
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
+
+
+def test_label_smoothing_is_for_training_alone(plan: DevicePlan) -> None:
+    state = linear_state(plan, label_smoothing=0.5)
+    data = list(batches(2))
+    score = evaluate(state.model, data, plan, expected_samples=16)
+    with torch.inference_mode():
+        losses = [functional.cross_entropy(state.model(images), labels).item() for images, labels in data]
+    assert score.loss == pytest.approx(sum(losses) / 2, rel=1e-6)  # two means of eight float32 losses
+
+
+def test_gradients_are_clipped_to_their_norm(plan: DevicePlan) -> None:
+    images, labels = next(batches(1))
+    for limit, expected in ((0.01, 0.01), (1e9, None)):
+        state = linear_state(plan, grad_clip_norm=limit)
+        before = [parameter.detach().clone() for parameter in state.model.parameters()]
+        loss = functional.cross_entropy(state.model(images), labels)
+        norm = torch.stack([g.norm() for g in torch.autograd.grad(loss, list(state.model.parameters()))]).norm().item()
+        assert norm > 0.1
+        train_step(state, images, labels)
+        moved = torch.stack([(p.detach() - q).norm() for p, q in zip(state.model.parameters(), before, strict=True)]).norm()
+        # lr is 0.1; float32 differences of weights near 0.02 leave about 1e-4 of a step this small.
+        assert moved.item() / 0.1 == pytest.approx(expected if expected else norm, rel=1e-3)
+
+
+def test_ema_is_its_formula(plan: DevicePlan) -> None:
+    state = linear_state(plan, ema_decay=0.3)
+    expected = [parameter.detach().clone() for parameter in state.model.parameters()]
+    for step, (images, labels) in enumerate(batches(5), start=1):
+        train_step(state, images, labels)
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, state.model.parameters(), strict=True)]
+    averaged = list(state.evaluated.parameters())
+    assert state.evaluated is state.ema.model
+    for average, value in zip(averaged, expected, strict=True):
+        torch.testing.assert_close(average, value, rtol=1e-5, atol=1e-7)  # five float32 interpolations
+    without = linear_state(plan)
+    assert without.evaluated is without.model
+
+
+def test_ema_averages_batch_norm_statistics_and_leaves_counters(plan: DevicePlan) -> None:
+    model = nn.BatchNorm2d(3)
+    ema = Ema(model, 0.5)
+    model.running_mean.fill_(4.0)
+    model.num_batches_tracked.fill_(7)
+    ema.update(1000)
+    assert ema.model.running_mean.tolist() == [2.0, 2.0, 2.0]
+    assert ema.model.num_batches_tracked.item() == 0
+    assert not any(parameter.requires_grad for parameter in ema.model.parameters())
+
+
+def test_an_epoch_counts_and_reports(plan: DevicePlan) -> None:
+    state, called = linear_state(plan), []
+    report = train_epoch(state, batches(3), Meter(plan.device), on_step=lambda: called.append(state.step))
+    assert called == [1, 2, 3]
+    assert report.score.samples == 24
+    assert report.seconds > 0
+    assert report.images_per_s == pytest.approx(24 / report.seconds)
+    assert 0 <= report.data_wait_share <= 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(plan: DevicePlan) -> None:
+    images, labels = next(batches(1))
+    with pytest.raises(TidaliError, match="not finite by step 1; try a lower --lr"):
+        train_epoch(linear_state(plan), [(images * float("inf"), labels)], Meter(plan.device))
+
+
+def test_evaluation_counts_every_sample_once_and_learns_nothing(plan: DevicePlan) -> None:
+    model = build_resnet18(5, "imagenet").train()
+    before = copy.deepcopy(model.state_dict())
+    images, labels = next(batches(1, size=10))
+    data = [(images[:7], labels[:7]), (images[7:], labels[7:]), (images[:0], labels[:0])]  # a rank's last batch may be empty
+    score = evaluate(model, data, plan, expected_samples=10)
+    with torch.inference_mode():
+        logits = model.eval()(images)
+    assert score.samples == 10
+    assert score.correct1 == (logits.argmax(1) == labels).sum()
+    assert score.correct5 == 10
+    # Batches of 7, 3 and 10 may sum in another order.
+    assert score.loss == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("expected_samples", [15, 17, 0])
+def test_evaluation_refuses_another_number_of_samples(plan: DevicePlan, expected_samples: int) -> None:
+    with pytest.raises(TidaliError, match=f"evaluated 16 samples, the split has {expected_samples}"):
+        evaluate(linear_state(plan).model, batches(2), plan, expected_samples=expected_samples)
+
+
+def test_a_bf16_step_keeps_float32_weights() -> None:
+    plan = plan_device("cpu", "bf16", "off")
+    state = linear_state(plan)
+    assert train_step(state, *next(batches(1))).dtype is torch.bfloat16
+    assert {parameter.dtype for parameter in state.model.parameters()} == {torch.float32}
