@@ -20,7 +20,8 @@ JPEG_QUALITY = 95
 # What the packer opens beside JPEG. A closed list: PIL would hand an EPS to Ghostscript.
 _PIL_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 _EXIF_ORIENTATION = 0x0112
-_SUM_CHUNK_PIXELS = 1 << 16  # 65,536 squares of 255 are the last power of two that fits 32 bits
+_EXACT_ROWS = 256  # 256 * 255**2 is below 2**24, up to which float32 holds every whole number
+_SUM_VALUES = 1 << 20  # converted at a time: 4 MB, whatever the image's size
 
 
 class Unusable(Exception):
@@ -230,14 +231,16 @@ def _open(data: bytes) -> Iterator[Image.Image]:
 def channel_sums(rgb: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Sum and sum of squares of each channel of (H, W, 3) uint8, exactly.
 
-    Integers, so that neither the order of shards nor a BLAS can change the mean and std. One channel after another in memory:
-    16 us for 64 x 64, against 75 to 170 us for reductions over the interleaved array.
+    Column by column over at most 256 rows in float32: every sum is a whole number below 2**24, so it is exact in whatever order
+    it is formed, and neither the number of workers nor a BLAS can change the mean and std. 12 us for 64 x 64, against 25 us in
+    integers and 75 us and more over the interleaved channels.
     """
-    flat = rgb.reshape(-1, 3)
-    sums, square_sums = np.zeros(3, np.uint64), np.zeros(3, np.uint64)
-    for start in range(0, len(flat), _SUM_CHUNK_PIXELS):
-        planes = np.ascontiguousarray(flat[start : start + _SUM_CHUNK_PIXELS].T)
-        sums += planes.sum(axis=1, dtype=np.uint32)
-        square_sums += np.square(planes, dtype=np.uint16).sum(axis=1, dtype=np.uint32)
+    height, width, _ = rgb.shape
+    step = max(1, min(_EXACT_ROWS, _SUM_VALUES // (3 * width)))
+    sums, square_sums = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    for start in range(0, height, step):
+        rows = rgb[start : start + step].reshape(-1, 3 * width).astype(np.float32)
+        sums += np.add.reduce(rows, axis=0).astype(np.int64).reshape(width, 3).sum(axis=0)
+        square_sums += np.einsum("ij,ij->j", rows, rows).astype(np.int64).reshape(width, 3).sum(axis=0)
     (r, g, b), (rr, gg, bb) = sums.tolist(), square_sums.tolist()
     return (r, g, b), (rr, gg, bb)

@@ -7,15 +7,12 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tidali import counter
-from tidali.errors import UsageError
-
-Flip = Literal["none", "random", "alternating"]
+from tidali.config import Augment, Flip
 
 ERASE_SCALE = (0.02, 0.33)
 ERASE_RATIO = (0.3, 3.3)
@@ -23,46 +20,6 @@ ERASE_RATIO = (0.3, 3.3)
 
 _FLIP, _SHIFT, _CROP, _ERASE, _MIX = range(1, 6)  # streams of random numbers; 0 is the order's
 _ATTEMPTS = 10  # torchvision's, for a box that fits
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augment:
-    """What is done to each training image, in this order."""
-
-    flip: Flip = "none"
-    """Mirror left to right: with probability 1/2, or ``alternating``: half of the images in the first epoch, the others in the
-    next, and so on, so that two epochs always show both sides (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds")."""
-    shift_px: int = 0
-    """Largest shift in each direction, in stored pixels; what comes in is mirrored at the border."""
-    crop_scale: tuple[float, float] | None = None
-    """Random resized crop: range of its share of the image's area. None: none. torchvision's is (0.08, 1)."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the crop's width to height."""
-    erase: float = 0.0
-    """Probability that a rectangle is set to the mean colour."""
-    mixup_alpha: float = 0.0
-    """Blend pairs, the share from Beta(alpha, alpha). 0: never. With `cutmix_alpha`, each batch gets one of the two."""
-    cutmix_alpha: float = 0.0
-    """Paste a rectangle of one image into another, its area from Beta(alpha, alpha). 0: never."""
-
-    def __post_init__(self) -> None:
-        if self.flip not in ("none", "random", "alternating"):
-            raise UsageError(f"augment: flip {self.flip!r} is none of none, random, alternating")
-        if self.shift_px < 0:
-            raise UsageError(f"augment: shift_px {self.shift_px} must not be negative")
-        for name, bounds, most in (("crop_scale", self.crop_scale or (1, 1), 1.0), ("crop_ratio", self.crop_ratio, math.inf)):
-            if not 0 < bounds[0] <= bounds[1] <= most:
-                raise UsageError(f"augment: {name} {bounds} is no range above 0" + (" up to 1" if most == 1 else ""))
-        if not 0 <= self.erase <= 1:
-            raise UsageError(f"augment: erase {self.erase} is no probability")
-        for name, alpha in (("mixup_alpha", self.mixup_alpha), ("cutmix_alpha", self.cutmix_alpha)):
-            if not 0 <= alpha < math.inf:
-                raise UsageError(f"augment: {name} {alpha} must be 0 or more")
-
-    @property
-    def mixes(self) -> bool:
-        """Whether labels become shares of two classes."""
-        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
 
 AUGMENTS = {

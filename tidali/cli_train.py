@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from tidali.config import TrainSettings
+from tidali.config import TrainSettings, change, check_res, make_recipe
+from tidali.errors import UsageError
 
 DataOption = Annotated[str, typer.Option(help="A packed data set (made by 'tidali shard' or 'tidali demo').")]
 DeviceOption = Annotated[
@@ -31,9 +32,6 @@ def parse_resolutions(text: str) -> list[int]:
     Raises:
         UsageError: not a list of whole numbers, or one that the network cannot take.
     """
-    from tidali.config import check_res
-    from tidali.errors import UsageError
-
     try:
         resolutions = [int(part) for part in text.split(",")]
     except ValueError:
@@ -67,6 +65,15 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over train.", show_default="the recipe's")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a step.", show_default="the recipe's")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="the recipe's")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Change one of the recipe's values, such as augment.shift_px=4; repeatable."
+        ),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Replay the config.json of another run; only --set and --out change it.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
@@ -88,12 +95,17 @@ def train(
     """
     if resume is not None:
         _refuse_other_options(context, "resume")
-        _finish(_saved_settings(Path(resume)), resume=True)
+        settings = _saved_settings(Path(resume) / "config.json", "resume")
+        _finish(replace(settings, out=resume), resume=True)
+        return
+    if config is not None:
+        _refuse_other_options(context, "config", "set_", "out")
+        settings = _saved_settings(Path(config), "config")
+        folder = out if out is not None else _run_folder(Path(settings.data).name, settings.res, settings.recipe.name)
+        _finish(replace(settings, out=folder, recipe=change(settings.recipe, set_ or ())))
         return
 
-    from tidali.config import TrainSettings, check_res, make_recipe
-
-    chosen = make_recipe(recipe, epochs=epochs, batch_size=batch_size, lr=lr)
+    chosen = change(make_recipe(recipe, epochs=epochs, batch_size=batch_size, lr=lr), set_ or ())
     if res is not None:
         check_res(res)
     folder = data if data is not None else str(demo_data())
@@ -144,35 +156,27 @@ def is_main_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _saved_settings(run: Path) -> TrainSettings:
+def _saved_settings(path: Path, option: str) -> TrainSettings:
     """
     Raises:
-        UsageError: the folder holds no run.
+        UsageError: the file holds no run's settings.
     """
-    from dataclasses import replace
-
-    from tidali.config import TrainSettings
-    from tidali.errors import UsageError
-
-    path = run / "config.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"--resume {run}: holds no run that could go on ({path}: {error})") from None
-    return replace(TrainSettings.from_dict(document, str(path)), out=str(run))
+        raise UsageError(f"--{option}: {path} holds no run's settings ({error})") from None
+    return TrainSettings.from_dict(document, str(path))
 
 
-def _refuse_other_options(context: typer.Context, allowed: str) -> None:
+def _refuse_other_options(context: typer.Context, option: str, *also: str) -> None:
     """
     Raises:
         UsageError: another option was given beside one that settles them all.
     """
-    from tidali.errors import UsageError
-
     for name in context.params:
         source = context.get_parameter_source(name)
-        if name != allowed and source is not None and source.name == "COMMANDLINE":
-            raise UsageError(f"--{name.replace('_', '-')}: not together with --{allowed}, which takes the run's own settings")
+        if name not in (option, *also) and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{name.replace('_', '-')}: not together with --{option}, which takes that run's settings")
 
 
 def eval_(

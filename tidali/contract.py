@@ -44,6 +44,21 @@ _UNSAFE_IN_KEY = re.compile(r"[^A-Za-z0-9_-]+")
 # ---------------------------------------------------------------------------------------------------------------- tar members
 
 
+_MODE_AND_OWNER = b"0000644\0" + b"0000000\0" * 2
+_MTIME = b"00000000000\0"
+_TYPE_AND_REST = b"".join(
+    (
+        b"0",  # a regular file
+        bytes(100),  # link name
+        b"ustar\x0000",
+        bytes(32 + 32),  # user and group names
+        b"0000000\0" * 2,  # device numbers
+        bytes(155 + 12),  # name prefix, padding
+    )
+)
+_CONSTANT_SUM = sum(_MODE_AND_OWNER + _MTIME + b" " * 8 + _TYPE_AND_REST)  # the checksum counts itself as spaces
+
+
 def member_header(name: str, size_bytes: int) -> bytes:
     """The 512-byte USTAR header of a regular file, with mtime, uid and gid 0 and mode 0644.
 
@@ -55,25 +70,9 @@ def member_header(name: str, size_bytes: int) -> bytes:
     encoded = name.encode("ascii")
     if len(encoded) > 100 or size_bytes >= 8**11:
         raise ValueError(f"no USTAR header for {name!r} of {size_bytes} bytes")
-    fields = b"".join(
-        (
-            encoded.ljust(100, b"\0"),
-            b"0000644\0",  # mode
-            b"0000000\0",  # uid
-            b"0000000\0",  # gid
-            b"%011o\0" % size_bytes,
-            b"00000000000\0",  # mtime
-            b"        ",  # the checksum is computed over spaces in its place
-            b"0",  # a regular file
-            bytes(100),  # link name
-            b"ustar\x0000",
-            bytes(32 + 32),  # user and group names
-            b"0000000\0" * 2,  # device numbers
-            bytes(155 + 12),  # name prefix, padding
-        )
-    )
-    checksum = b"%06o\0 " % sum(fields)
-    return fields[:148] + checksum + fields[156:]
+    size = b"%011o\0" % size_bytes
+    checksum = b"%06o\0 " % (_CONSTANT_SUM + sum(encoded) + sum(size))
+    return b"".join((encoded.ljust(100, b"\0"), _MODE_AND_OWNER, size, _MTIME, checksum, _TYPE_AND_REST))
 
 
 def padding(size_bytes: int) -> bytes:

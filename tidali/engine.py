@@ -102,12 +102,12 @@ def make_train_state(
     )
 
 
-def train_step(state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
+def train_step(state: TrainState, images: Tensor, targets: Tensor) -> Tensor:
     """One optimizer step. Nothing in it makes the host wait for the device.
 
     Args:
         images: (N, 3, H, W) float32, channels_last, normalised, on the device.
-        labels: (N,) int64, on the device.
+        targets: labels (N,) int64, or shares of classes (N, C) float32, on the device.
 
     Returns:
         The batch's logits (N, C), detached.
@@ -116,7 +116,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
         group["lr"] = state.schedule(state.step)
     with state.plan.autocast():
         logits = state.forward(images)
-        loss = functional.cross_entropy(logits.float(), labels, label_smoothing=state.label_smoothing)
+        loss = functional.cross_entropy(logits.float(), targets, label_smoothing=state.label_smoothing)
     state.scaler.scale(loss).backward()
     if state.grad_clip_norm:
         state.scaler.unscale_(state.optimizer)
@@ -147,12 +147,14 @@ def train_epoch(
     meter: Meter,
     *,
     ranks: Ranks | None = None,
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> EpochReport:
     """Train over all batches that are left of an epoch.
 
     Args:
         meter: adds up this epoch's counts; holds those of the steps before a resume.
+        mix: turns images and labels into mixed images and shares of classes.
         on_step: called after each step, to show progress and to save.
 
     Raises:
@@ -168,7 +170,8 @@ def train_epoch(
         if batch is None:
             break
         images, labels = batch
-        logits = train_step(state, images, labels)
+        images, targets = (images, labels) if mix is None else mix(images, labels)
+        logits = train_step(state, images, targets)
         meter.update(logits, labels)
         if on_step is not None:
             on_step()

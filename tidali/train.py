@@ -6,13 +6,15 @@ import math
 import os
 import signal
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tidali.augment import Augment
+from tidali.augment import draw_mix, mix_batch
 from tidali.checkpoint import SUFFIX, ModelCard, save_checkpoint
 from tidali.config import TrainSettings
 from tidali.console import progress_bar, say
@@ -79,7 +81,7 @@ class Run:
             "train",
             batch_size=ranks.share(recipe.batch_size),
             train=True,
-            augment=Augment(flip="random" if recipe.flip else "none"),
+            augment=recipe.augment,
             seed=settings.seed,
             **common,
         )
@@ -151,7 +153,9 @@ class Run:
                     self.save_state()
                     save_due = Stopwatch()
 
-            trained = train_epoch(self.state, self.train_batches, self.meter, ranks=self.ranks, on_step=on_step)
+            trained = train_epoch(
+                self.state, self.train_batches, self.meter, ranks=self.ranks, mix=self.mixer(), on_step=on_step
+            )
 
         self.ranks.share_buffers(self.state.evaluated)
         score = evaluate(
@@ -169,6 +173,24 @@ class Run:
         self.meter = Meter(self.plan.device)
         self.report_epoch(trained, score, is_best)
         self.save_state()
+
+    def mixer(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        """What MixUp or CutMix makes of a batch, where the recipe has them."""
+        augment, progress = self.settings.recipe.augment, self.progress
+        if not augment.mixes:
+            return None
+
+        def mix(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            drawn = draw_mix(
+                augment.mixup_alpha,
+                augment.cutmix_alpha,
+                seed=self.settings.seed,
+                epoch=progress.epoch,
+                step=self.state.step,
+            )
+            return mix_batch(images, labels, drawn, len(self.dataset.manifest.classes))
+
+        return mix
 
     def should_stop(self) -> bool:
         """Ranks agree every 20 steps: asking costs them a wait for the device."""
