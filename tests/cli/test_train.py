@@ -1,0 +1,101 @@
+"""``tidali train`` and ``tidali eval`` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from tidali.contract import open_dataset
+
+FOLDER = {"config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors", "summary.json"}
+
+
+def test_run_folder(trained, demo_data: Path) -> None:
+    out, _ = trained
+    assert {path.name for path in out.iterdir()} == FOLDER
+
+    config = json.loads((out / "config.json").read_text())
+    assert (config["res"], config["stem"], config["seed"], config["data"]) == (32, "imagenet", 0, str(demo_data))
+    assert (config["recipe"]["name"], config["recipe"]["epochs"], config["recipe"]["batch_size"]) == ("modern", 2, 32)
+
+    epochs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(epoch["epoch"], epoch["step"], epoch["val_samples"]) for epoch in epochs] == [(1, 5, 32), (2, 10, 32)]
+    for epoch in epochs:
+        assert epoch["images_per_s"] > 0
+        assert 0 <= epoch["data_wait_share"] <= 1
+        assert 0 <= epoch["val_top1_percent"] <= epoch["val_top5_percent"] == 100  # of four classes
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["evaluated_on"] == "val"
+    assert summary["best"]["top1_percent"] == max(epoch["val_top1_percent"] for epoch in epochs)
+    assert summary["last"]["loss"] == epochs[-1]["val_loss"]
+    assert epochs[summary["best_epoch"] - 1]["val_loss"] == summary["best"]["loss"]
+    assert summary["device"]["type"] == "cpu"
+    assert {"tidali", "torch", "nvidia-dali-cuda120"} <= summary["versions"].keys()
+
+
+def test_checkpoint_carries_its_classes(trained, demo_data: Path) -> None:
+    out, _ = trained
+    with safe_open(out / "best.safetensors", framework="np") as file:
+        card = json.loads(file.metadata()["tidali"])
+    manifest = open_dataset(demo_data).manifest
+    assert card["classes"] == [{"id": one.id, "name": one.name} for one in manifest.classes]
+    assert (card["mean"], card["std"], card["res"]) == (list(manifest.mean), list(manifest.std), 32)
+
+
+def test_what_train_prints(trained) -> None:
+    out, ended = trained
+    summary = json.loads((out / "summary.json").read_text())
+    assert f"{summary['best']['top1_percent']:.2f}" in ended.stdout
+    for told in ("160 train images, 4 classes", "amp     float32", "compile off: ", "epoch 2/2  train loss "):
+        assert told in ended.stderr
+
+
+@pytest.mark.parametrize("given", ["best", "best.safetensors", ""])
+def test_eval_prints_the_runs_own_figure(tidali, trained, demo_data: Path, given: str) -> None:
+    out, _ = trained
+    best = json.loads((out / "summary.json").read_text())["best"]
+    table = tidali("eval", out / given, "--data", demo_data, "--device", "cpu")
+    assert (table.code, table.stderr) == (0, "")
+    row = next(line for line in table.stdout.splitlines() if " 32 " in line and "%" not in line)
+    figures = [float(cell) for cell in row.replace("│", " ").split()]
+    assert figures == [32, round(best["top1_percent"], 2), round(best["top5_percent"], 2), round(best["loss"], 4), 32]
+
+
+def test_eval_json_at_several_resolutions(tidali, trained, demo_data: Path) -> None:
+    out, _ = trained
+    ended = tidali("eval", out, "--data", demo_data, "--res", "64,32", "--split", "train", "--device", "cpu", "--json")
+    assert ended.code == 0
+    document = json.loads(ended.stdout)
+    assert (document["checkpoint"], document["data"], document["split"]) == (str(out), str(demo_data), "train")
+    assert [(score["res"], score["samples"]) for score in document["scores"]] == [(64, 160), (32, 160)]
+    assert document["scores"][0]["loss"] != document["scores"][1]["loss"]
+
+
+def test_init_lists_what_was_loaded_and_what_not(tidali, trained, demo_data: Path, tmp_path: Path) -> None:
+    out, _ = trained
+    ended = tidali(
+        *("train", "--data", demo_data, "--res", 32, "--epochs", 1, "--batch-size", 80, "--device", "cpu"),
+        *("--recipe", "seed", "--stem", "small", "--init", out / "best", "--out", tmp_path / "small"),
+    )
+    assert ended.code == 0, ended.stderr
+    told = [line.strip() for line in ended.stderr.splitlines()]
+    assert "loaded 121 of 123 tensors" in told
+    assert "not loaded: conv1.weight ((64, 3, 7, 7) in the file, (64, 3, 3, 3) in this model)" in told
+    assert "not loaded: conv1.bias (not in the file)" in told  # the seed recipe's small stem has one
+    with safe_open(tmp_path / "small" / "last.safetensors", framework="np") as file:
+        assert file.get_tensor("conv1.bias").shape == (64,)
+        assert json.loads(file.metadata()["tidali"])["mean"] == [0, 0, 0]  # that recipe does not normalise
+
+
+def test_demo_then_default_resolution_and_folder(tidali, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tidali("demo", "data/own", "--classes", 2, "--per-class", 8).code == 0
+    ended = tidali("train", "--data", "data/own", "--epochs", 1, "--batch-size", 8, "--device", "cpu")
+    assert ended.code == 0, ended.stderr
+    runs = list((tmp_path / "runs").iterdir())
+    assert [run.name.rsplit("-", 2)[0] for run in runs] == ["own-64-modern"]  # the images' own size
+    assert {path.name for path in runs[0].iterdir()} == FOLDER
