@@ -95,11 +95,11 @@ class StreamBatches:
         if epoch < self._epoch:
             raise UsageError(f"epoch {epoch} of a stream that is at {self._epoch}: it cannot be rewound")
         while self._epoch < epoch:
-            self._next_run()
+            self._skip_rest()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        while self._run and not self._resumed:  # an epoch that was left early
-            self._next_run()
+        if self._run and not self._resumed:  # an epoch that was left early
+            self._skip_rest()
         self._resumed = False
         for step in range(self._run, self._runs_per_epoch):
             images, labels = self._next_run()
@@ -109,6 +109,7 @@ class StreamBatches:
                 )
                 # HWC memory seen as CHW is channels_last: no copy.
                 yield images.permute(0, 3, 1, 2)[:keep], labels.reshape(-1)[:keep]
+        self._skip_rest()
 
     def state_dict(self) -> dict[str, Any]:
         checkpoint = base64.b64encode(self._pipe.checkpoint()).decode("ascii")
@@ -140,11 +141,15 @@ class StreamBatches:
         build(pipe, self._dataset, self._split)
         return pipe
 
+    def _skip_rest(self) -> None:
+        """On to the next epoch: the reader cannot be rewound, only read to its end."""
+        while self._run < self._runs_per_epoch:
+            self._next_run()
+        self._epoch, self._run = self._epoch + 1, 0
+
     def _next_run(self) -> tuple[Tensor, Tensor]:
         outputs = run(self._pipe)
         self._run += 1
-        if self._run == self._runs_per_epoch:
-            self._epoch, self._run = self._epoch + 1, 0
         images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         return images, labels
 
