@@ -157,7 +157,7 @@ def _subset(scan: Scan, wanted: tuple[str, ...] | int | None) -> tuple[tuple[Cla
     new_label: dict[int | None, int | None] = {old: new for new, old in enumerate(sorted(keep))}
     new_label[None] = None
     splits = {
-        split: [item._replace(label=new_label[item.label]) for item in items if item.label in new_label]
+        split: [item.labelled(new_label[item.label]) for item in items if item.label in new_label]
         for split, items in scan.splits.items()
     }
     return tuple(class_ for label, class_ in enumerate(scan.classes) if label in keep), splits

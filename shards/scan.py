@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,7 +79,7 @@ class FileSource:
         classes, splits = _tiny_imagenet(listing) if layout == "tiny-imagenet" else _folder(listing)
         _refuse_same_but_for_case(listing.location, classes)
         for items in splits.values():
-            items.sort()
+            items.sort(key=attrgetter("name"))
         images = sum(len(items) for items in splits.values())
         return Scan(
             name=printable(self.path.resolve().name),
@@ -94,10 +95,8 @@ class FileSource:
 def fingerprint(splits: Mapping[str, Iterable[Item]]) -> str:
     digest = hashlib.sha256()
     for split, items in sorted(splits.items()):
-        digest.update(f"{split}\n".encode())
-        for item in items:
-            crc32 = item.where[-1] if item.where else ""
-            digest.update(f"{item.name}\0{item.size_bytes}\0{crc32}\0{item.label}\n".encode("utf-8", "surrogateescape"))
+        lines = [f"{i.name}\0{i.size_bytes}\0{i.where[-1] if i.where else ''}\0{i.label}\n" for i in items]
+        digest.update(f"{split}\n{''.join(lines)}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -153,7 +152,7 @@ def _folder(listing: Listing) -> tuple[tuple[ClassName, ...], dict[str, list[Ite
                 raise UsageError(f"{where}: {split} has a class {printable(id_)!r} that train does not have")
             if not items and split == "train":
                 raise UsageError(f"{where}: class folder {printable(id_)!r} of train holds no images; remove it or fill it")
-        splits[split] = [i._replace(label=label_of[id_]) for id_, items in found.items() for i in items]
+        splits[split] = [item.labelled(label_of[id_]) for id_, items in found.items() for item in items]
     return tuple(ClassName(id=printable(id_), name=printable(id_)) for id_ in ids), splits
 
 
@@ -206,7 +205,7 @@ def _labelled_by_folder(listing: Listing, split: str, label_of: Mapping[str, int
     for class_id, images in _images_by_class(listing, f"{split}/").items():
         if class_id not in label_of:
             raise UsageError(f"{listing.location}: {split}/{printable(class_id)} is no class of wnids.txt")
-        items += [item._replace(label=label_of[class_id]) for item in images]
+        items += [item.labelled(label_of[class_id]) for item in images]
     return items
 
 
@@ -225,7 +224,7 @@ def _labelled_by_annotations(listing: Listing, label_of: Mapping[str, int]) -> l
             raise UsageError(f"{where} line {number}: {class_id!r} is no class of wnids.txt")
         if name in labelled:
             raise UsageError(f"{where} line {number}: {name} is annotated twice")
-        labelled[name] = images[name]._replace(label=label_of[class_id])
+        labelled[name] = images[name].labelled(label_of[class_id])
     for name in images:
         if name not in labelled:
             raise UsageError(f"{where}: does not name {printable(name)!r}")

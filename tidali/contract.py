@@ -310,6 +310,8 @@ class Dataset:
 
     root: Path
     manifest: Manifest
+    indexes: Mapping[str, Path] = field(default_factory=dict)
+    """Tar name -> an index to read it by in place of its own."""
 
     def split(self, name: str) -> Split:
         """
@@ -334,7 +336,9 @@ class Dataset:
         return [self.root / shard.name for shard in self.split(split).shards if shard.samples]
 
     def index_paths(self, split: str) -> list[Path]:
-        return [self.root / shard.index_name for shard in self.split(split).shards if shard.samples]
+        return [
+            self.indexes.get(shard.name, self.root / shard.index_name) for shard in self.split(split).shards if shard.samples
+        ]
 
 
 def open_dataset(root: Path) -> Dataset:
