@@ -17,6 +17,7 @@ from tidali.contract import Dataset
 from tidali.data import Data
 from tidali.device import DevicePlan, cpu_count, plan_device
 from tidali.engine import TrainState, make_train_state, train_step
+from tidali.errors import UsageError
 from tidali.loader import decoded_forever
 from tidali.metrics import Meter
 from tidali.models import build_resnet18
@@ -41,11 +42,15 @@ def bench_stages(
         batch_size: images a step; by default 256 on CUDA and 32 on a CPU, where a step of 256 at 224 px takes ten seconds.
 
     Raises:
+        UsageError: a batch larger than the train split.
         TidaliError, DatasetError: the data or the device cannot be used.
     """
     plan = plan_device(device, amp, "auto")
     if batch_size is None:
         batch_size = 256 if plan.device.type == "cuda" else 32
+    samples = dataset.split("train").samples
+    if batch_size > samples:
+        raise UsageError(f"--batch-size {batch_size}: the train split has {samples} samples; measure with at most that many")
     data = Data(dataset, ("train",), plan.device, cache=cache, max_res=max(resolutions))
     say(f"cache {'on' if data.route.cached else 'off'}: {data.route.reason}")
     names = (DECODE, LOADER, STEP, END_TO_END)
@@ -63,7 +68,7 @@ def bench_stages(
     return {
         "benchmark": "stages",
         **environment(plan),
-        "data": {"name": dataset.root.name, "train_samples": dataset.split("train").samples},
+        "data": {"name": dataset.root.name, "train_samples": samples},
         "cached": data.route.cached,
         "stem": stem,
         "batch_size": batch_size,
@@ -103,7 +108,7 @@ def stage_cases(dataset: Dataset, data: Data, plan: DevicePlan, *, res: int, ste
     def step_end_to_end() -> int:
         real_images, real_labels = next(fed)
         meter.update(train_step(state, real_images, real_labels), real_labels)
-        return batch_size
+        return len(real_labels)
 
     return [
         Case(name=DECODE, step=lambda: len(next(decoded)[0]), device=plan.device),

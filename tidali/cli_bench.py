@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from tidali.cli_train import AmpOption, CacheOption, DeviceOption, demo_data, parse_resolutions
+from tidali.errors import UsageError
 
 
 def bench(
     res: Annotated[str, typer.Option(help="Input sides in pixels, such as 64,224.")] = "64,224",
     data: Annotated[str | None, typer.Option(help="A packed data set.", show_default="the built-in demo data")] = None,
     stem: Annotated[Literal["imagenet", "small"], typer.Option(help="The model's stem.")] = "imagenet",
-    batch_size: Annotated[int | None, typer.Option(help="Images a step.", show_default="256 on CUDA, 32 on a CPU")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images a step.", min=2, show_default="256 on CUDA, 32 on a CPU")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Measurements of each row, interleaved.", min=1)] = 5,
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
@@ -24,6 +28,8 @@ def bench(
 ) -> None:
     """Measure images/s: decoding, loading, the training step on synthetic data, and training end to end."""
     resolutions = parse_resolutions(res)
+    if json_ is not None and not Path(json_).parent.is_dir():
+        raise UsageError(f"--json {json_}: there is no folder {Path(json_).parent}")
 
     from bench.report import show, write_json
     from bench.stages import bench_stages

@@ -32,7 +32,7 @@ def shard(
     layout: Annotated[
         Literal["auto", "tiny-imagenet", "folder"], typer.Option(help="How SOURCE is laid out; auto looks for wnids.txt.")
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Of train's order and of the held-out split.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of train's order and of the held-out split.")] = 0,
     shard_samples: Annotated[int | None, typer.Option(help="Samples a shard.", show_default="1000")] = None,
     shard_size: Annotated[str | None, typer.Option(help="Or its largest size, such as 64MB or 256MiB.")] = None,
     val_fraction: Annotated[
@@ -89,7 +89,7 @@ def demo(
     dest: Dest,
     classes: Annotated[int, typer.Option(help="2 to 200.")] = 10,
     per_class: Annotated[int, typer.Option(help="Training images a class; val has a fifth of it, at least 5.")] = 250,
-    seed: Annotated[int, typer.Option(help="Of the drawings and their order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the drawings and their order.")] = 0,
     workers: Workers = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -130,7 +130,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of random samples to this PNG.")] = None,
     split: Annotated[str, typer.Option(help="Of the contact sheet.")] = "train",
-    seed: Annotated[int, typer.Option(help="Of the contact sheet's choice.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the contact sheet's choice.")] = 0,
 ) -> None:
     """Show what a packed data set holds."""
     from tidali.source import open_data, read_manifest

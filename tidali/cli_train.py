@@ -74,7 +74,7 @@ def train(
     config: Annotated[
         str | None, typer.Option(metavar="FILE", help="Replay the config.json of another run; only --set and --out change it.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of weights, order and augmentation.")] = 0,
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
     compile: Annotated[
