@@ -96,14 +96,16 @@ def bicubic_band(
     return Band(blocks, columns.clamp(0, size - 1).flatten(1))
 
 
-def apply_band(band: Band, x: Tensor) -> Tensor:
-    """The matrix, or each sample's, times each sample: (N, size, M) -> (N, out, M)."""
+def apply_band(band: Band, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """The matrix, or each sample's, times each sample: (N, size, M) -> (N, out, M), contiguous, ``out`` where given."""
     n, size, inner = x.shape
     _, blocks, rows, window = band.weights.shape
     samples = torch.arange(n, device=x.device)[:, None] * size
     windows = x.reshape(n * size, inner).index_select(0, (samples + band.columns).flatten())
     weights = band.weights.expand(n, -1, -1, -1).reshape(n * blocks, rows, window)
-    return torch.bmm(weights, windows.view(n * blocks, window, inner)).view(n, blocks * rows, inner)
+    if out is not None:
+        out = out.view(n * blocks, rows, inner)
+    return torch.bmm(weights, windows.view(n * blocks, window, inner), out=out).view(n, blocks * rows, inner)
 
 
 class Resample:
@@ -212,8 +214,8 @@ class Resample:
         x = torch.addcmul(self._add[:, None], x, self._mul[:, None]).to(self._product_dtype)
         x = apply_band(width_band, x.view(n, width, 3 * height))
         x = x.view(n, self._res, 3, height).permute(0, 3, 1, 2).contiguous()
-        x = apply_band(height_band, x.view(n, height, self._res * 3))
+        x = x.view(n, height, self._res * 3)
         if out.dtype == x.dtype:
-            torch.clamp(x, self._lowest, self._highest, out=out.flatten(2))
+            apply_band(height_band, x, out.flatten(2)).clamp_(self._lowest, self._highest)
         else:
-            out.flatten(2).copy_(x.clamp_(self._lowest, self._highest))
+            out.flatten(2).copy_(apply_band(height_band, x).clamp_(self._lowest, self._highest))
