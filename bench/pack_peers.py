@@ -1,0 +1,78 @@
+"""What people pack with today, each as its documentation shows it, run as a script in a Python that has it.
+
+    python pack_peers.py CASE FOLDER DEST WORKERS
+
+FOLDER holds LABEL/NAME.jpg. Every image is decoded, as tidali decodes every image to check it.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+Sample = tuple[Path, int]
+
+_SHARD_SAMPLES = 1000
+
+
+def list_samples(folder: Path) -> list[Sample]:
+    return [(path, int(path.parent.name)) for path in sorted(folder.glob("*/*.jpg"))]
+
+
+class Images:
+    """FFCV's 'indexed dataset': (PIL image, label)."""
+
+    def __init__(self, samples: list[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        path, label = self.samples[index]
+        with Image.open(path) as image:
+            return image.convert("RGB"), label
+
+
+def pack_ffcv(samples: list[Sample], dest: Path, workers: int, write_mode: str) -> None:
+    """'jpg' encodes the decoded pixels again, 'raw' stores them; FFCV does not keep the source's bytes."""
+    from ffcv.fields import IntField, RGBImageField  # type: ignore[import-not-found]
+    from ffcv.writer import DatasetWriter  # type: ignore[import-not-found]
+
+    fields = {"image": RGBImageField(write_mode=write_mode, jpeg_quality=90), "label": IntField()}
+    DatasetWriter(str(dest / "train.beton"), fields, num_workers=workers).from_indexed_dataset(Images(samples))
+
+
+def pack_webdataset(samples: list[Sample], dest: Path, workers: int) -> None:
+    """ShardWriter is one process's; its FAQ says to run several, each with its own shards."""
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.starmap(_write_shards, [(samples[n::workers], str(dest / f"train-{n}-%06d.tar")) for n in range(workers)])
+
+
+def _write_shards(samples: list[Sample], pattern: str) -> None:
+    from PIL import Image
+    from webdataset import ShardWriter
+
+    with ShardWriter(pattern, maxcount=_SHARD_SAMPLES, verbose=0) as writer:
+        for number, (path, label) in enumerate(samples):
+            data = path.read_bytes()
+            with Image.open(io.BytesIO(data)) as image:
+                image.convert("RGB")
+            writer.write({"__key__": f"{number:08d}", "jpg": data, "cls": label})
+
+
+def main(case: str, folder: str, dest: str, workers: str) -> None:
+    samples = list_samples(Path(folder))
+    if case == "webdataset":
+        pack_webdataset(samples, Path(dest), int(workers))
+    else:
+        pack_ffcv(samples, Path(dest), int(workers), case.removeprefix("ffcv-"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
