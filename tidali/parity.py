@@ -1,0 +1,189 @@
+"""How far the routes from pixels to network input are apart, in grey levels: what ``tidali doctor`` prints and the tests hold.
+
+The reference is the DALI graph on a CPU. Images reach it as PNG, so that every route sees the same pixels.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from tidali.config import IMAGENET_MEAN, IMAGENET_STD
+from tidali.resample import Kernel, Resample
+
+RESOLUTIONS = (32, 64, 128, 224)
+_GREY_LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}  # normalisation that leaves 0..255
+
+Route = Callable[[Tensor, int], Tensor]
+"""(N, S, S, 3) uint8 pixels and a resolution -> (N, 3, res, res) float32, in grey levels 0..255."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two routes that should agree, and how far they may differ on photographs, in grey levels."""
+
+    route: str
+    against: str
+    largest_allowed: float
+    mean_allowed: float
+    reason: str
+    """For the tolerances."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A comparison's outcome at one resolution."""
+
+    comparison: Comparison
+    res: int
+    """In pixels."""
+    largest: float
+    """Difference of any channel of any pixel, in grey levels."""
+    mean: float
+
+    @property
+    def holds(self) -> bool:
+        return self.largest <= self.comparison.largest_allowed and self.mean <= self.comparison.mean_allowed
+
+
+def dali(pixels: Tensor, res: int) -> Tensor:
+    """`tidali.pipeline.image_graph` on the CPU."""
+    from nvidia.dali import fn, pipeline_def
+
+    from tidali.pipeline import image_graph
+
+    encoded = [_png(image) for image in pixels.numpy()]
+
+    @pipeline_def(batch_size=len(pixels), num_threads=2, device_id=None, exec_async=False, exec_pipelined=False)
+    def define() -> Any:
+        source = fn.external_source(lambda: encoded, batch=True)
+        return image_graph(source, decoder="cpu", res=res, resize=pixels.shape[1:3] != (res, res), **_GREY_LEVELS)
+
+    pipe = define()
+    pipe.build()
+    (images,) = pipe.run()
+    return torch.from_numpy(images.as_array().copy()).permute(0, 3, 1, 2)
+
+
+def pil(pixels: Tensor, res: int) -> Tensor:
+    resized = [np.asarray(Image.fromarray(image).resize((res, res), Image.Resampling.BICUBIC)) for image in pixels.numpy()]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float()
+
+
+def torch_bicubic(pixels: Tensor, res: int, *, antialias: bool) -> Tensor:
+    images = functional.interpolate(pixels.permute(0, 3, 1, 2).float(), (res, res), mode="bicubic", antialias=antialias)
+    return images.clamp(0, 255)
+
+
+def matrix(pixels: Tensor, res: int, *, kernel: Kernel = "pil", antialias: bool = True) -> Tensor:
+    resample = Resample((pixels.shape[1], pixels.shape[2]), res, kernel=kernel, antialias=antialias, **_GREY_LEVELS)
+    return resample(pixels)
+
+
+def matrix_bfloat16(pixels: Tensor, res: int) -> Tensor:
+    """As a network gets it: normalised with ImageNet's constants, then rounded to bfloat16."""
+    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    size = (pixels.shape[1], pixels.shape[2])
+    images = Resample(size, res, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.bfloat16)(pixels)
+    return 255 * (images.float() * std + mean)
+
+
+ROUTES: dict[str, Route] = {
+    "DALI": dali,
+    "PIL": pil,
+    "torch antialiased": partial(torch_bicubic, antialias=True),
+    "torch plain": partial(torch_bicubic, antialias=False),
+    "matrix": matrix,
+    "matrix, a = -0.75": partial(matrix, kernel="opencv", antialias=False),
+    "matrix, bfloat16": matrix_bfloat16,
+}
+
+COMPARISONS = (
+    Comparison(
+        route="matrix",
+        against="DALI",
+        largest_allowed=1.0,
+        mean_allowed=0.3,
+        reason="DALI rounds to uint8 (0.5 at most, 0.25 on average) and reads its kernel from a table (0.2)",
+    ),
+    Comparison(
+        route="matrix, bfloat16",
+        against="DALI",
+        largest_allowed=1.5,
+        mean_allowed=0.3,
+        reason="as above, and 8 bits of a normalised pixel are 0.46 grey levels at most",
+    ),
+    Comparison(
+        route="PIL",
+        against="DALI",
+        largest_allowed=16.0,
+        mean_allowed=0.5,
+        reason="PIL clamps to uint8 between its two passes, and leaves out taps beyond the border where DALI repeats it",
+    ),
+    Comparison(
+        route="torch antialiased",
+        against="DALI",
+        largest_allowed=12.0,
+        mean_allowed=0.5,
+        reason="torch leaves out taps beyond the border where DALI repeats it; 8 pixels inside they are 1 apart",
+    ),
+    Comparison(
+        route="matrix, a = -0.75",
+        against="torch plain",
+        largest_allowed=0.01,
+        mean_allowed=0.01,
+        reason="the same kernel and border, in float32: only the order of the sums differs",
+    ),
+    Comparison(
+        route="torch plain",
+        against="DALI",
+        largest_allowed=100.0,
+        mean_allowed=16.0,
+        reason="another kernel (a = -0.75), and not antialiased: shown for its size, not to be mixed",
+    ),
+)
+
+
+def photographs(count: int = 8, size: int = 64, seed: int = 0) -> Tensor:
+    """Images with a photograph's spectrum, amplitude 1/f, and enough contrast that some pixels are clipped.
+
+    Returns:
+        (count, size, size, 3) uint8.
+    """
+    noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((count, 3, size, size)))
+    frequency = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None, :]).clamp(min=1 / size)
+    images = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(size, size))
+    images = 128 + 60 * images / images.std(dim=(2, 3), keepdim=True)
+    return images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def parity_table(pixels: Tensor | None = None, resolutions: Sequence[int] = RESOLUTIONS) -> list[Row]:
+    """Every comparison at every resolution.
+
+    Args:
+        pixels: (N, S, S, 3) uint8; `photographs` by default. The tolerances are for photographs: noise differs by more.
+    """
+    pixels = photographs() if pixels is None else pixels
+    rows = []
+    for res in resolutions:
+        images = {name: route(pixels, res) for name, route in ROUTES.items()}
+        for comparison in COMPARISONS:
+            difference = (images[comparison.route] - images[comparison.against]).abs()
+            rows.append(Row(comparison=comparison, res=res, largest=difference.max().item(), mean=difference.mean().item()))
+    return rows
+
+
+def _png(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
+    return np.frombuffer(file.getvalue(), np.uint8)
