@@ -78,8 +78,8 @@ def test_shards_runs_without_torch_and_dali(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("bench.")])
-def test_bench_leaves_shards_alone(module: str) -> None:
-    assert "shards" not in {one.top for one in imports_of(module)}
+def test_bench_uses_tidali_and_packs_in_one_place(module: str) -> None:
+    assert module == "bench.pack" or "shards" not in {one.top for one in imports_of(module)}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("tidali.")])

@@ -271,7 +271,7 @@ def test_an_image_that_cannot_be_decoded_is_one_line(demo_copy: Path) -> None:
     content = bytearray(tar.read_bytes())
     content[512 + 20 : 512 + 220] = bytes(200)  # inside the first image's quantisation tables
     tar.write_bytes(content)
-    with pytest.raises(TidaliError, match=r"DALI failed on a batch: .*'tidali verify --decode' names bad images") as refused:
+    with pytest.raises(TidaliError, match=r"'tidali verify --decode' names") as refused:
         list(StreamBatches(dataset, "val", res=64, batch_size=4, num_threads=1))
     assert "\n" not in str(refused.value)
 
