@@ -1,0 +1,231 @@
+"""Resampling against PIL, torch and DALI. Differences are in grey levels, 0..255."""
+
+from __future__ import annotations
+
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+
+from tidali.augment import AUGMENTS, Augment, Mix, erase, erase_boxes, mix_batch
+from tidali.cache import CachedBatches, PixelCache
+from tidali.config import IMAGENET_MEAN, IMAGENET_STD
+from tidali.parity import COMPARISONS, RESOLUTIONS, Row, matrix, parity_table, photographs, torch_bicubic
+from tidali.resample import Resample
+
+GREY_LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}
+
+
+def noise(n: int, height: int, width: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def assert_within(actual: torch.Tensor, expected: torch.Tensor, largest: float, mean: float | None = None) -> None:
+    assert actual.shape == expected.shape
+    difference = (actual.float() - expected.float()).abs()
+    found = f"largest difference {difference.max():.3f}, mean {difference.mean():.4f}"
+    assert difference.max() <= largest, found
+    assert mean is None or difference.mean() <= mean, found
+
+
+# ----------------------------------------------------------------------------------------------------------------------- torch
+
+# Both sides are float32 sums of at most a hundred products below 255, in another order.
+FLOAT32_LEVELS = 0.01
+
+
+@settings(max_examples=40)
+@given(st.integers(2, 90), st.integers(1, 100))
+def test_the_plain_opencv_kernel_is_torchs(size: int, res: int):
+    pixels = noise(2, size, size)
+    assert_within(
+        matrix(pixels, res, kernel="opencv", antialias=False), torch_bicubic(pixels, res, antialias=False), FLOAT32_LEVELS
+    )
+
+
+@settings(max_examples=40)
+@given(st.integers(30, 90), st.integers(20, 100))
+def test_the_antialiased_pil_kernel_is_torchs_away_from_the_border(size: int, res: int):
+    pixels = noise(2, size, size)
+    # The kernel reaches two source pixels, or two output pixels where there are fewer of those, and torch leaves out what lies
+    # beyond the border. One more for the rounding of the window's ends.
+    border = int(2 * max(res / size, 1)) + 2
+    inner = (..., slice(border, -border), slice(border, -border))
+    assert_within(matrix(pixels, res)[inner], torch_bicubic(pixels, res, antialias=True)[inner], FLOAT32_LEVELS)
+
+
+@given(st.integers(1, 80), st.integers(1, 80), st.integers(1, 100), st.integers(0, 255))
+@settings(max_examples=40)
+def test_one_colour_stays_that_colour(height: int, width: int, res: int, level: int):
+    pixels = torch.full((1, height, width, 3), level, dtype=torch.uint8)
+    assert_within(
+        Resample((height, width), res, **GREY_LEVELS)(pixels), torch.full((1, 3, res, res), float(level)), FLOAT32_LEVELS
+    )
+
+
+def test_normalisation_and_clamping():
+    pixels = photographs(4)
+    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    images = Resample((64, 64), 128, mean=IMAGENET_MEAN, std=IMAGENET_STD)(pixels)
+    expected = functional.interpolate(pixels.permute(0, 3, 1, 2).float(), (128, 128), mode="bicubic", antialias=True)
+    overshoot = (expected < 0) | (expected > 255)
+    assert overshoot.any()  # else the clamp would not be seen
+    inner = (..., slice(4, -4), slice(4, -4))
+    assert_within((images * std + mean)[inner] * 255, expected.clamp(0, 255)[inner], FLOAT32_LEVELS)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_boxes_of_the_whole_image_are_the_default():
+    pixels = photographs(3)
+    boxes = torch.tensor([[0.0, 0.0, 64.0, 64.0]]).expand(3, -1)
+    resample = Resample((64, 64), 96, **GREY_LEVELS)
+    assert_within(resample(pixels, boxes), resample(pixels), FLOAT32_LEVELS)
+
+
+def test_an_unscaled_box_is_a_crop():
+    pixels, boxes = noise(3, 20, 30), torch.tensor([[0.0, 0, 16, 16], [4, 14, 16, 16], [3, 5, 16, 16]])
+    crops = Resample((20, 30), 16, **GREY_LEVELS)(pixels, boxes)
+    for crop, image, (top, left, *_) in zip(crops, pixels, boxes.int().tolist(), strict=True):
+        assert_within(crop, image[top : top + 16, left : left + 16].permute(2, 0, 1), FLOAT32_LEVELS)
+
+
+def test_a_box_is_resized_as_torch_resizes_the_crop_away_from_its_border():
+    pixels, boxes = noise(2, 40, 50), torch.tensor([[3.0, 7, 20, 33], [0, 0, 38, 50]])
+    images = Resample((40, 50), 48, **GREY_LEVELS)(pixels, boxes)
+    for image, source, (top, left, height, width) in zip(images, pixels, boxes.int().tolist(), strict=True):
+        crop = source[None, top : top + height, left : left + width].permute(0, 3, 1, 2).float()
+        expected = functional.interpolate(crop, (48, 48), mode="bicubic", antialias=True).clamp(0, 255)[0]
+        # Two source pixels are 4.8 output pixels here; inside the box only, since outside it other pixels count.
+        assert_within(image[:, 6:-6, 6:-6], expected[:, 6:-6, 6:-6], FLOAT32_LEVELS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "product_dtype", "largest"),
+    [
+        (torch.bfloat16, torch.float32, 0.5),  # 0.46: half a unit in the last of 8 bits, below 4 standard deviations
+        (torch.float16, torch.float16, 0.25),  # 0.17: factors, intermediate and result each rounded to 11 bits; CUDA's route
+        (torch.bfloat16, torch.float16, 0.75),  # 0.62: both
+    ],
+)
+def test_half_precision_costs_less_than_a_grey_level(dtype: torch.dtype, product_dtype: torch.dtype, largest: float):
+    pixels = photographs(4)
+    settings = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    exact = Resample((64, 64), 224, **settings)(pixels)
+    images = Resample((64, 64), 224, dtype=dtype, product_dtype=product_dtype, **settings)(pixels)
+    assert images.dtype == dtype
+    scale = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    assert_within(images.float() * scale, exact * scale, largest)
+
+
+def test_an_autocast_around_it_changes_nothing():
+    pixels = photographs(1)
+    resample = Resample((64, 64), 96, **GREY_LEVELS)
+    expected = resample(pixels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(resample(pixels), expected)
+
+
+def test_pixels_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="made for"):
+        Resample((64, 64), 96, **GREY_LEVELS)(noise(1, 32, 64))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ DALI
+
+
+@pytest.fixture(scope="module")
+def table() -> list[Row]:
+    pytest.importorskip("nvidia.dali")
+    return parity_table()
+
+
+def test_the_parity_table_holds(table: list[Row]):
+    assert len(table) == len(COMPARISONS) * len(RESOLUTIONS)
+    failed = [row for row in table if not row.holds]
+    assert not failed
+
+
+def test_the_parity_table_can_tell_kernels_apart(table: list[Row]):
+    largest = {row.comparison.route: row.largest for row in table if row.res == 224 and row.comparison.against == "DALI"}
+    assert largest["torch plain"] > 5 > largest["matrix"]
+
+
+def run_dali(pixels: torch.Tensor, graph: Any, *inputs: NDArray[np.float32]) -> torch.Tensor:
+    """A DALI CPU graph over decoded images: (N, 3, H, W)."""
+    dali = pytest.importorskip("nvidia.dali")
+
+    @dali.pipeline_def(batch_size=len(pixels), num_threads=2, device_id=None)
+    def define() -> Any:
+        images = dali.fn.external_source(repeat(list(pixels.numpy())), batch=True, layout="HWC")
+        return graph(dali, images, *(dali.fn.external_source(repeat(list(values)), batch=True) for values in inputs))
+
+    pipe = define()
+    pipe.build()
+    return torch.from_numpy(pipe.run()[0].as_array().copy()).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("size", [(50, 71), (71, 50), (40, 64), (48, 49), (33, 64), (300, 401)])
+@pytest.mark.parametrize("res", [32, 65, 224])
+def test_the_centre_crop_is_dalis(size: tuple[int, int], res: int):
+    pixels = noise(2, *size)
+
+    def graph(dali: Any, images: Any) -> Any:
+        resized = dali.fn.resize(images, resize_shorter=res, interp_type=dali.types.INTERP_CUBIC, antialias=True)
+        return dali.fn.crop(resized, crop=(res, res))
+
+    # 0.5 for DALI's rounding to uint8, the rest for its kernel, which it interpolates in a table: at most 0.24 on noise.
+    assert_within(Resample(size, res, **GREY_LEVELS)(pixels), run_dali(pixels, graph), 0.8, 0.3)
+
+
+@pytest.mark.parametrize("res", [24, 64, 96])
+def test_boxes_are_dalis_regions(res: int):
+    pixels = noise(6, 40, 56)
+    boxes = torch.tensor([[0.0, 0, 40, 56], [5, 9, 30, 20], [0, 40, 12, 16], [28, 0, 12, 50], [1, 2, 38, 52], [10, 10, 20, 20]])
+
+    def graph(dali: Any, images: Any, start: Any, end: Any) -> Any:
+        return dali.fn.resize(
+            images, size=(res, res), roi_start=start, roi_end=end, interp_type=dali.types.INTERP_CUBIC, antialias=True
+        )
+
+    start, end = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    expected = run_dali(pixels, graph, start.numpy(), end.numpy())
+    assert_within(Resample((40, 56), res, **GREY_LEVELS)(pixels, boxes), expected, 0.8, 0.3)
+
+
+# ------------------------------------------------------------------------------------------------------- CUDA, without a driver
+
+CUDA_AUGMENT = Augment(flip="alternating", shift_px=4, crop_scale=(0.25, 1.0), erase=0.25)
+
+
+@pytest.mark.parametrize("augment", [*AUGMENTS.values(), CUDA_AUGMENT])
+@pytest.mark.parametrize(
+    ("res", "dtype"), [(64, torch.float32), (224, torch.float32), (224, torch.bfloat16), (128, torch.float16)]
+)
+def test_every_step_stays_on_a_described_cuda_device(augment: Augment, res: int, dtype: torch.dtype):
+    """Fake tensors refuse any operation on tensors of two devices and any value that the host would have to wait for."""
+    with FakeTensorMode():
+        device = torch.device("cuda", 0)
+        cache = PixelCache(
+            pixels=torch.empty(1000, 64, 64, 3, dtype=torch.uint8, device=device),
+            labels=torch.empty(1000, dtype=torch.int64, device=device),
+            identity="fake",
+        )
+        loader = CachedBatches(
+            cache, res=res, batch_size=256, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype, train=True, augment=augment
+        )
+        images, labels = next(loader._rest_of_epoch(0, 0))  # without the side stream, which needs a driver
+        assert images.device == labels.device == device
+        assert (images.dtype, labels.dtype) == (dtype, torch.int64)
+        assert images.shape == (256, 3, res, res)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        for mix in (Mix(share=0.3, box=None), Mix(share=0.3, box=(0.2, 0.7))):
+            mixed, targets = mix_batch(images, labels, mix, 200)
+            assert (mixed.device, targets.device, targets.shape) == (device, device, (256, 200))
+        assert erase(images, erase_boxes((res, res), 0.5, labels, seed=0, epoch=0)).device == device
