@@ -81,6 +81,7 @@ def pack(
             _claim(store, plan, overwrite=overwrite)
             removed = _sweep(store, plan)
             results = _write_shards(plan, scan, settings, store, _run(executor, plan, workers), progress)
+            _sweep(store, plan)  # what a worker left that was lost, and whose task another one did
             manifest = build_manifest(
                 [result.summary for result in results],
                 classes=plan.classes,

@@ -51,11 +51,10 @@ def _run(ray: Any, job: Callable[[T], R], tasks: Sequence[T]) -> Iterator[tuple[
         (done,), _ = ray.wait(list(waiting), num_returns=1)
         try:
             result = ray.get(done)
-        except TidaliError:
-            raise
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, TidaliError) else None
-            raise TidaliError(str(cause or error).strip().splitlines()[-1]) from None
+        except ray.exceptions.RayTaskError as error:  # wraps what the task raised, with the remote traceback in its text
+            if isinstance(error.cause, TidaliError):
+                raise error.cause from None
+            raise TidaliError(str(error).strip().splitlines()[-1]) from None
         except ray.exceptions.RayError as error:
             raise TidaliError(f"a Ray worker was lost: {str(error).splitlines()[0]}; run the same command again") from None
         yield waiting.pop(done), result
