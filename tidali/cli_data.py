@@ -239,7 +239,7 @@ def _print_splits(title: str, manifest: Manifest) -> None:
 
 def _print_info(data: str, manifest: Manifest) -> None:
     _print_splits(f"{data}: {len(manifest.classes)} classes", manifest)
-    facts = [
+    facts: list[tuple[str, object]] = [
         ("source", f"{manifest.source.get('name')} ({manifest.source.get('layout')})"),
         ("settings", ", ".join(f"{key} {value}" for key, value in manifest.settings.items() if value is not None)),
         ("mean of train", ", ".join(f"{value:.4f}" for value in manifest.mean)),
@@ -249,7 +249,8 @@ def _print_info(data: str, manifest: Manifest) -> None:
         ("format", manifest.version),
         ("quarantined", len(manifest.quarantine)),
     ]
-    print_table("", ("", ""), facts)
+    for name, fact in facts:
+        results.print(f"{name:<14} {fact}", markup=False)
     for entry in manifest.quarantine:
         results.print(f"quarantined: {entry.source!r}: {entry.reason}", markup=False)
 

@@ -1,0 +1,188 @@
+"""shard, demo, verify, info and download as people run them: what they print, and how they exit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tidali.cli_data import parse_size
+from tidali.contract import Manifest, open_dataset
+from tidali.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def packed(tidali: Any, tiny_zip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dest = tmp_path_factory.mktemp("packed") / "data"
+    ended = tidali("shard", tiny_zip, dest, "--shard-samples", 10)
+    assert ended.code == 0, ended.stderr
+    return dest
+
+
+def test_shard_says_what_it_did(tidali: Any, tiny_zip: Path, tmp_path: Path) -> None:
+    first = tidali("shard", tiny_zip, tmp_path / "data")
+    assert first.code == 0
+    assert "4 classes" in first.stdout
+    for split, samples in (("train", "48"), ("val", "12"), ("test", "5")):
+        assert any(split in line and samples in line for line in first.stdout.splitlines())
+    assert "7 files of the source are no images by their names" in first.stderr
+    again = tidali("shard", tiny_zip, tmp_path / "data")
+    assert again.code == 0
+    assert "0 shards written, 3 kept from an earlier run" in again.stderr
+    (tmp_path / "data" / "val-000000.idx").write_text("x")
+    repaired = tidali("shard", tiny_zip, tmp_path / "data")
+    assert "damaged and written anew: val-000000.tar" in repaired.stderr
+    refused = tidali("shard", tiny_zip, tmp_path / "data", "--seed", 3)
+    assert refused.code == 2
+    assert refused.stderr.count("\n") == 1
+    assert "seed is 0 there and 3 here" in refused.stderr
+    assert tidali("shard", tiny_zip, tmp_path / "data", "--seed", 3, "--overwrite").code == 0
+    assert open_dataset(tmp_path / "data").manifest.settings["seed"] == 3
+
+
+def test_shard_options_reach_the_manifest(tidali: Any, tiny_zip: Path, tmp_path: Path) -> None:
+    ids = tmp_path / "classes.txt"
+    ids.write_text("n00008963\nn00009000\n\n")
+    options = [
+        "--shard-size",
+        "8KiB",
+        "--val-fraction",
+        "0.25",
+        "--classes",
+        ids,
+        "--size",
+        20,
+        "--kernel",
+        "opencv",
+        "--seed",
+        9,
+    ]
+    ended = tidali(
+        "shard", tiny_zip, tmp_path / "data", *options, "--layout", "tiny-imagenet", "--max-pixels", 5000, "--workers", 1
+    )
+    assert ended.code == 0, ended.stderr
+    manifest = open_dataset(tmp_path / "data").manifest
+    assert manifest.settings == {
+        "seed": 9,
+        "shard_samples": None,
+        "shard_size_bytes": 8192,
+        "val_fraction": 0.25,
+        "classes": ["n00008963", "n00009000"],
+        "size_px": 20,
+        "kernel": "opencv",
+        "max_pixels": 5000,
+    }
+    assert list(manifest.splits) == ["train", "heldout", "val", "test"]
+    assert manifest.splits["train"].image_sizes == {"20x20": 18}
+    assert len(manifest.splits["train"].shards) > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shard-samples", "5", "--shard-size", "1MB"], "give --shard-samples or --shard-size, not both"),
+        (["--shard-size", "huge"], "--shard-size huge: give a size such as 64MB"),
+        (["--classes", "nowhere.txt"], "--classes nowhere.txt: neither a number nor a readable file"),
+        (["--classes", "5"], "--classes 5: the source has 4"),
+        (["--val-fraction", "1.5"], "--val-fraction must be in [0, 1), not 1.5"),
+        (["--layout", "folder"], "test has a class 'images' that train does not have"),
+    ],
+)
+def test_wrong_options_are_one_line(tidali: Any, tiny_zip: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    ended = tidali("shard", tiny_zip, tmp_path / "data", *options)
+    assert ended.code == 2
+    assert message in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert not (tmp_path / "data").exists()
+
+
+def test_strict_and_the_warning(tidali: Any, make: Any, tmp_path: Path) -> None:
+    tree = make.folder_tree() | {f"train/class_0/bad {n}.jpg": b"" for n in range(12)}
+    source = make.folder(tree, tmp_path / "src")
+    ended = tidali("shard", source, tmp_path / "data")
+    assert ended.code == 0
+    assert "warning: 12 files are no usable images" in ended.stderr
+    assert "'train/class_0/bad 0.jpg': empty file" in ended.stderr
+    assert "and 2 more" in ended.stderr
+    strict = tidali("shard", source, tmp_path / "data", "--strict")
+    assert strict.code == 1
+    assert "12 files were quarantined, and --strict was asked for" in strict.stderr
+    assert "quarantined: 'train/class_0/bad 7.jpg': empty file" in tidali("info", tmp_path / "data").stdout
+
+
+def test_verify(tidali: Any, packed: Path, make: Any, tiny_zip: Path, tmp_path: Path) -> None:
+    good = tidali("verify", packed, "--decode")
+    assert good.code == 0
+    assert "65 samples in 8 shards" in good.stdout
+    assert "every file, header, label and image is right" in good.stdout
+    make.pack(tiny_zip, tmp_path / "data")
+    (tmp_path / "data" / "val-000000.idx").unlink()
+    (tmp_path / "data" / "train-000007.tar").write_bytes(b"x")
+    bad = tidali("verify", tmp_path / "data")
+    assert bad.code == 1
+    assert "val-000000.idx: is missing; pack the source again" in bad.stdout
+    assert "train-000007.tar: is in no split of the manifest; remove it" in bad.stdout
+    assert "2 faults" in bad.stderr
+    none = tidali("verify", tmp_path)
+    assert none.code == 1
+    assert "no dataset.json here" in none.stderr
+
+
+def test_info(tidali: Any, packed: Path, tmp_path: Path) -> None:
+    shown = tidali("info", packed)
+    assert shown.code == 0
+    for text in ("4 classes", "tiny.zip (tiny-imagenet)", "mean of train", "simplejpeg", "quarantined"):
+        assert text in shown.stdout
+    document = json.loads(tidali("info", packed, "--json").stdout)
+    manifest = open_dataset(packed).manifest
+    assert document["splits"]["train"]["samples"] == 48
+    assert document["splits"]["train"]["size_bytes"] == manifest.splits["train"].size_bytes
+    assert document["mean"] == list(manifest.mean)
+    assert len(document["classes"]) == 4
+
+
+def test_contact_sheet(tidali: Any, packed: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert tidali("info", packed, "--sheet", tmp_path / f"{name}.png").code == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.size == (8 * 134 + 6, 6 * 148 + 6)
+        assert len(sheet.convert("RGB").getcolors(1 << 24) or []) > 1000
+    few = tidali("info", packed, "--sheet", tmp_path / "val.png", "--split", "test")
+    assert few.code == 0
+    assert tidali("info", packed, "--sheet", tmp_path / "x.png", "--split", "heldout").code == 1
+    unwritable = tidali("info", packed, "--sheet", tmp_path / "no" / "x.png")
+    assert unwritable.code == 2
+    assert "No such file or directory" in unwritable.stderr
+
+
+def test_demo(tidali: Any, tmp_path: Path) -> None:
+    ended = tidali("demo", tmp_path / "demo", "--classes", 3, "--per-class", 10)
+    assert ended.code == 0
+    assert "3 classes" in ended.stdout
+    assert tidali("demo", tmp_path / "demo", "--classes", 1).code == 2
+
+
+def test_download_checks_the_md5(tidali: Any, tmp_path: Path) -> None:
+    data = b"a zip"
+    (tmp_path / "tiny.zip").write_bytes(data)
+    url = "http://127.0.0.1:9/tiny.zip"  # not asked: the file is there already
+    ended = tidali("download", tmp_path, "--url", url, "--md5", hashlib.md5(data).hexdigest())
+    assert (ended.code, ended.stdout.strip()) == (0, str(tmp_path / "tiny.zip"))
+    assert tidali("download", tmp_path, "--url", url, "--md5", "0" * 32).code == 2
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("5000", "64MB", "1.5 GiB", "2kib")] == [5000, 64_000_000, 1_610_612_736, 2048]
+    for text in ("", "MB", "5 parsecs", "infGB"):
+        with pytest.raises(UsageError):
+            parse_size(text)
+
+
+def test_a_manifest_survives_its_own_text(packed: Path) -> None:
+    manifest = open_dataset(packed).manifest
+    assert Manifest.from_json(manifest.to_json(), "x") == manifest
