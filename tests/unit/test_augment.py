@@ -69,6 +69,9 @@ def assert_whole_and_inside(boxes: torch.Tensor, height: int, width: int) -> Non
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, 0] + boxes[:, 2] <= height).all()
     assert (boxes[:, 1] + boxes[:, 3] <= width).all()
+    # The last place is drawn too, by boxes that had a choice.
+    assert ((boxes[:, 0] + boxes[:, 2] == height) & (boxes[:, 2] < height)).any()
+    assert ((boxes[:, 1] + boxes[:, 3] == width) & (boxes[:, 3] < width)).any()
 
 
 @pytest.mark.parametrize(
