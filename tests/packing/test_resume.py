@@ -100,8 +100,8 @@ def test_killed_at_random_moments(
     make: Any, script: Path, source: Path, unbroken: dict[str, bytes], tmp_path: Path, contents: Any, workers: int
 ) -> None:
     rng = random.Random(workers)
-    begun = time.perf_counter()
     probe = Packer(script, source, tmp_path / "probe", workers)
+    begun = time.perf_counter()
     probe.go()
     assert probe.end() == ""
     packing_s = time.perf_counter() - begun
