@@ -125,6 +125,11 @@ class CachedBatches:
     def __len__(self) -> int:
         return self._steps
 
+    @property
+    def samples(self) -> int:
+        """Of the split, over all ranks."""
+        return len(self._cache)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives, counted from 0. A restored position in that epoch stays."""
         if epoch != self._epoch or self._underway:

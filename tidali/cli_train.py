@@ -21,6 +21,10 @@ CacheOption = Annotated[
     Literal["auto", "device", "off"],
     typer.Option(help="Decode once into the device's memory, or stream; auto caches what takes less than half of it."),
 ]
+MaxBadOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Damaged images of a split that are left out before a run fails.", show_default="0.1 % of it"),
+]
 AmpOption = Annotated[
     Literal["auto", "bf16", "fp16", "off"], typer.Option(help="Mixed precision; auto decides by device and says why.")
 ]
@@ -81,6 +85,7 @@ def train(
         Literal["auto", "on", "off"], typer.Option(help="torch.compile; auto decides by device and says why.")
     ] = "auto",
     cache: CacheOption = "auto",
+    max_bad: MaxBadOption = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Two runs give the same weights, to the bit.")] = False,
     out: Annotated[str | None, typer.Option(help="Run folder.", show_default="runs/DATA-RES-RECIPE-TIME")] = None,
     resume: Annotated[
@@ -126,6 +131,7 @@ def train(
         amp=amp,
         compile=compile,
         cache=cache,
+        max_bad=max_bad,
         deterministic=deterministic,
     )
     _finish(settings)
@@ -189,6 +195,7 @@ def eval_(
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
     cache: CacheOption = "auto",
+    max_bad: MaxBadOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
 ) -> None:
     """Score a checkpoint on a split at one or several resolutions; every sample counts exactly once."""
@@ -199,7 +206,7 @@ def eval_(
     from tidali.source import open_data
 
     _, rows = evaluate_checkpoint(
-        checkpoint, open_data(data), split=split, resolutions=resolutions, device=device, amp=amp, cache=cache
+        checkpoint, open_data(data), split=split, resolutions=resolutions, device=device, amp=amp, cache=cache, max_bad=max_bad
     )
     if not is_main_rank():
         return

@@ -206,6 +206,8 @@ class TrainSettings:
     compile: CompileChoice = "auto"
     cache: CacheChoice = "auto"
     """``device`` decodes once into the training device's memory, ``off`` streams; ``auto`` caches what takes less than half."""
+    max_bad: int | None = None
+    """Images of a split that may be damaged and are then left out; None: 0.1 % of it."""
     deterministic: bool = False
     """Two runs give the same weights, to the bit, on the same machine and number of ranks."""
     checkpoint_minutes: float = 10.0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tidali.augment import Augment
+from tidali.bad_images import leave_out_bad
 from tidali.cache import CachedBatches, PixelCache, fill_cache
 from tidali.config import CacheChoice
 from tidali.console import progress_bar
@@ -30,6 +31,11 @@ class Batches(Protocol):
 
     def __len__(self) -> int:
         """Steps an epoch, the same on every rank."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Of the split, over all ranks, without damaged images that were left out."""
         ...
 
     def set_epoch(self, epoch: int) -> None:
@@ -98,21 +104,32 @@ class Data:
     """A data set on a device, ready to give batches of any of its splits at any resolution."""
 
     def __init__(
-        self, dataset: Dataset, splits: Sequence[str], device: torch.device, *, cache: CacheChoice = "auto", max_res: int
+        self,
+        dataset: Dataset,
+        splits: Sequence[str],
+        device: torch.device,
+        *,
+        cache: CacheChoice = "auto",
+        max_res: int,
+        max_bad: int | None = None,
     ) -> None:
         """
         Args:
             splits: those that will be asked for.
             max_res: the largest resolution that will be asked for, in pixels.
+            max_bad: images of a split that may be damaged and are then left out; 0.1 % of it by default.
 
         Raises:
-            DatasetError, UsageError: a split that is not there or has no labels.
+            DatasetError: a split that is not there, or damaged beyond `max_bad`.
+            UsageError: a split without labels.
         """
         for split in splits:
             if not dataset.split(split).labelled:
                 raise UsageError(
                     f"{dataset.root}: the {split!r} split has no labels, so it can be neither trained nor evaluated on"
                 )
+        for split in splits:
+            dataset = leave_out_bad(dataset, split, max_bad)
         self.dataset, self.device = dataset, device
         self.route = choose_route(
             cache,
@@ -171,7 +188,7 @@ def fill(dataset: Dataset, split: str, device: torch.device, square: int | None)
     """
     info = dataset.split(split)
     size = (square, square) if square is not None else parse_size(next(iter(info.image_sizes)))
-    shards = "".join(shard.sha256 for shard in info.shards)
+    shards = "".join(f"{shard.sha256}{shard.samples}" for shard in info.shards)
     if dali_is_installed():
         from tidali.loader import decoded_once
     else:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from tidali.contract import Dataset, SampleRecord, read_record
+from tidali.contract import Dataset, SampleRecord, parse_index, read_record
 from tidali.errors import TidaliError
 
 
@@ -24,10 +24,14 @@ def decoded_once(
     """
     pixels: list[np.ndarray] = []
     labels: list[int] = []
-    for shard in dataset.split(split).shards:
+    shards = [shard for shard in dataset.split(split).shards if shard.samples]
+    for shard, index in zip(shards, dataset.index_paths(split), strict=True):
         path = dataset.root / shard.name
+        listed = {part.offset for sample in parse_index(index.read_text(), str(index)) for part in sample}
         with path.open("rb") as file:
             for record in read_record(dataset.root, shard):
+                if record.offset not in listed:
+                    continue
                 file.seek(record.offset)
                 pixels.append(decode(file.read(record.size_bytes), square, str(path), record))
                 labels.append(record.label or 0)

@@ -34,6 +34,7 @@ def evaluate_checkpoint(
     device: DeviceChoice = "auto",
     amp: AmpChoice = "auto",
     cache: CacheChoice = "auto",
+    max_bad: int | None = None,
 ) -> tuple[ModelCard, list[ResolutionScore]]:
     """Score a checkpoint on a split, preprocessed as its card says.
 
@@ -54,7 +55,7 @@ def evaluate_checkpoint(
     model.to(plan.device)
     rows = []
     with joined_ranks(plan.device.type) as ranks:
-        data = Data(dataset, (split,), plan.device, cache=cache, max_res=max(resolutions))
+        data = Data(dataset, (split,), plan.device, cache=cache, max_res=max(resolutions), max_bad=max_bad)
         for res in resolutions:
             batches = data.batches(
                 split,
@@ -65,7 +66,7 @@ def evaluate_checkpoint(
                 rank=ranks.rank,
                 world_size=ranks.world_size,
             )
-            score = evaluate(model, batches, plan, expected_samples=dataset.split(split).samples, ranks=ranks)
+            score = evaluate(model, batches, plan, expected_samples=batches.samples, ranks=ranks)
             rows.append(ResolutionScore(res=res, score=score))
     return card, rows
 

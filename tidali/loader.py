@@ -52,39 +52,55 @@ class StreamBatches:
             UsageError: the split has no labels, or fewer samples than one training batch.
             TidaliError: DALI could not build the pipeline.
         """
-        info = labelled_split(dataset, split)
-        self._samples = rank_samples(info.samples, rank, world_size)
-        smallest, largest = info.samples // world_size, -(-info.samples // world_size)
-        # The reader goes on to the next epoch only after its padded last batch, also where training drops it.
-        self._runs_per_epoch = -(-largest // batch_size)
-        self._steps = smallest // batch_size if train else self._runs_per_epoch
-        if not self._steps:
-            raise UsageError(
-                f"--batch-size {batch_size}: the {split!r} split has {smallest} samples a rank, not one full batch; "
-                f"use at most --batch-size {smallest}"
-            )
-        self._train, self._batch_size = train, batch_size
-        self._epoch, self._run = 0, 0  # where the consumer is; runs are the pipeline's batches, dropped ones included
-        self._resumed = False
         self._dataset, self._split = dataset, split
+        self._train, self._batch_size, self._rank, self._world_size = train, batch_size, rank, world_size
         self._pipeline_settings: dict[str, Any] = dict(
             batch_size=batch_size,
             res=res,
-            resize=needs_resize(info, res),
+            resize=needs_resize(labelled_split(dataset, split), res),
             mean=mean,
             std=std,
             flip=flip,
-            shuffle_buffer=largest if train else 0,
             rank=rank,
             world_size=world_size,
             seed=seed,
         )
         self._num_threads = num_threads or cpu_count()
         self._placement = placement_on(device)
-        self._pipe = self._build(None)
+        self._epoch, self._run = 0, 0  # where the consumer is; runs are the pipeline's batches, dropped ones included
+        self._resumed = False
+        self._open(None)
+
+    def _open(self, checkpoint: bytes | None) -> None:
+        """Build the pipeline, at its start or at a checkpoint."""
+        info, split = self._dataset.split(self._split), self._split
+        self._samples = rank_samples(info.samples, self._rank, self._world_size)
+        smallest, largest = info.samples // self._world_size, -(-info.samples // self._world_size)
+        # The reader goes on to the next epoch only after its padded last batch, also where training drops it.
+        self._runs_per_epoch = -(-largest // self._batch_size)
+        self._steps = smallest // self._batch_size if self._train else self._runs_per_epoch
+        if not self._steps:
+            raise UsageError(
+                f"--batch-size {self._batch_size}: the {split!r} split has {smallest} samples a rank, not one full batch; "
+                f"use at most --batch-size {smallest}"
+            )
+        self._pipe = batch_pipeline(
+            shard_files(self._dataset, split),
+            **self._pipeline_settings,
+            shuffle_buffer=largest if self._train else 0,
+            num_threads=self._num_threads,
+            placement=self._placement,
+            checkpoint=checkpoint,
+        )
+        build(self._pipe, self._dataset, split)
 
     def __len__(self) -> int:
         return self._steps
+
+    @property
+    def samples(self) -> int:
+        """Of the split, over all ranks."""
+        return self._dataset.split(self._split).samples
 
     def set_epoch(self, epoch: int) -> None:
         """A stream's epochs follow each other: those in between are read and dropped.
@@ -104,11 +120,9 @@ class StreamBatches:
         for step in range(self._run, self._runs_per_epoch):
             images, labels = self._next_run()
             if step < self._steps:
-                keep = (
-                    self._batch_size if self._train else max(0, min(self._batch_size, self._samples - step * self._batch_size))
-                )
+                left = self._batch_size if self._train else max(self._samples - step * self._batch_size, 0)
                 # HWC memory seen as CHW is channels_last: no copy.
-                yield images.permute(0, 3, 1, 2)[:keep], labels.reshape(-1)[:keep]
+                yield images.permute(0, 3, 1, 2)[:left], labels.reshape(-1)[:left]
         self._skip_rest()
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,29 +131,18 @@ class StreamBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_order(state["order"], self._order())
-        self._pipe = self._build(base64.b64decode(state["dali"]))
+        self._open(base64.b64decode(state["dali"]))
         self._epoch, self._run, self._resumed = state["epoch"], state["run"], True
 
     def _order(self) -> dict[str, Any]:
         """All that decides which samples come when. DALI restores a checkpoint under other settings without a word."""
-        names = ("batch_size", "flip", "rank", "seed", "shuffle_buffer", "world_size")
-        shards = "".join(shard.sha256 for shard in self._dataset.split(self._split).shards)
+        names = ("batch_size", "flip", "rank", "seed", "world_size")
+        shards = "".join(f"{shard.sha256}{shard.samples}" for shard in self._dataset.split(self._split).shards)
         return {
             "route": "stream",
             "shards": hashlib.sha256(shards.encode()).hexdigest(),
             **{name: self._pipeline_settings[name] for name in names},
         }
-
-    def _build(self, checkpoint: bytes | None) -> Any:
-        pipe = batch_pipeline(
-            shard_files(self._dataset, self._split),
-            **self._pipeline_settings,
-            num_threads=self._num_threads,
-            placement=self._placement,
-            checkpoint=checkpoint,
-        )
-        build(pipe, self._dataset, self._split)
-        return pipe
 
     def _skip_rest(self) -> None:
         """On to the next epoch: the reader cannot be rewound, only read to its end."""

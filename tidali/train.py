@@ -73,7 +73,14 @@ class Run:
         model = build_resnet18(len(dataset.manifest.classes), settings.stem, stem_bias=self.stem_bias)
         self.load_report, of_init = apply_init(model, settings.init)
         self.mean, self.std = choose_normalisation(recipe.normalise, of_init, dataset)
-        self.data = Data(dataset, ("train", self.select_on), plan.device, cache=settings.cache, max_res=settings.res)
+        self.data = Data(
+            dataset,
+            ("train", self.select_on),
+            plan.device,
+            cache=settings.cache,
+            max_res=settings.res,
+            max_bad=settings.max_bad,
+        )
         common: dict[str, Any] = dict(
             res=settings.res, mean=self.mean, std=self.std, rank=ranks.rank, world_size=ranks.world_size
         )
@@ -162,7 +169,7 @@ class Run:
             self.state.evaluated,
             self.eval_batches,
             self.plan,
-            expected_samples=self.dataset.split(self.select_on).samples,
+            expected_samples=self.eval_batches.samples,
             ranks=self.ranks,
         )
         is_best = progress.best is None or score.correct1 > progress.best.correct1
