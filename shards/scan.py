@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -17,9 +16,8 @@ from tidali.errors import UsageError
 LAYOUTS = ("auto", "tiny-imagenet", "folder")
 
 # By suffix here, by content in `shards.images`: a text file named .jpg is a damaged image, one named .txt is no image.
-IMAGE_SUFFIXES = frozenset(
-    f".{suffix}" for suffix in re.findall(r"\w+", "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm jp2 j2k avif heic")
-)
+_SUFFIXES = "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm jp2 j2k avif heic"
+IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _ANNOTATIONS = "val/val_annotations.txt"
 

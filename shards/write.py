@@ -30,9 +30,9 @@ from tidali.errors import TidaliError
 
 QUARANTINE = "quarantine"
 
-# The most bytes that a file within the pixel limit can need: four 16-bit channels uncompressed, and 64 MiB of metadata. What
-# is larger is not read.
-_BYTES_PER_PIXEL_LIMIT = 8
+# The most bytes that a file within the pixel limit needs: four 8-bit channels uncompressed, and 64 MiB of metadata. What is
+# larger is not read, so that neither a bomb in a zip nor a film named .jpg fills the memory.
+_BYTES_PER_PIXEL_LIMIT = 4
 _METADATA_BYTES_LIMIT = 1 << 26
 
 
