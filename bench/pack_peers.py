@@ -41,8 +41,8 @@ class Images:
 
 def pack_ffcv(samples: list[Sample], dest: Path, workers: int, write_mode: str) -> None:
     """'jpg' encodes the decoded pixels again, 'raw' stores them; FFCV does not keep the source's bytes."""
-    from ffcv.fields import IntField, RGBImageField  # type: ignore[import-not-found]
-    from ffcv.writer import DatasetWriter  # type: ignore[import-not-found]
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
 
     fields = {"image": RGBImageField(write_mode=write_mode, jpeg_quality=90), "label": IntField()}
     DatasetWriter(str(dest / "train.beton"), fields, num_workers=workers).from_indexed_dataset(Images(samples))

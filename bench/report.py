@@ -49,14 +49,28 @@ def commit() -> str | None:
 
 def show(document: dict[str, Any]) -> None:
     """The table, on standard output."""
-    device = document["device"]
+    about = [f"median of {document['repeats']} (lowest to highest)"]
+    if "device" in document:
+        about += [
+            document["device"]["name"],
+            f"{document['cores']} cores",
+            document["dtype"],
+            f"batch {document['batch_size']}",
+        ]
+    rows = document["rows"]
+    extra = [name for name in ("times_torchvision", "peak_rss_mib") if any(name in row for row in rows)]
     print_table(
-        f"images/s, batch {document['batch_size']}, {document['dtype']}, {device['name']}, {document['cores']} cores, "
-        f"median of {document['repeats']} (lowest to highest)",
-        ("case", "res", "images/s", "spread"),
+        f"images/s, {', '.join(about)}",
+        ("case", "res", "images/s", "spread", *(name.replace("_", " ") for name in extra)),
         [
-            (row["case"], row["res"], f"{rate['median']:,.0f}", f"{rate['min']:,.0f} to {rate['max']:,.0f}")
-            for row in document["rows"]
+            (
+                row["case"],
+                row.get("res", ""),
+                f"{rate['median']:,.0f}",
+                f"{rate['min']:,.0f} to {rate['max']:,.0f}",
+                *(f"{row[name]:,.1f}" for name in extra),
+            )
+            for row in rows
             for rate in (row["images_per_s"],)
         ],
     )

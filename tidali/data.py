@@ -151,6 +151,7 @@ class Data:
         train: bool = False,
         augment: Augment | None = None,
         kernel: Kernel = "pil",
+        dtype: torch.dtype = torch.float32,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -164,12 +165,14 @@ class Data:
             res=res, batch_size=batch_size, mean=mean, std=std, train=train, seed=seed, rank=rank, world_size=world_size
         )
         if self.route.cached:
-            return CachedBatches(self._cache(split), augment=augment, kernel=kernel, **common)
+            return CachedBatches(self._cache(split), augment=augment, kernel=kernel, dtype=dtype, **common)
         from tidali.loader import StreamBatches
 
         augment = augment or Augment()
         if augment != Augment(flip=augment.flip) or augment.flip == "alternating":
             raise UsageError("streaming has random flips alone; other augmentation needs the cache (--cache device)")
+        if dtype != torch.float32:
+            raise UsageError(f"streaming gives float32 alone; {dtype} needs the cache (--cache device)")
         if kernel != "pil":
             raise UsageError(f"streaming resizes with the kernel 'pil' alone; {kernel!r} needs the cache (--cache device)")
         return StreamBatches(self.dataset, split, flip=train and augment.flip == "random", device=self.device, **common)

@@ -18,6 +18,10 @@ except ImportError as error:  # pragma: no cover - an installation without DALI
     raise TidaliError(f"NVIDIA DALI cannot be imported ({error}); on Linux: pip install nvidia-dali-cuda120") from None
 
 
+TENSOR_INIT_BYTES = 4096
+"""Address space that each sample in the shuffle buffer reserves. At DALI's default, 1 MiB, a buffer of 20,000 takes 44 GB."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """Where the graph's operators run: the only difference between a CPU and a GPU pipeline."""
@@ -96,7 +100,9 @@ def label_graph(digits: Any, num_digits: int) -> Any:
     return fn.reductions.sum((fn.cast(digits, dtype=types.INT32) - ord("0")) * weights)
 
 
-def read_graph(files: ShardFiles, *, shuffle_buffer: int, rank: int, world_size: int) -> Any:
+def read_graph(
+    files: ShardFiles, *, shuffle_buffer: int, rank: int, world_size: int, tensor_init_bytes: int = TENSOR_INIT_BYTES
+) -> Any:
     """Encoded image bytes and label digits of this rank's samples, for ever; each epoch's last batch is padded, so that epochs
     start clean on every rank.
 
@@ -118,8 +124,7 @@ def read_graph(files: ShardFiles, *, shuffle_buffer: int, rank: int, world_size:
         pad_last_batch=True,
         shard_id=rank,
         num_shards=world_size,
-        # Each buffered sample reserves this much address space: at the default 1 MiB a buffer of 20,000 takes 44 GB of it.
-        tensor_init_bytes=4096,
+        tensor_init_bytes=tensor_init_bytes,
     )
 
 
@@ -139,6 +144,7 @@ def batch_pipeline(
     num_threads: int,
     placement: Placement,
     checkpoint: bytes | None = None,
+    tensor_init_bytes: int = TENSOR_INIT_BYTES,
 ) -> Pipeline:
     """From shards to batches, unbuilt. Outputs: images (res, res, 3) float32 HWC, labels int64 scalar."""
 
@@ -151,7 +157,9 @@ def batch_pipeline(
         checkpoint=checkpoint,
     )
     def define() -> Any:
-        encoded, digits = read_graph(files, shuffle_buffer=shuffle_buffer, rank=rank, world_size=world_size)
+        encoded, digits = read_graph(
+            files, shuffle_buffer=shuffle_buffer, rank=rank, world_size=world_size, tensor_init_bytes=tensor_init_bytes
+        )
         mirror = fn.random.coin_flip() if flip else 0
         images = image_graph(encoded, decoder=placement.decoder, res=res, resize=resize, mean=mean, std=std, mirror=mirror)
         labels = label_graph(digits, files.num_digits)
