@@ -24,7 +24,7 @@ from tidali.errors import TidaliError, UsageError
 from tidali.remote import is_remote
 
 PLAN_NAME = ".tidali-plan.json"
-_OURS = re.compile(r"(train|val|heldout|test)-\d{6}\.(tar|idx|json)(\.\d+\.part)?|(dataset|\.tidali-plan)\.json\.\d+\.part")
+_OURS = re.compile(r"(train|val|heldout|test)-\d{6,}\.(tar|idx|json)(\.\d+\.part)?|(dataset|\.tidali-plan)\.json\.\d+\.part")
 
 # Below this a pool costs more than it gives: its workers take about 0.4 s to start, one core packs that many in that time.
 _SMALL_JOB_SAMPLES = 4000

@@ -22,7 +22,7 @@ from tidali.errors import DatasetError
 
 _REPACK = "pack the source again into this folder: what is right is kept"
 _MOST_DIFFERENCES = 8
-_SHARD_FILE = re.compile(r".*\.(tar|idx)|[a-z]+-\d{6}\.json")
+_SHARD_FILE = re.compile(r".*\.(tar|idx)|[a-z]+-\d{6,}\.json")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -204,7 +204,11 @@ def _parse_classes(text: str) -> int | tuple[str, ...]:
 def _progress(what: str) -> Iterator[Progress]:
     with progress_bar(note=False) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        try:
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        except KeyboardInterrupt:
+            say("stopped; run the same command again, it goes on from here")
+            raise
 
 
 def _print_pack(report: PackReport) -> None:
