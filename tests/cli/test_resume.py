@@ -1,0 +1,93 @@
+"""Runs that are stopped, killed and gone on with; several ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+TIDALI = [sys.executable, "-m", "tidali"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+def train(demo_data: Path, out: Path, cache: str) -> list[str]:
+    options = ["--res", "32", "--epochs", "3", "--batch-size", "20", "--deterministic", "--device", "cpu", "--cache", cache]
+    return [*TIDALI, "train", "--data", str(demo_data), *options, "--out", str(out)]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = load_file(one / "last.safetensors"), load_file(other / "last.safetensors")
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["device", "off"])
+def test_a_run_that_is_stopped_then_killed_ends_with_the_same_weights(demo_data: Path, tmp_path: Path, cache: str) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(train(demo_data, whole, cache), env=ENVIRONMENT, check=True, capture_output=True)
+
+    process = subprocess.Popen(train(demo_data, broken, cache), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (broken / "metrics.jsonl").exists(), process)  # an epoch is done, the next one under way
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "--resume" in said.splitlines()[-1]
+
+    resume = [*TIDALI, "train", "--resume", str(broken)]
+    lines = len((broken / "metrics.jsonl").read_text().splitlines())
+    process = subprocess.Popen(resume, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len((broken / "metrics.jsonl").read_text().splitlines()) > lines, process)
+    process.kill()
+    process.wait()
+
+    done = subprocess.run(resume, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert same_weights(whole, broken)
+    epochs = {json.loads(line)["epoch"] for line in (broken / "metrics.jsonl").read_text().splitlines()}
+    assert epochs == {1, 2, 3}
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    """Until it holds; fails if the process ends first."""
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        time.sleep(0.02)
+
+
+def test_resume_takes_no_other_option(tidali, tmp_path: Path) -> None:
+    ended = tidali("train", "--resume", tmp_path, "--epochs", 3)
+    assert ended.code == 2
+    assert "--epochs" in ended.stderr
+
+
+def test_resume_of_no_run(tidali, tmp_path: Path) -> None:
+    ended = tidali("train", "--resume", tmp_path)
+    assert ended.code == 2
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["device", "off"])
+def test_ranks_evaluate_to_the_same_figures(trained, demo_data: Path, cache: str) -> None:
+    """2 and 4 gloo ranks against one: the same hits, to the sample. The loss adds up in another order, so to 1e-6."""
+    scores = [evaluate_on(ranks, trained[0], demo_data, cache) for ranks in (1, 2, 4)]
+    assert [score["samples"] for score in scores] == [32, 32, 32]
+    for score in scores[1:]:
+        assert score["top1_percent"] == scores[0]["top1_percent"]
+        assert score["top5_percent"] == scores[0]["top5_percent"]
+        assert score["loss"] == pytest.approx(scores[0]["loss"], rel=1e-6)
+
+
+def evaluate_on(ranks: int, run: Path, demo_data: Path, cache: str) -> dict[str, float]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "tidali"]
+    command = [*launcher, "eval", str(run), "--data", str(demo_data), "--cache", cache, "--json"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout)["scores"][0])
