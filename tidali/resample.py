@@ -5,17 +5,20 @@ source weights of one output row or column. Its sum is 1, so normalisation may c
 ``A`` is the same for the whole batch, or one for each sample (random crops), made on the device.
 
 ``A`` is banded. On a CPU its rows are taken in blocks, each times the window of source rows that it needs: 13 of 64 for 28
-output rows at 64 -> 224. On CUDA, where products are nearly free and launches are not, one block is all of it.
+output rows at 64 -> 224; and where there is a C compiler, its non-zero elements alone (`tidali.native`). On CUDA, where
+products are nearly free and launches are not, one block is all of it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from tidali import native
 
 Kernel = Literal["pil", "opencv"]
 
@@ -29,8 +32,17 @@ _CPU_CHUNK_BYTES = 3 << 20
 _GPU_ALIGNMENT = 8  # elements: tensor cores take float16 operands whose rows are whole 16 bytes
 
 
+class Taps(NamedTuple):
+    """A matrix, or one for each sample, by its non-zero elements: those of a row stand side by side."""
+
+    first: Tensor
+    """(N or 1, out) int64, the source index of a row's first one. Beyond the image its border pixel counts."""
+    weights: Tensor
+    """(N or 1, out, taps) float32."""
+
+
 class Band(NamedTuple):
-    """A matrix, or one for each sample, in blocks of rows with the window of columns outside which a block is zero."""
+    """The same in blocks of rows with the window of columns outside which a block is zero."""
 
     weights: Tensor
     """(N or 1, blocks, rows of a block, window)."""
@@ -49,19 +61,10 @@ def cubic(x: Tensor, a: float) -> Tensor:
     return torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
 
 
-def bicubic_band(
-    size: int,
-    out: int,
-    start: Tensor,
-    scale: Tensor,
-    *,
-    max_scale: float,
-    block_rows: int,
-    kernel: Kernel = "pil",
-    antialias: bool = True,
-    align: int = 1,
-) -> Band:
-    """The matrix that resamples an axis of ``size`` pixels to ``out``.
+def bicubic_taps(
+    out: int, start: Tensor, scale: Tensor, *, max_scale: float, kernel: Kernel = "pil", antialias: bool = True
+) -> Taps:
+    """The matrix that resamples an axis to ``out`` pixels.
 
     Pixel centres are at half-integers (``align_corners=False``). Both as DALI has it: beyond the image its border pixel is
     repeated, and at the edge of a box inside the image the pixels outside the box count.
@@ -70,29 +73,34 @@ def bicubic_band(
         start: (N,) float32, the box's edge in source pixels.
         scale: (N,) float32, source pixels for each output pixel.
         max_scale: a bound of ``scale`` known on the host: shapes depend on it.
-        block_rows: a divisor of ``out``.
         antialias: widen the kernel by the scale where pixels get fewer.
+    """
+    reach = math.ceil(_SUPPORT * (max(max_scale, 1.0) if antialias else 1.0))
+    stretch = scale.clamp(min=1.0) if antialias else torch.ones_like(scale)
+    centres = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * scale[:, None] - 0.5
+    first = torch.floor(centres - _SUPPORT * stretch[:, None]) + 1
+    indices = first[..., None] + torch.arange(2 * reach, device=start.device)
+    weights = cubic((indices - centres[..., None]) / stretch[:, None, None], CUBIC_A[kernel])
+    return Taps(first.to(torch.int64), weights / weights.sum(-1, keepdim=True))
+
+
+def make_band(taps: Taps, size: int, *, max_scale: float, block_rows: int, align: int = 1) -> Band:
+    """
+    Args:
+        size: of the source axis.
+        max_scale: as the taps were made with.
+        block_rows: a divisor of the taps' rows.
         align: make windows a multiple of it.
     """
-    device = start.device
-    reach = math.ceil(_SUPPORT * (max(max_scale, 1.0) if antialias else 1.0))
-    window = math.ceil((block_rows - 1) * max_scale) + 2 * reach + 1
+    device, width = taps.weights.device, taps.weights.shape[2]
+    window = math.ceil((block_rows - 1) * max_scale) + width + 1
     window += -window % align
-    stretch = scale.clamp(min=1.0) if antialias else torch.ones_like(scale)
-
-    centres = start[:, None] + (torch.arange(out, device=device) + 0.5) * scale[:, None] - 0.5
-    first = torch.floor(centres - _SUPPORT * stretch[:, None]) + 1
-    taps = first[..., None] + torch.arange(2 * reach, device=device)
-    weights = cubic((taps - centres[..., None]) / stretch[:, None, None], CUBIC_A[kernel])
-    weights /= weights.sum(-1, keepdim=True)
-
-    taps = taps.to(torch.int64).unflatten(1, (-1, block_rows))  # (N, blocks, rows, taps)
-    begins = taps[:, :, 0, 0]
-    blocks = torch.zeros(*taps.shape[:3], window, device=device)
-    blocks.scatter_(
-        3, taps - begins[..., None, None], weights.unflatten(1, (-1, block_rows))
-    )  # no index repeats: deterministic
-    columns = begins[..., None] + torch.arange(window, device=device)
+    first, weights = taps.first.unflatten(1, (-1, block_rows)), taps.weights.unflatten(1, (-1, block_rows))
+    begins = first[:, :, :1]
+    blocks = torch.zeros(*weights.shape[:3], window, device=device)
+    # No index repeats, so this is deterministic on a GPU too.
+    blocks.scatter_(3, (first - begins)[..., None] + torch.arange(width, device=device), weights)
+    columns = begins + torch.arange(window, device=device)
     return Band(blocks, columns.clamp(0, size - 1).flatten(1))
 
 
@@ -106,6 +114,109 @@ def apply_band(band: Band, x: Tensor, out: Tensor | None = None) -> Tensor:
     if out is not None:
         out = out.view(n * blocks, rows, inner)
     return torch.bmm(weights, windows.view(n * blocks, window, inner), out=out).view(n, blocks * rows, inner)
+
+
+class Affine(NamedTuple):
+    """Normalisation of pixels of 0..255, float32, and the range that it gives.
+
+    The cubic overshoots at edges. DALI's uint8 pixels are clamped to 0..255, normalised ones to what that range becomes.
+    """
+
+    scale: Tensor
+    """(3,), of each channel."""
+    offset: Tensor
+    """(3,)."""
+    lowest: Tensor
+    """(3 * res,), of each element of an output row."""
+    highest: Tensor
+    """(3 * res,)."""
+
+
+def make_affine(mean: Sequence[float], std: Sequence[float], res: int, device: torch.device | None) -> Affine:
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return Affine(scale, offset, offset.repeat(res), (255 * scale + offset).repeat(res))
+
+
+class Products(Protocol):
+    """How ``Y = A_y X A_x^T`` is computed."""
+
+    def prepare(self, taps: Taps, size: int, max_scale: float) -> Any:
+        """An axis's matrix in this one's own form."""
+        ...
+
+    def __call__(self, pixels: Tensor, vertical: Any, horizontal: Any, affine: Affine, out: Tensor) -> None:
+        """(N, H, W, 3) uint8 pixels and two prepared matrices -> (N, res, res, 3) ``out``."""
+        ...
+
+
+class TorchProducts:
+    """Two batched matrix products, of blocks of the matrix on a CPU and of all of it on CUDA."""
+
+    def __init__(self, res: int, device_type: str, dtype: torch.dtype) -> None:
+        """
+        Args:
+            dtype: of the factors.
+        """
+        on_gpu = device_type == "cuda"
+        self._res, self._dtype = res, dtype
+        self._align = _GPU_ALIGNMENT if on_gpu else 1
+        self._block_rows = res if on_gpu else max(rows for rows in range(1, _CPU_BLOCK_ROWS + 1) if res % rows == 0)
+        self._chunk = None if on_gpu else cpu_chunk(res)
+
+    def prepare(self, taps: Taps, size: int, max_scale: float) -> Band:
+        band = make_band(taps, size, max_scale=max_scale, block_rows=self._block_rows, align=self._align)
+        return Band(band.weights.to(self._dtype), band.columns)
+
+    def __call__(self, pixels: Tensor, vertical: Band, horizontal: Band, affine: Affine, out: Tensor) -> None:
+        chunk = self._chunk or len(pixels)
+        for i in range(0, len(pixels), chunk):
+            part = slice(i, i + chunk)
+            self._resample(pixels[part], vertical.of(part), horizontal.of(part), affine, out[part].flatten(2))
+
+    def _resample(self, pixels: Tensor, vertical: Band, horizontal: Band, affine: Affine, out: Tensor) -> None:
+        """Columns first, while there are few rows. (h, w, c) -> (w, c, h) -> (res, c, h) -> (h, res, c) -> (res, res, c)."""
+        n, height, width, _ = pixels.shape
+        x = pixels.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)
+        x = torch.addcmul(affine.offset[:, None], x, affine.scale[:, None]).to(self._dtype)
+        x = apply_band(horizontal, x.view(n, width, 3 * height))
+        x = x.view(n, self._res, 3, height).permute(0, 3, 1, 2).contiguous().view(n, height, self._res * 3)
+        lowest, highest = affine.lowest.to(self._dtype), affine.highest.to(self._dtype)
+        if out.dtype == self._dtype:
+            apply_band(vertical, x, out).clamp_(lowest, highest)
+        else:
+            out.copy_(apply_band(vertical, x).clamp_(lowest, highest))
+
+
+class CompiledProducts:
+    """One pass in C over the matrix's non-zero elements."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def prepare(self, taps: Taps, size: int, max_scale: float) -> native.Axis:
+        return native.make_axis(*taps, size=size)
+
+    def __call__(self, pixels: Tensor, vertical: native.Axis, horizontal: native.Axis, affine: Affine, out: Tensor) -> None:
+        native.resample(self._library, pixels, vertical, horizontal, **affine._asdict(), out=out)
+
+
+def choose_products(res: int, device_type: str, dtype: torch.dtype) -> Products:
+    """For images of ``dtype``.
+
+    On CUDA, half-precision images are made of float16 factors, also bfloat16 ones: float16's 11 bits are eight times finer than
+    bfloat16's 8, at the same speed, and normalised pixels fit its range.
+    """
+    if device_type == "cuda":
+        return TorchProducts(res, device_type, torch.float32 if dtype == torch.float32 else torch.float16)
+    library = native.load() if dtype in (torch.float32, torch.bfloat16) else None
+    return TorchProducts(res, device_type, torch.float32) if library is None else CompiledProducts(library)
+
+
+def cpu_chunk(res: int) -> int:
+    """Images that are worked on at a time on a CPU."""
+    image_bytes = 3 * res * res * torch.float32.itemsize
+    return torch.get_num_threads() * max(_CPU_CHUNK_BYTES // image_bytes, 1)
 
 
 class Resample:
@@ -122,7 +233,7 @@ class Resample:
         kernel: Kernel = "pil",
         antialias: bool = True,
         device: torch.device | None = None,
-        product_dtype: torch.dtype | None = None,
+        products: Products | None = None,
     ) -> None:
         """
         Args:
@@ -130,25 +241,14 @@ class Resample:
             mean, std: per RGB channel on a 0..1 scale.
             dtype: of the images.
             kernel: ``pil`` (a = -0.5) or ``opencv`` (a = -0.75).
-            product_dtype: of the factors. float32 by default; float16 on CUDA where the images are no float32: its 11 bits are
-                eight times finer than bfloat16's 8, at the same speed, and normalised pixels fit its range.
+            products: `choose_products`'s by default.
         """
         self._size, self._res, self._dtype = size, res, dtype
         self._kernel: Kernel = kernel
         self._antialias = antialias
-        on_gpu = device is not None and device.type == "cuda"
-        self._product_dtype = product_dtype or (torch.float16 if on_gpu and dtype != torch.float32 else torch.float32)
-        self._align = _GPU_ALIGNMENT if on_gpu else 1
-        image_bytes = 3 * res * res * torch.float32.itemsize
-        self._chunk = None if on_gpu else torch.get_num_threads() * max(_CPU_CHUNK_BYTES // image_bytes, 1)
-        self._block_rows = res if on_gpu else max(rows for rows in range(1, _CPU_BLOCK_ROWS + 1) if res % rows == 0)
-
-        self._mul = torch.tensor([1 / (255 * s) for s in std], device=device)
-        self._add = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
-        # The cubic overshoots at edges. DALI's uint8 pixels are clamped to 0..255, these to what that range becomes.
-        self._lowest = self._add.repeat(res).to(self._product_dtype)
-        self._highest = (255 * self._mul + self._add).repeat(res).to(self._product_dtype)
-        self._centre = None if size == (res, res) else (self._centre_band(0), self._centre_band(1))
+        self._affine = make_affine(mean, std, res, device)
+        self._products = products or choose_products(res, device.type if device is not None else "cpu", dtype)
+        self._centre = None if size == (res, res) else tuple(self._centre_matrix(axis) for axis in (0, 1))
 
     def __call__(self, pixels: Tensor, boxes: Tensor | None = None) -> Tensor:
         """
@@ -163,61 +263,37 @@ class Resample:
         if pixels.shape[1:] != (*self._size, 3):
             raise ValueError(f"made for pixels of {self._size}, got {tuple(pixels.shape)}")
         images = torch.empty(len(pixels), self._res, self._res, 3, dtype=self._dtype, device=pixels.device)
-        bands = self._centre if boxes is None else (self._box_band(boxes, 0), self._box_band(boxes, 1))
-        chunk = self._chunk or max(len(pixels), 1)
+        matrices = self._centre if boxes is None else tuple(self._box_matrix(axis, boxes) for axis in (0, 1))
         with torch.autocast(pixels.device.type, enabled=False):  # it would make the products bfloat16
-            for i in range(0, len(pixels), chunk):
-                part = slice(i, i + chunk)
-                if bands is None:
-                    self._normalise(pixels[part], images[part])
-                else:
-                    self._resample(pixels[part], bands[0].of(part), bands[1].of(part), images[part])
+            if matrices is None:
+                self._normalise(pixels, images)
+            elif len(pixels):
+                self._products(pixels, matrices[0], matrices[1], self._affine, images)
         return images.permute(0, 3, 1, 2)
 
-    def _centre_band(self, axis: int) -> Band:
+    def _centre_matrix(self, axis: int) -> Any:
         """In the DALI graph's arithmetic: the longer side becomes a whole number of pixels, of the shorter side's scale and
         around the image's centre, and the crop begins at a whole pixel of them."""
         size, scale = self._size[axis], min(self._size) / self._res
         resized = int(size / scale + 0.5)
         start = (size - resized * scale) / 2 + math.ceil((resized - self._res) / 2) * scale
-        device = self._mul.device
-        return self._band(axis, torch.tensor([start], device=device), torch.tensor([scale], device=device), scale)
+        device = self._affine.scale.device
+        return self._matrix(axis, torch.tensor([start], device=device), torch.tensor([scale], device=device), scale)
 
-    def _box_band(self, boxes: Tensor, axis: int) -> Band:
-        return self._band(axis, boxes[:, axis], boxes[:, axis + 2] / self._res, self._size[axis] / self._res)
+    def _box_matrix(self, axis: int, boxes: Tensor) -> Any:
+        return self._matrix(axis, boxes[:, axis], boxes[:, axis + 2] / self._res, self._size[axis] / self._res)
 
-    def _band(self, axis: int, start: Tensor, scale: Tensor, max_scale: float) -> Band:
-        band = bicubic_band(
-            self._size[axis],
-            self._res,
-            start,
-            scale,
-            max_scale=max_scale,
-            block_rows=self._block_rows,
-            kernel=self._kernel,
-            antialias=self._antialias,
-            align=self._align,
-        )
-        return Band(band.weights.to(self._product_dtype), band.columns)
+    def _matrix(self, axis: int, start: Tensor, scale: Tensor, max_scale: float) -> Any:
+        taps = bicubic_taps(self._res, start, scale, max_scale=max_scale, kernel=self._kernel, antialias=self._antialias)
+        return self._products.prepare(taps, self._size[axis], max_scale)
 
-    def _normalise(self, pixels: Tensor, out: Tensor) -> None:
+    def _normalise(self, pixels: Tensor, images: Tensor) -> None:
         """For pixels of the right size. Whole rows at a time: a broadcast over three channels is not vectorised."""
-        rows = pixels.flatten(2).to(torch.float32)
-        mul, add = self._mul.repeat(self._res), self._add.repeat(self._res)
-        if out.dtype == torch.float32:
-            torch.addcmul(add, rows, mul, out=out.flatten(2))
-        else:
-            out.flatten(2).copy_(torch.addcmul(add, rows, mul))
-
-    def _resample(self, pixels: Tensor, height_band: Band, width_band: Band, out: Tensor) -> None:
-        """Columns first, while there are few rows. (h, w, c) -> (w, c, h) -> (res, c, h) -> (h, res, c) -> (res, res, c)."""
-        n, height, width, _ = pixels.shape
-        x = pixels.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)
-        x = torch.addcmul(self._add[:, None], x, self._mul[:, None]).to(self._product_dtype)
-        x = apply_band(width_band, x.view(n, width, 3 * height))
-        x = x.view(n, self._res, 3, height).permute(0, 3, 1, 2).contiguous()
-        x = x.view(n, height, self._res * 3)
-        if out.dtype == x.dtype:
-            apply_band(height_band, x, out.flatten(2)).clamp_(self._lowest, self._highest)
-        else:
-            out.flatten(2).copy_(apply_band(height_band, x).clamp_(self._lowest, self._highest))
+        scale, offset = self._affine.scale.repeat(self._res), self._affine.offset.repeat(self._res)
+        chunk = cpu_chunk(self._res) if pixels.device.type == "cpu" else max(len(pixels), 1)
+        for i in range(0, len(pixels), chunk):
+            rows, out = pixels[i : i + chunk].flatten(2).to(torch.float32), images[i : i + chunk].flatten(2)
+            if out.dtype == torch.float32:
+                torch.addcmul(offset, rows, scale, out=out)
+            else:
+                out.copy_(torch.addcmul(offset, rows, scale))

@@ -1,0 +1,40 @@
+"""Batches on a described CUDA device: no driver needed, nothing computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tidali.augment import AUGMENTS, Augment, Mix, erase, erase_boxes, mix_batch
+from tidali.cache import CachedBatches, PixelCache
+from tidali.config import IMAGENET_MEAN, IMAGENET_STD
+
+EVERYTHING = Augment(flip="alternating", shift_px=4, crop_scale=(0.25, 1.0), erase=0.25)
+
+
+@pytest.mark.parametrize("augment", [*AUGMENTS.values(), EVERYTHING], ids=[*AUGMENTS, "everything"])
+@pytest.mark.parametrize(
+    ("res", "dtype"), [(64, torch.float32), (224, torch.float32), (224, torch.bfloat16), (128, torch.float16)]
+)
+def test_every_operation_stays_on_the_device(augment: Augment, res: int, dtype: torch.dtype):
+    """Fake tensors refuse any operation on tensors of two devices and any value that the host would have to wait for."""
+    with FakeTensorMode():
+        device = torch.device("cuda", 0)
+        cache = PixelCache(
+            pixels=torch.empty(1000, 64, 64, 3, dtype=torch.uint8, device=device),
+            labels=torch.empty(1000, dtype=torch.int64, device=device),
+            identity="fake",
+        )
+        loader = CachedBatches(
+            cache, res=res, batch_size=256, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype, train=True, augment=augment
+        )
+        images, labels = next(loader._rest_of_epoch(0, 0))  # without the side stream, which needs a driver
+        assert images.device == labels.device == device
+        assert (images.dtype, labels.dtype) == (dtype, torch.int64)
+        assert images.shape == (256, 3, res, res)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        for mix in (Mix(share=0.3, box=None), Mix(share=0.3, box=(0.2, 0.7))):
+            mixed, targets = mix_batch(images, labels, mix, 200)
+            assert (mixed.device, targets.device, targets.shape) == (device, device, (256, 200))
+        assert erase(images, erase_boxes((res, res), 0.5, labels, seed=0, epoch=0)).device == device

@@ -1,0 +1,102 @@
+"""The compiled resampling: when it is there, when it is not, and that it survives a fork."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tidali import native
+from tidali.resample import CompiledProducts, Resample, TorchProducts, choose_products
+
+load_anew = native.load.__wrapped__
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def compiler() -> None:
+    if native.load() is None:
+        pytest.skip("no C compiler")
+
+
+@pytest.mark.usefixtures("compiler")
+def test_it_is_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch):
+    assert load_anew() is not None
+    (built,) = (empty_cache / "tidali").iterdir()
+    assert built.suffix == ".so"
+    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert load_anew() is not None
+
+
+def test_no_compiler_is_no_error(empty_cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "")
+    assert load_anew() is None
+    assert not empty_cache.exists()
+
+
+def test_a_failing_compiler_is_no_error(empty_cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CC", "false")
+    assert load_anew() is None
+    assert not list((empty_cache / "tidali").iterdir())
+
+
+def test_an_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert load_anew() is None
+
+
+@pytest.mark.parametrize("has_library", [False, True])
+def test_it_is_used_on_a_cpu_for_what_it_can(has_library: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "load", lambda: object() if has_library else None)
+    kinds = {
+        (device, dtype): type(choose_products(224, device, dtype))
+        for device in ("cpu", "cuda")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    compiled = {key for key, kind in kinds.items() if kind is CompiledProducts}
+    assert compiled == ({("cpu", torch.float32), ("cpu", torch.bfloat16)} if has_library else set())
+    assert {kind for key, kind in kinds.items() if key not in compiled} == {TorchProducts}
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_thread_does_its_part(count: int, threads: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    pixels = torch.randint(0, 256, (count, 12, 10, 3), dtype=torch.uint8)
+    settings = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
+    boxes = torch.tensor([[1.0, 2, 10, 8]]).expand(count, -1)
+    images = Resample((12, 10), 17, **settings)(pixels, boxes)
+    expected = Resample((12, 10), 17, **settings, products=TorchProducts(17, "cpu", torch.float32))(pixels, boxes)
+    torch.testing.assert_close(images, expected)
+
+
+def _resample_twice(results: multiprocessing.Queue[float]) -> None:
+    resample = Resample((8, 8), 16, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    pixels = torch.full((4, 8, 8, 3), 7, dtype=torch.uint8)
+    results.put(resample(pixels).mean().item())
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_its_own_threads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    context = multiprocessing.get_context("fork")
+    results: multiprocessing.Queue[float] = context.Queue()
+    _resample_twice(results)
+    child = context.Process(target=_resample_twice, args=(results,))
+    child.start()
+    child.join(timeout=30)
+    hung = child.is_alive()
+    child.kill()
+    assert not hung
+    assert [results.get(timeout=5), results.get(timeout=5)] == pytest.approx([7, 7])
