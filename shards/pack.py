@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from shards.executor import available_cores, run_tasks
+from shards.executor import available_cores, run_tasks, start_early
 from shards.manifest import build_manifest
 from shards.plan import PackSettings, Plan, make_plan
 from shards.scan import Scan, Source
@@ -73,6 +73,8 @@ def pack(
     settings = settings or PackSettings()
     store = open_store(dest)
     _refuse_overlap(source, dest)
+    if workers != 1 and executor == "local":
+        start_early()
     with _collector_paused():
         scan = source.scan()
         plan = make_plan(scan, settings)

@@ -122,7 +122,7 @@ def make_plan(scan: Scan, settings: PackSettings) -> Plan:
     for split, items in splits.items():
         samples = [PlannedSample(ordinal, item) for ordinal, item in enumerate(items)]
         if split == "train":
-            samples.sort(key=lambda sample: (_digest(settings.seed, "order", sample.item.name), sample.item.name))
+            samples.sort(key=lambda sample: _random_rank(settings.seed, "order", sample.item.name))
         digits = label_digits(len(classes))
         tasks += [ShardTask(split, n, part) for n, part in enumerate(_chunks(samples, settings, digits))]
     return Plan(
@@ -134,10 +134,10 @@ def make_plan(scan: Scan, settings: PackSettings) -> Plan:
     )
 
 
-def _digest(seed: int, purpose: str, name: str) -> bytes:
-    """A random order that is the same on every Python and machine, and moves no other sample when one is added."""
+def _random_rank(seed: int, purpose: str, name: str) -> bytes:
+    """To sort by: an order that is the same on every Python and machine, and moves no other sample when one is added."""
     text = f"{seed}\0{purpose}\0{name}".encode("utf-8", "surrogateescape")
-    return hashlib.blake2b(text, digest_size=8).digest()
+    return hashlib.blake2b(text, digest_size=8).digest() + text
 
 
 def _subset(scan: Scan, wanted: tuple[str, ...] | int | None) -> tuple[tuple[ClassName, ...], dict[str, list[Item]]]:
@@ -175,7 +175,7 @@ def _hold_out(splits: Mapping[str, list[Item]], settings: PackSettings) -> dict[
         if count >= len(items):
             where = printable(items[0].name.rpartition("/")[0])
             raise UsageError(f"--val-fraction {settings.val_fraction:g} leaves no train sample of {len(items)} in {where}")
-        items.sort(key=lambda item: (_digest(settings.seed, "held out", item.name), item.name))
+        items.sort(key=lambda item: _random_rank(settings.seed, "held out", item.name))
         held.update(item.name for item in items[:count])
     train, rest = splits["train"], {split: items for split, items in splits.items() if split != "train"}
     return {

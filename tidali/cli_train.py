@@ -237,7 +237,9 @@ def demo_data() -> Path:
 
     folder = Path("data") / "demo"
     if not (folder / MANIFEST_NAME).exists():
-        from tidali import cli_data
+        from shards.demo import pack_demo
+        from tidali.console import say
 
-        cli_data.demo(str(folder))
+        say(f"making the built-in demo data set in {folder}")
+        pack_demo(folder)
     return folder

@@ -103,8 +103,8 @@ class Recipe:
             raise UsageError(f"--epochs {self.epochs}: at least 1")
         if self.batch_size < 2:
             raise UsageError(f"--batch-size {self.batch_size}: at least 2, batch norm needs more than one sample")
-        if not self.lr > 0:
-            raise UsageError(f"--lr {self.lr}: must be above 0")
+        if not 0 < self.lr < math.inf:
+            raise UsageError(f"--lr {self.lr}: must be above 0 and finite")
 
 
 RECIPES = {

@@ -161,6 +161,12 @@ class Data:
             UsageError: a batch larger than the split, or augmentation or a kernel that the route does not have.
             TidaliError: the shards cannot be read.
         """
+        share = self.dataset.split(split).samples // world_size
+        if train and batch_size > share:
+            raise UsageError(
+                f"--batch-size {batch_size * world_size}: the {split!r} split has {share} samples a rank, not one full batch; "
+                f"use at most --batch-size {share * world_size}"
+            )
         common: dict[str, Any] = dict(
             res=res, batch_size=batch_size, mean=mean, std=std, train=train, seed=seed, rank=rank, world_size=world_size
         )

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -52,6 +53,34 @@ def make_axis(first: Tensor, weights: Tensor, size: int) -> Axis:
     return Axis(first.clamp(-weights.shape[2], size).to(torch.int32).contiguous(), weights)
 
 
+def normalise(library: Any, pixels: Tensor, *, scale: Tensor, offset: Tensor, out: Tensor) -> None:
+    """
+    Args:
+        library: `load`'s.
+        pixels: (N, H, W, 3) uint8.
+        scale, offset: (3 * W,) float32, of each element of a row of pixels of 0..255.
+        out: (N, H, W, 3) float32 or bfloat16.
+    """
+    n, height, width, _ = pixels.shape
+    assert out.shape == pixels.shape
+    assert scale.shape == offset.shape == (3 * width,)
+    check_for_c(pixels, scale, offset, out)
+
+    def run(begin: int, end: int) -> None:
+        library.tidali_normalise(
+            _pointer(pixels),
+            ctypes.c_int64(begin * height),
+            ctypes.c_int64(end * height),
+            ctypes.c_int64(3 * width),
+            _pointer(scale),
+            _pointer(offset),
+            ctypes.c_int(out.dtype == torch.bfloat16),
+            _pointer(out),
+        )
+
+    in_parallel(run, n)
+
+
 def resample(
     library: Any,
     pixels: Tensor,
@@ -64,8 +93,7 @@ def resample(
     highest: Tensor,
     out: Tensor,
 ) -> None:
-    """On as many threads as torch uses. They do not wait for each other as torch's own do, operator by operator.
-
+    """
     Args:
         library: `load`'s.
         pixels: (N, H, W, 3) uint8.
@@ -75,15 +103,11 @@ def resample(
     """
     n, height, width, _ = pixels.shape
     res, taps = out.shape[1], horizontal.weights.shape[2]
-    # C checks nothing.
-    assert pixels.dtype == torch.uint8
-    assert out.dtype in (torch.float32, torch.bfloat16)
     assert out.shape == (n, res, res, 3)
     assert scale.shape == offset.shape == (3,)
     assert lowest.shape == highest.shape == (3 * res,)
     assert all(len(axis.first) in (1, n) and axis.first.shape[1] == res for axis in (vertical, horizontal))
-    tensors = (pixels, *vertical, *horizontal, scale, offset, lowest, highest, out)
-    assert all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors)
+    check_for_c(pixels, *vertical, *horizontal, scale, offset, lowest, highest, out)
 
     def run(begin: int, end: int) -> None:
         scratch = torch.empty(4 * (width + 2 * taps) + (height + 1) * (3 * res + 8))
@@ -100,12 +124,25 @@ def resample(
             _pointer(out),
         )
 
-    threads = max(min(torch.get_num_threads(), n), 1)
-    mine, *others = pairwise(n * i // threads for i in range(threads + 1))
+    in_parallel(run, n)
+
+
+def in_parallel(run: Callable[[int, int], None], samples: int) -> None:
+    """``run`` ranges of the samples on as many threads as torch uses. They do not wait for each other after each operator, as
+    torch's own do, which on a busy machine costs more than the work."""
+    threads = max(min(torch.get_num_threads(), samples), 1)
+    mine, *others = pairwise(samples * i // threads for i in range(threads + 1))
     parts = [_pool(threads).submit(run, *part) for part in others]
     run(*mine)
     for part in parts:
         part.result()
+
+
+def check_for_c(pixels: Tensor, *tensors: Tensor) -> None:
+    """What C would not notice."""
+    assert pixels.dtype == torch.uint8
+    assert tensors[-1].dtype in (torch.float32, torch.bfloat16)
+    assert all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in (pixels, *tensors))
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

@@ -25,7 +25,7 @@ static inline float clamped(float value, float lowest, float highest) {
   return value > highest ? highest : value;
 }
 
-/* To the nearest, ties to even. Clamped values are no NaN. */
+/* To the nearest, ties to even. No NaN comes here. */
 static inline uint16_t to_bfloat16(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
@@ -88,6 +88,21 @@ static void resample_rows(const float *rows, int64_t pitch, struct shape s, stru
 static struct axis of_sample(struct axis a, int64_t sample, int64_t res) {
   if (!a.shared) a.first += sample * res, a.weights += sample * res * a.taps;
   return a;
+}
+
+/* Rows begin..end - 1 of (rows, length) pixels, normalised. `scale`, `offset`: of each element of a row. */
+void tidali_normalise(const uint8_t *pixels, int64_t begin, int64_t end, int64_t length, const float *scale, const float *offset,
+                      int bfloat16, void *images) {
+  for (int64_t y = begin; y < end; y++) {
+    const uint8_t *row = pixels + y * length;
+    if (bfloat16) {
+      uint16_t *restrict out = (uint16_t *)images + y * length;
+      for (int64_t x = 0; x < length; x++) out[x] = to_bfloat16(row[x] * scale[x] + offset[x]);
+    } else {
+      float *restrict out = (float *)images + y * length;
+      for (int64_t x = 0; x < length; x++) out[x] = row[x] * scale[x] + offset[x];
+    }
+  }
 }
 
 /* Samples begin..end - 1 of (N, height, width, 3) pixels to (N, res, res, 3) images.

@@ -141,6 +141,10 @@ def make_affine(mean: Sequence[float], std: Sequence[float], res: int, device: t
 class Products(Protocol):
     """How ``Y = A_y X A_x^T`` is computed."""
 
+    def normalise(self, pixels: Tensor, affine: Affine, out: Tensor) -> None:
+        """(N, res, res, 3) uint8 pixels -> ``out`` of the same shape: both matrices are the identity."""
+        ...
+
     def prepare(self, taps: Taps, size: int, max_scale: float) -> Any:
         """An axis's matrix in this one's own form."""
         ...
@@ -163,6 +167,17 @@ class TorchProducts:
         self._align = _GPU_ALIGNMENT if on_gpu else 1
         self._block_rows = res if on_gpu else max(rows for rows in range(1, _CPU_BLOCK_ROWS + 1) if res % rows == 0)
         self._chunk = None if on_gpu else cpu_chunk(res)
+
+    def normalise(self, pixels: Tensor, affine: Affine, out: Tensor) -> None:
+        """Whole rows at a time: a broadcast over three channels is not vectorised."""
+        scale, offset = affine.scale.repeat(self._res), affine.offset.repeat(self._res)
+        chunk = self._chunk or len(pixels)
+        for i in range(0, len(pixels), chunk):
+            rows, images = pixels[i : i + chunk].flatten(2).to(torch.float32), out[i : i + chunk].flatten(2)
+            if out.dtype == torch.float32:
+                torch.addcmul(offset, rows, scale, out=images)
+            else:
+                images.copy_(torch.addcmul(offset, rows, scale))
 
     def prepare(self, taps: Taps, size: int, max_scale: float) -> Band:
         band = make_band(taps, size, max_scale=max_scale, block_rows=self._block_rows, align=self._align)
@@ -193,6 +208,11 @@ class CompiledProducts:
 
     def __init__(self, library: Any) -> None:
         self._library = library
+
+    def normalise(self, pixels: Tensor, affine: Affine, out: Tensor) -> None:
+        width = pixels.shape[2]
+        scale, offset = affine.scale.repeat(width), affine.offset.repeat(width)
+        native.normalise(self._library, pixels, scale=scale, offset=offset, out=out)
 
     def prepare(self, taps: Taps, size: int, max_scale: float) -> native.Axis:
         return native.make_axis(*taps, size=size)
@@ -265,9 +285,11 @@ class Resample:
         images = torch.empty(len(pixels), self._res, self._res, 3, dtype=self._dtype, device=pixels.device)
         matrices = self._centre if boxes is None else tuple(self._box_matrix(axis, boxes) for axis in (0, 1))
         with torch.autocast(pixels.device.type, enabled=False):  # it would make the products bfloat16
-            if matrices is None:
-                self._normalise(pixels, images)
-            elif len(pixels):
+            if not len(pixels):
+                pass
+            elif matrices is None:
+                self._products.normalise(pixels, self._affine, images)
+            else:
                 self._products(pixels, matrices[0], matrices[1], self._affine, images)
         return images.permute(0, 3, 1, 2)
 
@@ -286,14 +308,3 @@ class Resample:
     def _matrix(self, axis: int, start: Tensor, scale: Tensor, max_scale: float) -> Any:
         taps = bicubic_taps(self._res, start, scale, max_scale=max_scale, kernel=self._kernel, antialias=self._antialias)
         return self._products.prepare(taps, self._size[axis], max_scale)
-
-    def _normalise(self, pixels: Tensor, images: Tensor) -> None:
-        """For pixels of the right size. Whole rows at a time: a broadcast over three channels is not vectorised."""
-        scale, offset = self._affine.scale.repeat(self._res), self._affine.offset.repeat(self._res)
-        chunk = cpu_chunk(self._res) if pixels.device.type == "cpu" else max(len(pixels), 1)
-        for i in range(0, len(pixels), chunk):
-            rows, out = pixels[i : i + chunk].flatten(2).to(torch.float32), images[i : i + chunk].flatten(2)
-            if out.dtype == torch.float32:
-                torch.addcmul(offset, rows, scale, out=out)
-            else:
-                out.copy_(torch.addcmul(offset, rows, scale))

@@ -176,7 +176,8 @@ class Run:
         if is_best:
             progress.best, progress.best_epoch = score, number
         progress.last, progress.epoch = score, number
-        progress.images_per_s.append(trained.images_per_s)
+        if trained.images_per_s:  # none where a stop came after an epoch's last step
+            progress.images_per_s.append(trained.images_per_s)
         self.meter = Meter(self.plan.device)
         self.report_epoch(trained, score, is_best)
         self.save_state()
@@ -258,7 +259,7 @@ class Run:
             best=progress.best,
             best_epoch=progress.best_epoch,
             last=progress.last,
-            images_per_s=statistics.median(progress.images_per_s),
+            images_per_s=statistics.median(progress.images_per_s or [0.0]),
             minutes=(progress.seconds + self.watch.elapsed_s()) / 60,
         )
         if self.ranks.is_main:

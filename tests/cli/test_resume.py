@@ -18,7 +18,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive
 
 
 def train(demo_data: Path, out: Path, cache: str) -> list[str]:
-    options = ["--res", "32", "--epochs", "3", "--batch-size", "20", "--deterministic", "--device", "cpu", "--cache", cache]
+    options = ["--res", "32", "--epochs", "3", "--batch-size", "40", "--deterministic", "--device", "cpu", "--cache", cache]
     return [*TIDALI, "train", "--data", str(demo_data), *options, "--out", str(out)]
 
 
@@ -74,15 +74,17 @@ def test_resume_of_no_run(tidali, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["device", "off"])
-def test_ranks_evaluate_to_the_same_figures(trained, demo_data: Path, cache: str) -> None:
-    """2 and 4 gloo ranks against one: the same hits, to the sample. The loss adds up in another order, so to 1e-6."""
-    scores = [evaluate_on(ranks, trained[0], demo_data, cache) for ranks in (1, 2, 4)]
-    assert [score["samples"] for score in scores] == [32, 32, 32]
-    for score in scores[1:]:
-        assert score["top1_percent"] == scores[0]["top1_percent"]
-        assert score["top5_percent"] == scores[0]["top5_percent"]
-        assert score["loss"] == pytest.approx(scores[0]["loss"], rel=1e-6)
+@pytest.mark.parametrize(("ranks", "cache"), [(2, "off"), (4, "device")])
+def test_ranks_evaluate_to_the_same_figures(tidali, trained, demo_data: Path, ranks: int, cache: str) -> None:
+    """gloo ranks against one process: the same hits, to the sample. The loss adds up in another order, so to 1e-6."""
+    one = tidali("eval", trained[0], "--data", demo_data, "--cache", cache, "--json")
+    assert one.code == 0, one.stderr
+    expected = json.loads(one.stdout)["scores"][0]
+    score = evaluate_on(ranks, trained[0], demo_data, cache)
+    assert score["samples"] == expected["samples"] == 32
+    assert score["top1_percent"] == expected["top1_percent"]
+    assert score["top5_percent"] == expected["top5_percent"]
+    assert score["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
 def evaluate_on(ranks: int, run: Path, demo_data: Path, cache: str) -> dict[str, float]:
