@@ -79,12 +79,13 @@ class FileSource:
         for items in splits.values():
             items.sort(key=attrgetter("name"))
         images = sum(len(items) for items in splits.values())
+        texts = sum(item.name.endswith(".txt") for item in listing.items) if layout == "tiny-imagenet" else 0  # its annotations
         return Scan(
             name=printable(self.path.resolve().name),
             layout=layout,
             classes=classes,
             splits=splits,
-            ignored_files=len(listing.items) - images,
+            ignored_files=len(listing.items) - images - texts,
             reader=listing.reader,
             fingerprint=fingerprint(splits),
         )

@@ -166,7 +166,8 @@ class TorchProducts:
         self._res, self._dtype = res, dtype
         self._align = _GPU_ALIGNMENT if on_gpu else 1
         self._block_rows = res if on_gpu else max(rows for rows in range(1, _CPU_BLOCK_ROWS + 1) if res % rows == 0)
-        self._chunk = None if on_gpu else cpu_chunk(res)
+        image_bytes = 3 * res * res * torch.float32.itemsize
+        self._chunk = None if on_gpu else torch.get_num_threads() * max(_CPU_CHUNK_BYTES // image_bytes, 1)
 
     def normalise(self, pixels: Tensor, affine: Affine, out: Tensor) -> None:
         """Whole rows at a time: a broadcast over three channels is not vectorised."""
@@ -233,12 +234,6 @@ def choose_products(res: int, device_type: str, dtype: torch.dtype) -> Products:
     return TorchProducts(res, device_type, torch.float32) if library is None else CompiledProducts(library)
 
 
-def cpu_chunk(res: int) -> int:
-    """Images that are worked on at a time on a CPU."""
-    image_bytes = 3 * res * res * torch.float32.itemsize
-    return torch.get_num_threads() * max(_CPU_CHUNK_BYTES // image_bytes, 1)
-
-
 class Resample:
     """uint8 pixels (N, H, W, 3) -> images (N, 3, res, res), normalised, channels_last."""
 
@@ -268,7 +263,7 @@ class Resample:
         self._antialias = antialias
         self._affine = make_affine(mean, std, res, device)
         self._products = products or choose_products(res, device.type if device is not None else "cpu", dtype)
-        self._centre = None if size == (res, res) else tuple(self._centre_matrix(axis) for axis in (0, 1))
+        self._centre = None if size == (res, res) else (self._centre_matrix(0), self._centre_matrix(1))
 
     def __call__(self, pixels: Tensor, boxes: Tensor | None = None) -> Tensor:
         """
@@ -283,14 +278,13 @@ class Resample:
         if pixels.shape[1:] != (*self._size, 3):
             raise ValueError(f"made for pixels of {self._size}, got {tuple(pixels.shape)}")
         images = torch.empty(len(pixels), self._res, self._res, 3, dtype=self._dtype, device=pixels.device)
-        matrices = self._centre if boxes is None else tuple(self._box_matrix(axis, boxes) for axis in (0, 1))
-        with torch.autocast(pixels.device.type, enabled=False):  # it would make the products bfloat16
-            if not len(pixels):
-                pass
-            elif matrices is None:
-                self._products.normalise(pixels, self._affine, images)
-            else:
-                self._products(pixels, matrices[0], matrices[1], self._affine, images)
+        if len(pixels):
+            matrices = self._centre if boxes is None else (self._box_matrix(0, boxes), self._box_matrix(1, boxes))
+            with torch.autocast(pixels.device.type, enabled=False):  # it would make the products bfloat16
+                if matrices is None:
+                    self._products.normalise(pixels, self._affine, images)
+                else:
+                    self._products(pixels, *matrices, self._affine, images)
         return images.permute(0, 3, 1, 2)
 
     def _centre_matrix(self, axis: int) -> Any:

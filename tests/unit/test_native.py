@@ -78,6 +78,10 @@ def test_every_thread_does_its_part(count: int, threads: int, monkeypatch: pytes
     images = Resample((12, 10), 17, **settings)(pixels, boxes)
     expected = Resample((12, 10), 17, **settings, products=TorchProducts(17, "cpu", torch.float32))(pixels, boxes)
     torch.testing.assert_close(images, expected)
+    square = pixels[:, :10].contiguous()
+    images = Resample((10, 10), 10, **settings)(square)
+    expected = Resample((10, 10), 10, **settings, products=TorchProducts(10, "cpu", torch.float32))(square)
+    torch.testing.assert_close(images, expected)
 
 
 def _resample_twice(results: multiprocessing.Queue[float]) -> None:
