@@ -194,7 +194,8 @@ def _list_zip(path: Path) -> Listing:
         if name in seen:
             raise UsageError(f"{path}: holds {name!r} twice; make the zip anew")
         seen.add(name)
-        folders.update(_parents(name, folders))
+        if name.rpartition("/")[0] not in folders:
+            folders.update(_parents(name, folders))
         if not name.endswith("/"):
             where = (member.header_offset, member.compress_size, member.compress_type, member.CRC)
             items.append(Item(name, member.file_size, where))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shards.images import Inspected, Unusable, inspect
+from shards.pixels import ChannelSums
 from shards.plan import ShardTask
 from shards.record import ShardSummary, seal, summarise, unseal
 from shards.source import Item, Reader, Unreadable, printable
@@ -138,7 +139,7 @@ class _OpenShard:
         self.samples: list[dict[str, Any]] = []
         self.quarantined: list[dict[str, Any]] = []
         self.counts: Counter[str] = Counter()
-        self.sums = [0] * 7  # pixels, then sum and square sum of R, G, B
+        self.channels = ChannelSums()
 
     def put(self, block: bytes) -> None:
         self.tar.write(block)
@@ -173,8 +174,7 @@ class _OpenShard:
             }
         )
         self.counts.update(image.flags)
-        for at, value in enumerate((image.pixels, *image.sums, *image.square_sums)):
-            self.sums[at] += value
+        self.channels.add(image.rgb)
 
     def quarantine(self, key: str, item: Item, reason: str, data: bytes) -> None:
         """Keep the bytes beside the shards, under a name of our own making."""
@@ -191,15 +191,15 @@ class _OpenShard:
         if self.quarantined:
             sync_folder(self.folder / QUARANTINE)
         index = format_index(self.index).encode()
-        pixels, *sums = self.sums
+        sums, square_sums = self.channels.sums()
         record = {
             "plan": plan_id,
             "size_bytes": self.offset,
             "sha256": self.digest.hexdigest(),
             "index_sha256": hashlib.sha256(index).hexdigest(),
-            "pixels": pixels,
-            "sums": sums[:3],
-            "square_sums": sums[3:],
+            "pixels": self.channels.pixels,
+            "sums": sums,
+            "square_sums": square_sums,
             "counts": dict(sorted(self.counts.items())),
             "samples": self.samples,
             "quarantined": self.quarantined,
