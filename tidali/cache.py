@@ -199,7 +199,9 @@ class CachedBatches:
 
 def prepared_ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """On CUDA, queue the next batch on a stream of its own before the current one is used, so that making it overlaps with the
-    step. On a CPU, batches as they are: a thread would take its time from the step's own cores."""
+    step (not measured). On a CPU, batches as they are: making one took 0.15 % of a ResNet-18 step's time at 64 and at 224 px,
+    and a thread could not save more.
+    """
     if device.type != "cuda":
         yield from batches
         return
