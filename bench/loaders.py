@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import TaskID
 from torch import Tensor
 
 from bench.ffcv_peer import FfcvPeer
@@ -22,6 +23,9 @@ from tidali.loader import dali_defaults_forever
 
 TORCHVISION = "torchvision ImageFolder + DataLoader"
 DALI = "DALI webdataset reader, defaults"
+SETTLE_S = 2.0
+"""A DataLoader's workers and FFCV's threads prepare batches ahead, here up to 1.2 s of them, which would slow the next case."""
+
 STREAMING, CACHED, CACHED_BF16 = "tidali streaming", "tidali cached", "tidali cached, bf16"
 
 
@@ -46,7 +50,11 @@ def bench_loaders(
                 cases = tidali_cases(dataset, res, batch_size) + peer_cases(dataset, folder, res, batch_size)
                 cases += ffcv.cases(res) if ffcv is not None else []
                 task = bar.add_task(f"loaders at {res}", total=len(cases) * repeats, note="")
-                rates = measure(cases, repeats=repeats, on_done=lambda name, task=task: bar.update(task, advance=1, note=name))  # type: ignore[misc]
+
+                def on_done(name: str, task: TaskID = task) -> None:
+                    bar.update(task, advance=1, note=name)
+
+                rates = measure(cases, repeats=repeats, settle_s=SETTLE_S, on_done=on_done)
                 base = rates[TORCHVISION].median
                 rows += [
                     {"res": res, "case": case, "images_per_s": rate.to_dict(), "times_torchvision": rate.median / base}

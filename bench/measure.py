@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,16 +50,23 @@ class Rates:
 
 
 def measure(
-    cases: Sequence[Case], *, repeats: int, on_done: Callable[[str], None] | None = None, min_seconds: float = MIN_SECONDS
+    cases: Sequence[Case],
+    *,
+    repeats: int,
+    on_done: Callable[[str], None] | None = None,
+    settle_s: float = 0.0,
+    min_seconds: float = MIN_SECONDS,
 ) -> dict[str, Rates]:
     """Measure every case `repeats` times, taking turns, so that a slow spell of the machine falls on all of them.
 
     Args:
+        settle_s: idle time before each measurement, for cases whose own processes go on filling their queues.
         on_done: called with a case's name after each of its measurements.
     """
     rates: dict[str, list[float]] = {case.name: [] for case in cases}
     for _ in range(repeats):
         for case in cases:
+            time.sleep(settle_s)
             rates[case.name].append(_measure_once(case, min_seconds))
             if on_done is not None:
                 on_done(case.name)
