@@ -12,7 +12,7 @@ import torch
 from tidali.timing import Stopwatch
 
 MIN_SECONDS = 1.0
-"""Each measurement goes on for at least this long; shorter ones scattered by more than 10 % here."""
+"""Each measurement goes on for at least this long, so that a fast case counts many batches and not one."""
 
 MIN_STEPS = 3
 WARMUP_STEPS = 2
