@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tidali.errors import DatasetError
 
@@ -113,9 +113,8 @@ def label_digits(num_classes: int) -> int:
 # --------------------------------------------------------------------------------------------------------------------- index
 
 
-@dataclass(frozen=True, slots=True)
-class Component:
-    """One tar member of a sample, as DALI's index states it."""
+class Component(NamedTuple):
+    """One tar member of a sample, as DALI's index states it. A named tuple: two a sample are made, at a third of the time."""
 
     extension: str
     offset: int  # of the data, not of its header
