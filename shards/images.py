@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -27,7 +26,8 @@ class Unusable(Exception):
     """The bytes are no usable image; the text says why."""
 
 
-class Inspected(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Inspected:
     """A usable image."""
 
     extension: str
