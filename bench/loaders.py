@@ -85,12 +85,12 @@ def tidali_cases(dataset: Dataset, res: int, batch_size: int) -> list[Case]:
         train=True,
         augment=Augment(flip="random"),
     )
+    streamed = Data(dataset, ("train",), device, cache="off", max_res=res)
+    cached = Data(dataset, ("train",), device, cache="device", max_res=res)
     routes = {
-        STREAMING: Data(dataset, ("train",), device, cache="off", max_res=res).batches("train", **common),
-        CACHED: Data(dataset, ("train",), device, cache="device", max_res=res).batches("train", **common),
-        CACHED_BF16: Data(dataset, ("train",), device, cache="device", max_res=res).batches(
-            "train", dtype=torch.bfloat16, **common
-        ),
+        STREAMING: streamed.batches("train", **common),
+        CACHED: cached.batches("train", **common),
+        CACHED_BF16: cached.batches("train", dtype=torch.bfloat16, **common),
     }
     return [Case(name=name, step=counting(forever(batches))) for name, batches in routes.items()]
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from shards.images import Unusable, inspect
 from shards.record import ShardSummary, summarise, unseal
-from shards.write import file_sha256, label_bytes
+from shards.write import label_bytes
 from tidali.contract import (
     BLOCK_BYTES,
     END_OF_ARCHIVE,
     LABEL_EXTENSION,
     Component,
     Shard,
+    file_sha256,
     format_index,
     label_digits,
     member_header,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from tidali.errors import TidaliError, UsageError
 from tidali.remote import filesystem, is_remote
@@ -150,18 +150,25 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
 
 
-def publish_bytes(path: Path, data: bytes) -> None:
+@contextmanager
+def publishing(path: Path, *, buffering: int = -1) -> Iterator[BinaryIO]:
     """Write a file that appears whole or not at all. Syncing the folder is left to the caller, once for several files."""
     partial = partial_path(path)
     try:
-        with open(partial, "wb") as file:
-            file.write(data)
+        with open(partial, "wb", buffering=buffering) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def publish_bytes(path: Path, data: bytes) -> None:
+    """`publishing` for content that is at hand."""
+    with publishing(path) as file:
+        file.write(data)
 
 
 def sync_folder(folder: Path) -> None:

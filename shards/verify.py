@@ -17,7 +17,7 @@ from shards.manifest import build_manifest
 from shards.pack import PLAN_NAME
 from shards.plan import plan_id
 from shards.store import PARTIAL_SUFFIX
-from tidali.contract import MANIFEST_NAME, Manifest, Shard
+from tidali.contract import MANIFEST_NAME, Manifest, Shard, manifest_text
 from tidali.errors import DatasetError
 
 _REPACK = "pack the source again into this folder: what is right is kept"
@@ -44,9 +44,7 @@ def verify(root: Path, *, decode: bool = False, workers: int | None = None) -> V
     """
     path = root / MANIFEST_NAME
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DatasetError(f"{root}: no {MANIFEST_NAME} here; make a data set with 'tidali shard SOURCE {root}'") from None
+        text = manifest_text(root)
     except (OSError, UnicodeDecodeError) as error:
         return _only(Fault(MANIFEST_NAME, f"cannot be read: {error}", _REPACK), decode)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -15,13 +14,14 @@ from shards.pixels import ChannelSums
 from shards.plan import ShardTask
 from shards.record import ShardSummary, seal, summarise, unseal
 from shards.source import Item, Reader, Unreadable, printable
-from shards.store import Store, partial_path, publish_bytes, sync_folder
+from shards.store import Store, publish_bytes, publishing, sync_folder
 from tidali.contract import (
     BLOCK_BYTES,
     END_OF_ARCHIVE,
     LABEL_EXTENSION,
     Component,
     Quarantined,
+    file_sha256,
     format_index,
     member_header,
     padding,
@@ -100,28 +100,19 @@ def record_name(task: ShardTask) -> str:
 
 
 def _write(task: ShardTask, folder: Path, reader: Reader, options: ImageOptions, plan_id: str, digits: int) -> dict[str, Any]:
-    path = folder / tar_name(task)
-    partial = partial_path(path)
-    try:
-        with reader.open() as read, open(partial, "wb", buffering=1 << 20) as tar:
-            shard = _OpenShard(task, folder, digits, tar)
-            for ordinal, item in task.samples:
-                key = safe_key(ordinal, item.name)
-                data = b""
-                try:
-                    data = read(item, options.file_bytes_limit)
-                    image = inspect(data, max_pixels=options.max_pixels, size_px=options.size_px, kernel=options.kernel)
-                except (Unreadable, Unusable) as error:
-                    shard.quarantine(key, item, str(error), getattr(error, "data", data))
-                else:
-                    shard.add(key, item, image)
-            shard.put(END_OF_ARCHIVE)
-            tar.flush()
-            os.fsync(tar.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with reader.open() as read, publishing(folder / tar_name(task), buffering=1 << 20) as tar:
+        shard = _OpenShard(task, folder, digits, tar)
+        for ordinal, item in task.samples:
+            key = safe_key(ordinal, item.name)
+            data = b""
+            try:
+                data = read(item, options.file_bytes_limit)
+                image = inspect(data, max_pixels=options.max_pixels, size_px=options.size_px, kernel=options.kernel)
+            except (Unreadable, Unusable) as error:
+                shard.quarantine(key, item, str(error), getattr(error, "data", data))
+            else:
+                shard.add(key, item, image)
+        shard.put(END_OF_ARCHIVE)
     return shard.publish(plan_id)
 
 
@@ -242,11 +233,3 @@ def _planned(task: ShardTask) -> list[tuple[str, str, int | None]]:
 
 def _recorded(record: dict[str, Any]) -> list[tuple[str, str, int | None]]:
     return sorted((e["key"], e["source"], e["label"]) for part in ("samples", "quarantined") for e in record[part])
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb", buffering=0) as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -7,7 +7,6 @@ exception at best: with several of them at hand its threads have ended the proce
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -16,14 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tidali.console import say
-from tidali.contract import LABEL_EXTENSION, Dataset, Shard, format_index, parse_index, read_record
+from tidali.contract import LABEL_EXTENSION, Dataset, Shard, file_sha256, format_index, parse_index, read_record
 from tidali.device import cpu_count
 from tidali.errors import DatasetError
 
 DEFAULT_SHARE = 0.001
 """Of a split's images that may be bad before the run fails: more is no accident, and wants mending."""
-
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +69,7 @@ def find_bad(dataset: Dataset, split: str) -> list[BadImage]:
     """
     shards = dataset.split(split).shards
     with ThreadPoolExecutor(cpu_count()) as pool:  # hashing lets go of the interpreter's lock
-        sound = pool.map(lambda shard: _sha256(dataset.root / shard.name) == shard.sha256, shards)
+        sound = pool.map(lambda shard: file_sha256(dataset.root / shard.name) == shard.sha256, shards)
         return [
             image for shard, is_sound in zip(shards, sound, strict=True) if not is_sound for image in _bad_in(dataset, shard)
         ]
@@ -95,14 +92,6 @@ def without(dataset: Dataset, split: str, bad: Sequence[BadImage]) -> Dataset:
     reduced = replace(dataset.split(split), samples=sum(shard.samples for shard in shards), shards=tuple(shards))
     manifest = replace(dataset.manifest, splits={**dataset.manifest.splits, split: reduced})
     return replace(dataset, manifest=manifest, indexes=indexes)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _bad_in(dataset: Dataset, shard: Shard) -> list[BadImage]:

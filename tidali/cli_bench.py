@@ -41,9 +41,8 @@ def bench(
     resolutions = parse_resolutions(res)
     if json_ is not None and not Path(json_).parent.is_dir():
         raise UsageError(f"--json {json_}: there is no folder {Path(json_).parent}")
-    for path in (ffcv_python,) if ffcv_python is not None else ():
-        if not Path(path).is_file():
-            raise UsageError(f"--ffcv-python {path}: no such file")
+    if ffcv_python is not None and not Path(ffcv_python).is_file():
+        raise UsageError(f"--ffcv-python {ffcv_python}: no such file")
 
     from bench.report import show, write_json
 

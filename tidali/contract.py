@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tidali.errors import DatasetError
+from tidali.errors import DatasetError, UsageError
 
 FORMAT = "tidali-dataset"
 FORMAT_VERSION = 1
@@ -225,6 +225,11 @@ class Split:
     shards: tuple[Shard, ...]
 
     @property
+    def content(self) -> str:
+        """Says which samples these are, and in which order: what a saved position in them depends on."""
+        return "".join(f"{shard.sha256}{shard.samples}" for shard in self.shards)
+
+    @property
     def size_bytes(self) -> int:
         return sum(shard.size_bytes for shard in self.shards)
 
@@ -324,12 +329,23 @@ class Dataset:
             raise DatasetError(f"{self.root}: no {name!r} split with samples (splits: {have})")
         return split
 
+    def labelled_split(self, name: str) -> Split:
+        """
+        Raises:
+            DatasetError: there is no such split, or it is empty.
+            UsageError: it has no labels.
+        """
+        split = self.split(name)
+        if not split.labelled:
+            raise UsageError(f"{self.root}: the {name!r} split has no labels, so it can be neither trained nor evaluated on")
+        return split
+
     @property
     def default_res(self) -> int:
         """The train images' own side in pixels where they are all the same square of 32 or more, else 224."""
-        height, _, width = next(iter(self.split("train").image_sizes)).partition("x")
-        same = len(self.split("train").image_sizes) == 1 and height == width
-        return int(height) if same and int(height) >= 32 else 224
+        sizes = self.split("train").image_sizes
+        height, width = parse_image_size(next(iter(sizes)))
+        return height if len(sizes) == 1 and height == width >= 32 else 224
 
     def tar_paths(self, split: str) -> list[Path]:
         """The split's tars in order, without empty ones: DALI refuses an index of no samples."""
@@ -341,6 +357,33 @@ class Dataset:
         ]
 
 
+def parse_image_size(text: str) -> tuple[int, int]:
+    """'HxW' -> (height, width), in pixels."""
+    height, _, width = text.partition("x")
+    return int(height), int(width)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb", buffering=0) as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def manifest_text(root: Path) -> str:
+    """The manifest as it stands in a folder.
+
+    Raises:
+        DatasetError: there is none.
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    try:
+        return (root / MANIFEST_NAME).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DatasetError(f"{root}: no {MANIFEST_NAME} here; make a data set with 'tidali shard SOURCE {root}'") from None
+
+
 def open_dataset(root: Path) -> Dataset:
     """The data set in a folder, checked for what costs milliseconds: see `check_shards`.
 
@@ -349,9 +392,7 @@ def open_dataset(root: Path) -> Dataset:
     """
     path = root / MANIFEST_NAME
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DatasetError(f"{root}: no {MANIFEST_NAME} here; make a data set with 'tidali shard SOURCE {root}'") from None
+        text = manifest_text(root)
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: cannot be read ({error})") from None
     dataset = Dataset(root, Manifest.from_json(text, str(path)))

@@ -18,7 +18,7 @@ from tidali.bad_images import leave_out_bad
 from tidali.cache import CachedBatches, PixelCache, fill_cache
 from tidali.config import CacheChoice
 from tidali.console import progress_bar
-from tidali.contract import Dataset, Split
+from tidali.contract import Dataset, Split, parse_image_size
 from tidali.errors import UsageError
 from tidali.resample import Kernel
 
@@ -82,7 +82,7 @@ def choose_route(wish: CacheChoice, splits: Sequence[Split], *, max_res: int, fr
     sizes = {size for split in splits for size in split.image_sizes}
     square = None if len(sizes) == 1 else max_res
     samples = sum(split.samples for split in splits)
-    height, width = (int(side) for side in next(iter(sizes)).split("x")) if square is None else (square, square)
+    height, width = parse_image_size(next(iter(sizes))) if square is None else (square, square)
     pixel_bytes = samples * height * width * 3
     stored = f"{samples:,} images of {height} x {width} px take {pixel_bytes / 2**20:,.0f} MiB"
     if square is not None:
@@ -124,10 +124,7 @@ class Data:
             UsageError: a split without labels.
         """
         for split in splits:
-            if not dataset.split(split).labelled:
-                raise UsageError(
-                    f"{dataset.root}: the {split!r} split has no labels, so it can be neither trained nor evaluated on"
-                )
+            dataset.labelled_split(split)
         for split in splits:
             dataset = leave_out_bad(dataset, split, max_bad)
         self.dataset, self.device = dataset, device
@@ -196,8 +193,7 @@ def fill(dataset: Dataset, split: str, device: torch.device, square: int | None)
         TidaliError: an image cannot be decoded.
     """
     info = dataset.split(split)
-    size = (square, square) if square is not None else parse_size(next(iter(info.image_sizes)))
-    shards = "".join(f"{shard.sha256}{shard.samples}" for shard in info.shards)
+    size = (square, square) if square is not None else parse_image_size(next(iter(info.image_sizes)))
     if dali_is_installed():
         from tidali.loader import decoded_once
     else:
@@ -208,7 +204,7 @@ def fill(dataset: Dataset, split: str, device: torch.device, square: int | None)
             decoded_once(dataset, split, square=square, device=device),
             info.samples,
             size,
-            identity=hashlib.sha256(f"{shards}{size}".encode()).hexdigest(),
+            identity=hashlib.sha256(f"{info.content}{size}".encode()).hexdigest(),
             device=device,
             on_batch=lambda done: bar.update(task, completed=done),
         )
@@ -219,12 +215,6 @@ def dali_is_installed() -> bool:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # not even the namespace that it shares with other packages
         return False
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """'HxW' -> (height, width)."""
-    height, _, width = text.partition("x")
-    return int(height), int(width)
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -57,7 +57,7 @@ class StreamBatches:
         self._pipeline_settings: dict[str, Any] = dict(
             batch_size=batch_size,
             res=res,
-            resize=needs_resize(labelled_split(dataset, split), res),
+            resize=needs_resize(dataset.labelled_split(split), res),
             mean=mean,
             std=std,
             flip=flip,
@@ -137,10 +137,10 @@ class StreamBatches:
     def _order(self) -> dict[str, Any]:
         """All that decides which samples come when. DALI restores a checkpoint under other settings without a word."""
         names = ("batch_size", "flip", "rank", "seed", "world_size")
-        shards = "".join(f"{shard.sha256}{shard.samples}" for shard in self._dataset.split(self._split).shards)
+        content = self._dataset.split(self._split).content
         return {
             "route": "stream",
-            "shards": hashlib.sha256(shards.encode()).hexdigest(),
+            "shards": hashlib.sha256(content.encode()).hexdigest(),
             **{name: self._pipeline_settings[name] for name in names},
         }
 
@@ -161,7 +161,7 @@ def dali_defaults_forever(
     dataset: Dataset, split: str, *, res: int, batch_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The same graph with the reader as DALI's documentation shows it: its default buffers, no last-batch policy. A peer."""
-    info = labelled_split(dataset, split)
+    info = dataset.labelled_split(split)
     pipe = batch_pipeline(
         shard_files(dataset, split),
         batch_size=batch_size,
@@ -201,7 +201,7 @@ def decoded_forever(
     Yields:
         DALI's outputs: images (H, W, 3) uint8 on the device, labels int64 on the CPU; an epoch's last batch is padded.
     """
-    labelled_split(dataset, split)
+    dataset.labelled_split(split)
     pipe = decode_pipeline(
         shard_files(dataset, split),
         batch_size=batch_size,
@@ -231,18 +231,6 @@ def decoded_once(
         left -= len(labels)
         if left <= 0:
             return
-
-
-def labelled_split(dataset: Dataset, split: str) -> Split:
-    """
-    Raises:
-        DatasetError: there is no such split.
-        UsageError: it has no labels.
-    """
-    info = dataset.split(split)
-    if not info.labelled:
-        raise UsageError(f"{dataset.root}: the {split!r} split has no labels, so it can be neither trained nor evaluated on")
-    return info
 
 
 def shard_files(dataset: Dataset, split: str) -> ShardFiles:
