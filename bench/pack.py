@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import statistics
 import subprocess
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from shards.demo import DemoSource
-from shards.executor import available_cores
 from shards.scan import FileSource, Source
 from tidali.errors import TidaliError
 from tidali.timing import Stopwatch
@@ -41,20 +41,23 @@ def run(
     command, start-up included.
 
     Args:
+        workers: processes; None lets tidali choose and gives the peers one a core.
         ffcv_python: a Python that has FFCV, where this one does not.
         on_done: called with a case's name after each of its runs.
 
     Returns:
         ``rows``, one a case: seconds and images_per_s (median, min, max) and peak_rss_mib, the largest process's peak.
     """
-    workers = workers or available_cores()
+    cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="tidali-bench-") as name:
         folder = Path(name)
         archive, files = _make_sources(folder, images, source)
-        commands = {"tidali": [sys.executable, "-m", "tidali", "shard", str(archive), "{dest}", "--workers", str(workers)]}
+        commands = {"tidali": [sys.executable, "-m", "tidali", "shard", str(archive), "{dest}"]}
+        if workers is not None:
+            commands["tidali"] += ["--workers", str(workers)]
         for case, python in _peers(ffcv_python):
             script = str(Path(__file__).with_name("pack_peers.py"))
-            commands[case] = [python, script, case, str(files), "{dest}", str(workers)]
+            commands[case] = [python, script, case, str(files), "{dest}", str(workers or cores)]
         runs: dict[str, list[tuple[float, float]]] = {case: [] for case in commands}
         for _ in range(repeats):
             for case, command in commands.items():
@@ -66,7 +69,7 @@ def run(
     return {
         "benchmark": "pack",
         "images": images,
-        "workers": workers,
+        "workers": workers or cores,
         "repeats": repeats,
         "rows": rows,
         "times_the_fastest_peer": rows[0]["images_per_s"]["median"] / fastest_peer if fastest_peer else None,

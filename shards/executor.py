@@ -30,8 +30,12 @@ def run_tasks(job: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterat
     return _run_in_pool(job, tasks, workers)
 
 
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0))
+def default_workers() -> int:
+    """One more than there are cores: each waits a tenth of its time and more for the disk to say that a shard is safe.
+
+    Packing 110,000 images on two cores took 16.6 to 18.1 s with three workers and 18.4 to 19.7 s with two, taking turns.
+    """
+    return len(os.sched_getaffinity(0)) + 1
 
 
 def start_early() -> None:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from shards.executor import available_cores, run_tasks, start_early
+from shards.executor import default_workers, run_tasks, start_early
 from shards.manifest import build_manifest
 from shards.plan import PackSettings, Plan, make_plan
 from shards.scan import Scan, Source
@@ -63,8 +63,8 @@ def pack(
 ) -> PackReport:
     """Pack a source into ``dest``, a folder or fsspec URL, or go on with, or repair, what the same call began there.
 
-    The bytes written depend on the source and the settings alone, not on ``workers`` (None: all cores, or this process alone
-    where the job is small) or ``executor`` ('local' or 'ray').
+    The bytes written depend on the source and the settings alone, not on ``workers`` (None: enough for
+    all cores, or this process alone where the job is small) or ``executor`` ('local' or 'ray').
 
     Raises:
         UsageError: no data set in the source, a setting that does not fit it, or a ``dest`` that holds something else.
@@ -130,7 +130,7 @@ def _run(executor: str, plan: Plan, workers: int | None) -> Run:
 
         return functools.partial(run_tasks_on_ray, workers=workers)
     if workers is None:
-        workers = 1 if plan.samples < _SMALL_JOB_SAMPLES else available_cores()
+        workers = 1 if plan.samples < _SMALL_JOB_SAMPLES else default_workers()
     return functools.partial(run_tasks, workers=workers)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from shards.zip_directory import Member, read_directory
 from tidali.errors import TidaliError, UsageError
 
 
@@ -178,8 +179,7 @@ _ENCRYPTED = 0x1 | 0x40  # APPNOTE.TXT 4.4.4, bits 0 and 6
 
 def _list_zip(path: Path) -> Listing:
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
+        members = read_directory(path)
         status = path.stat()
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise UsageError(f"{path}: neither a folder nor a readable zip ({error})") from None
@@ -187,7 +187,7 @@ def _list_zip(path: Path) -> Listing:
     folders: set[str] = set()
     seen: set[str] = set()
     for member in members:
-        name = member.filename
+        name, _, method, crc32, stored_bytes, size_bytes, _, header_offset = member
         _refuse_hostile(path, member)
         if _is_hidden(name):
             continue
@@ -197,8 +197,7 @@ def _list_zip(path: Path) -> Listing:
         if name.rpartition("/")[0] not in folders:
             folders.update(_parents(name, folders))
         if not name.endswith("/"):
-            where = (member.header_offset, member.compress_size, member.compress_type, member.CRC)
-            items.append(Item(name, member.file_size, where))
+            items.append(Item(name, size_bytes, (header_offset, stored_bytes, method, crc32)))
     reader = ZipReader(str(path), status.st_size, status.st_mtime_ns)
     by_name = {item.name: item for item in items if item.name.endswith(".txt")}
 
@@ -219,18 +218,18 @@ def _parents(name: str, known: set[str]) -> Iterator[str]:
         parent = parent.rpartition("/")[0]
 
 
-def _refuse_hostile(path: Path, member: zipfile.ZipInfo) -> None:
+def _refuse_hostile(path: Path, member: Member) -> None:
     """Nothing is ever extracted, so no name can reach outside DEST; an archive that tries is still not one to trust."""
-    name = member.filename
+    name = member.name
     fault = None
     if name.startswith("/") or not name or ((".." in name or "\\" in name or ":" in name) and _leaves(name)):
         fault = "its path leaves the archive"
-    elif stat.S_ISLNK(member.external_attr >> 16):
+    elif stat.S_ISLNK(member.external_attributes >> 16):
         fault = "it is a symbolic link"
-    elif member.flag_bits & _ENCRYPTED:
+    elif member.flags & _ENCRYPTED:
         fault = "it is encrypted"
-    elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        fault = f"compression method {member.compress_type} is neither stored nor deflate"
+    elif member.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        fault = f"compression method {member.method} is neither stored nor deflate"
     if fault:
         raise UsageError(f"{path}: member {name!r} is refused: {fault}; make the zip anew")
 

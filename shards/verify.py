@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.check import Fault, ShardCheck, check_shard
-from shards.executor import available_cores, run_tasks
+from shards.executor import default_workers, run_tasks
 from shards.manifest import build_manifest
 from shards.pack import PLAN_NAME
 from shards.plan import plan_id
@@ -82,7 +82,7 @@ def _check_shards(
         decode=decode,
     )
     if workers is None:
-        workers = available_cores() if sum(shard.samples for _, shard in shards) > 20_000 or decode else 1
+        workers = default_workers() if sum(shard.samples for _, shard in shards) > 20_000 or decode else 1
     checks = dict(run_tasks(job, shards, workers))
     return [checks[index] for index in range(len(shards))]
 

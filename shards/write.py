@@ -73,12 +73,12 @@ def finish_shard(
             was_there = (folder / record_name(task)).exists()
             sealed = _load_finished(task, store, folder, plan_id)
             if sealed is not None:
-                return ShardResult("kept", summarise(task.stem, sealed))
+                return ShardResult("kept", summarise(task.stem, sealed, unseal(sealed)))
             record = _write(task, folder, reader, options, plan_id, digits)
             names = [entry["file"] for entry in record["quarantined"]]
             store.commit(folder, [*names, tar_name(task), index_name(task), record_name(task)])
             sealed = (folder / record_name(task)).read_bytes()
-            return ShardResult("repaired" if was_there else "written", summarise(task.stem, sealed))
+            return ShardResult("repaired" if was_there else "written", summarise(task.stem, sealed, record))
     except OSError as error:
         where = f"{error.filename or store.location}: {error.strerror or error}"
         raise TidaliError(f"{where}; mend that and run the same command again, it goes on from here") from None
@@ -164,7 +164,8 @@ class _OpenShard:
                 "width": image.width,
             }
         )
-        self.counts.update(image.flags)
+        if image.flags:
+            self.counts.update(image.flags)
         self.channels.add(image.rgb)
 
     def quarantine(self, key: str, item: Item, reason: str, data: bytes) -> None:

@@ -22,7 +22,7 @@ _LISTED_FILES = 10
 
 Dest = Annotated[str, typer.Argument(help="Folder to make the data set in, or a URL such as s3://bucket/data.")]
 Data = Annotated[str, typer.Argument(help="A packed data set: a folder or a URL.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="all cores, one for small jobs")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="enough for all cores; one for small jobs")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the data set in DEST, where it is another one.")]
 
 
