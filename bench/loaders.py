@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench.ffcv_peer import FfcvPeer
 from bench.measure import Case, measure
+from bench.memory import cache_memory
 from bench.report import environment
 from tidali.augment import Augment
 from tidali.console import progress_bar, say
@@ -60,6 +61,7 @@ def bench_loaders(
                     {"res": res, "case": case, "images_per_s": rate.to_dict(), "times_torchvision": rate.median / base}
                     for case, rate in rates.items()
                 ]
+        memory = [cache_memory(dataset.root, res=res, batch_size=batch_size) for res in resolutions]
         if ffcv is None:
             say("FFCV is not among them: give a Python that has it by --ffcv-python")
         else:
@@ -71,6 +73,7 @@ def bench_loaders(
         "batch_size": batch_size,
         "repeats": repeats,
         "rows": rows,
+        "memory": memory,
     }
 
 

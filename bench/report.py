@@ -74,6 +74,19 @@ def show(document: dict[str, Any]) -> None:
             for rate in (row["images_per_s"],)
         ],
     )
+    if "memory" in document:
+        print_table(
+            "memory of a process that takes batches from the cache, MiB",
+            ("res", "cached pixels", "imports alone", "peak", "(peak - imports) / pixels"),
+            [
+                (
+                    row["res"],
+                    *(f"{row[name]:,.0f}" for name in ("pixels_mib", "idle_rss_mib", "peak_rss_mib")),
+                    f"{row['times_pixels']:.2f}",
+                )
+                for row in document["memory"]
+            ],
+        )
 
 
 def write_json(document: dict[str, Any], target: str) -> None:

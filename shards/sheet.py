@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tidali.contract import Dataset, SampleRecord, Shard, iter_records
 from tidali.errors import DatasetError
 
-_COLUMNS, _ROWS = 8, 6
+_COLUMNS = 8
+SHEET_IMAGES = 6 * _COLUMNS
 _CELL_PX, _CAPTION_PX, _GAP_PX = 128, 14, 6
 
 
@@ -20,17 +22,27 @@ def contact_sheet(dataset: Dataset, split: str, *, seed: int = 0) -> Image.Image
     Raises:
         DatasetError: no such split, or a sample that does not decode.
     """
-    chosen = _sample(dataset, split, _COLUMNS * _ROWS, random.Random(seed))
-    rows = -(-len(chosen) // _COLUMNS)
+    chosen = _sample(dataset, split, SHEET_IMAGES, random.Random(seed))
+    classes = dataset.manifest.classes
+    return draw_sheet(
+        [
+            (_read_image(dataset, shard, record), classes[record.label].name if record.label is not None else record.key)
+            for shard, record in chosen
+        ]
+    )
+
+
+def draw_sheet(captioned: Sequence[tuple[Image.Image, str]]) -> Image.Image:
+    """RGB images, enlarged or reduced to equal cells in rows of eight, each above its caption."""
+    rows = -(-len(captioned) // _COLUMNS)
     step_x, step_y = _CELL_PX + _GAP_PX, _CELL_PX + _CAPTION_PX + _GAP_PX
-    sheet = Image.new("RGB", (min(len(chosen), _COLUMNS) * step_x + _GAP_PX, rows * step_y + _GAP_PX), "white")
+    sheet = Image.new("RGB", (min(len(captioned), _COLUMNS) * step_x + _GAP_PX, rows * step_y + _GAP_PX), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for place, (shard, record) in enumerate(chosen):
+    for place, (full, caption) in enumerate(captioned):
         x, y = _GAP_PX + place % _COLUMNS * step_x, _GAP_PX + place // _COLUMNS * step_y
-        image = ImageOps.contain(_read_image(dataset, shard, record), (_CELL_PX, _CELL_PX))
+        image = ImageOps.contain(full, (_CELL_PX, _CELL_PX))
         sheet.paste(image, (x + (_CELL_PX - image.width) // 2, y + (_CELL_PX - image.height) // 2))
-        name = dataset.manifest.classes[record.label].name if record.label is not None else record.key
-        text = name.encode("ascii", "replace").decode()  # PIL's built-in font knows no more
+        text = caption.encode("ascii", "replace").decode()  # PIL's built-in font knows no more
         while len(text) > 1 and draw.textlength(text, font) > _CELL_PX:
             text = text[:-1]
         draw.text((x, y + _CELL_PX), text, "black", font)

@@ -142,6 +142,7 @@ class CachedBatches:
         for batch in prepared_ahead(self._rest_of_epoch(self._epoch, self._step), self._cache.device):
             self._step += 1
             yield batch
+            del batch  # or this frame would hold it while the next one is made
         self._next_epoch()
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tidali.config import change, check_res, make_recipe
 from tidali.console import print_table, progress_bar, results, say
 from tidali.errors import TidaliError, UsageError
 
@@ -131,14 +132,39 @@ def info(
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of random samples to this PNG.")] = None,
     split: Annotated[str, typer.Option(help="Of the contact sheet.")] = "train",
     seed: Annotated[int, typer.Option(min=0, help="Of the contact sheet's choice.")] = 0,
+    recipe: Annotated[
+        Literal["seed", "modern"] | None,
+        typer.Option(
+            help="The contact sheet shows what the network sees in training by this recipe.", show_default="as stored"
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="As in 'tidali train', such as augment.erase=0.5; repeatable."),
+    ] = None,
+    res: Annotated[
+        int | None, typer.Option(help="With --recipe: input side in pixels.", show_default="as in 'tidali train'")
+    ] = None,
 ) -> None:
     """Show what a packed data set holds."""
     from tidali.source import open_data, read_manifest
 
+    if sheet is None and (recipe is not None or set_ or res is not None):
+        raise UsageError("--recipe, --set and --res are of the contact sheet; add --sheet FILE.png")
+    if recipe is None and (set_ or res is not None):
+        raise UsageError("--set and --res show a recipe's images; add --recipe modern")
     if sheet is not None:
-        from shards.sheet import contact_sheet
+        from shards.sheet import SHEET_IMAGES, contact_sheet, draw_sheet
 
-        image = contact_sheet(open_data(data), split, seed=seed)
+        dataset = open_data(data)
+        if recipe is None:
+            image = contact_sheet(dataset, split, seed=seed)
+        else:
+            from tidali.preview import seen_images
+
+            chosen, side = change(make_recipe(recipe), set_ or ()), res if res is not None else dataset.default_res
+            check_res(side)
+            image = draw_sheet(seen_images(dataset, split, chosen, res=side, count=SHEET_IMAGES, seed=seed))
         try:
             image.save(sheet, format="PNG")
         except OSError as error:

@@ -20,6 +20,7 @@ from tidali.config import CacheChoice
 from tidali.console import progress_bar
 from tidali.contract import Dataset, Split, parse_image_size
 from tidali.errors import UsageError
+from tidali.order import refuse_partial_batch
 from tidali.resample import Kernel
 
 CACHE_SHARE = 0.5
@@ -64,6 +65,8 @@ class Route:
 
     cached: bool
     reason: str
+    pixel_bytes: int
+    """What the splits' decoded pixels take."""
     square: int | None = None
     """Side that images of unequal size are stored at, in pixels; None where they are stored as they are."""
 
@@ -90,14 +93,15 @@ def choose_route(wish: CacheChoice, splits: Sequence[Split], *, max_res: int, fr
     if not has_dali and wish == "off":
         raise UsageError("--cache off streams through DALI, which is not installed here; leave --cache at auto")
     if wish == "off":
-        return Route(cached=False, reason="--cache off")
+        return Route(cached=False, reason="--cache off", pixel_bytes=pixel_bytes)
     if not has_dali:
-        return Route(cached=True, reason=f"{stored}; decoded by PIL, as NVIDIA DALI is not installed here", square=square)
-    if wish == "device":
-        return Route(cached=True, reason=stored, square=square)
-    if pixel_bytes <= CACHE_SHARE * free_bytes:
-        return Route(cached=True, reason=f"{stored}, under half of the {free_bytes / 2**30:,.1f} GiB free", square=square)
-    return Route(cached=False, reason=f"{stored}, over half of the {free_bytes / 2**30:,.1f} GiB free")
+        stored += "; decoded by PIL, as NVIDIA DALI is not installed here"
+    elif wish == "auto":
+        free = f"half of the {free_bytes / 2**30:,.1f} GiB free"
+        if pixel_bytes > CACHE_SHARE * free_bytes:
+            return Route(cached=False, reason=f"{stored}, over {free}", pixel_bytes=pixel_bytes)
+        stored += f", under {free}"
+    return Route(cached=True, reason=stored, pixel_bytes=pixel_bytes, square=square)
 
 
 class Data:
@@ -158,12 +162,8 @@ class Data:
             UsageError: a batch larger than the split, or augmentation or a kernel that the route does not have.
             TidaliError: the shards cannot be read.
         """
-        share = self.dataset.split(split).samples // world_size
-        if train and batch_size > share:
-            raise UsageError(
-                f"--batch-size {batch_size * world_size}: the {split!r} split has {share} samples a rank, not one full batch; "
-                f"use at most --batch-size {share * world_size}"
-            )
+        if train:
+            refuse_partial_batch(split, self.dataset.split(split).samples, batch_size, world_size)
         common: dict[str, Any] = dict(
             res=res, batch_size=batch_size, mean=mean, std=std, train=train, seed=seed, rank=rank, world_size=world_size
         )

@@ -175,6 +175,7 @@ def train_epoch(
         meter.update(logits, labels)
         if on_step is not None:
             on_step()
+        del batch, images, targets  # so that the next one is made in the same memory: 147 MiB for 256 of 224 px
     seconds = watch.elapsed_s()
     score = meter.read(ranks)
     if not math.isfinite(score.loss_sum):

@@ -13,7 +13,7 @@ from torch import Tensor
 from tidali.contract import Dataset, Split
 from tidali.device import cpu_count
 from tidali.errors import TidaliError, UsageError
-from tidali.order import check_order
+from tidali.order import check_order, refuse_partial_batch
 from tidali.pipeline import Placement, ShardFiles, batch_pipeline, decode_pipeline
 
 
@@ -74,19 +74,23 @@ class StreamBatches:
     def _open(self, checkpoint: bytes | None) -> None:
         """Build the pipeline, at its start or at a checkpoint."""
         info, split = self._dataset.split(self._split), self._split
-        self._samples = rank_samples(info.samples, self._rank, self._world_size)
-        smallest, largest = info.samples // self._world_size, -(-info.samples // self._world_size)
+        if self._train:
+            refuse_partial_batch(split, info.samples, self._batch_size, self._world_size)
+        settings = self._pipeline_settings
+        if info.samples >= self._world_size:
+            self._samples = rank_samples(info.samples, self._rank, self._world_size)
+            largest = -(-info.samples // self._world_size)
+        else:  # DALI refuses to share them: every rank reads all, and the first alone gives them
+            settings = {**settings, "rank": 0, "world_size": 1}
+            self._samples = info.samples if self._rank == 0 else 0
+            largest = info.samples
+        smallest = info.samples // self._world_size
         # The reader goes on to the next epoch only after its padded last batch, also where training drops it.
         self._runs_per_epoch = -(-largest // self._batch_size)
         self._steps = smallest // self._batch_size if self._train else self._runs_per_epoch
-        if not self._steps:
-            raise UsageError(
-                f"--batch-size {self._batch_size}: the {split!r} split has {smallest} samples a rank, not one full batch; "
-                f"use at most --batch-size {smallest}"
-            )
         self._pipe = batch_pipeline(
             shard_files(self._dataset, split),
-            **self._pipeline_settings,
+            **settings,
             shuffle_buffer=largest if self._train else 0,
             num_threads=self._num_threads,
             placement=self._placement,
@@ -217,7 +221,7 @@ def decoded_forever(
 
 
 def decoded_once(
-    dataset: Dataset, split: str, *, square: int | None, device: torch.device | None = None, batch_size: int = 512
+    dataset: Dataset, split: str, *, square: int | None, device: torch.device | None = None, batch_size: int = 256
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every sample of a split, once, in stored order: pixels (n, H, W, 3) uint8 on the device and labels (n,) int64 on the CPU.
 

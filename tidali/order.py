@@ -43,10 +43,33 @@ def num_steps(samples: int, batch_size: int, world_size: int, *, train: bool) ->
     Raises:
         UsageError: training on fewer samples than ranks, which would leave a rank without one.
     """
-    if train and samples < world_size:
-        raise UsageError(f"{samples} training samples for {world_size} ranks: use at most {samples} ranks")
+    if train:
+        refuse_idle_rank(samples, world_size)
     global_batch = batch_size * world_size
     return max(samples // global_batch, 1) if train else -(-samples // global_batch)
+
+
+def refuse_idle_rank(samples: int, world_size: int) -> None:
+    """
+    Raises:
+        UsageError: fewer training samples than ranks.
+    """
+    if samples < world_size:
+        raise UsageError(f"{samples} training samples for {world_size} ranks: use at most {samples} ranks")
+
+
+def refuse_partial_batch(split: str, samples: int, batch_size: int, world_size: int) -> None:
+    """
+    Raises:
+        UsageError: training samples that do not fill one batch, ``batch_size`` on each rank.
+    """
+    refuse_idle_rank(samples, world_size)
+    share = samples // world_size
+    if batch_size > share:
+        raise UsageError(
+            f"--batch-size {batch_size * world_size}: the {split!r} split has {share} samples a rank, not one full batch; "
+            f"use at most --batch-size {share * world_size}"
+        )
 
 
 def rank_slice(samples: int, step: int, batch_size: int, rank: int, world_size: int) -> slice:

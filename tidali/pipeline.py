@@ -101,7 +101,13 @@ def label_graph(digits: Any, num_digits: int) -> Any:
 
 
 def read_graph(
-    files: ShardFiles, *, shuffle_buffer: int, rank: int, world_size: int, tensor_init_bytes: int = TENSOR_INIT_BYTES
+    files: ShardFiles,
+    *,
+    shuffle_buffer: int,
+    rank: int,
+    world_size: int,
+    tensor_init_bytes: int = TENSOR_INIT_BYTES,
+    use_mmap: bool = True,
 ) -> Any:
     """Encoded image bytes and label digits of this rank's samples, for ever; each epoch's last batch is padded, so that epochs
     start clean on every rank.
@@ -109,6 +115,7 @@ def read_graph(
     Args:
         shuffle_buffer: 0 reads the stored order, each rank always its own range. Otherwise tars come in a new order each epoch
             and samples are drawn from a buffer of this many: a true permutation where it holds the rank's whole share.
+        use_mmap: map the tars instead of reading them. Mapped pages count as the process's memory for as long as it reads.
     """
     shuffle = shuffle_buffer > 0
     return fn.readers.webdataset(
@@ -125,6 +132,7 @@ def read_graph(
         shard_id=rank,
         num_shards=world_size,
         tensor_init_bytes=tensor_init_bytes,
+        dont_use_mmap=not use_mmap,
     )
 
 
@@ -186,7 +194,7 @@ def decode_pipeline(
 
     @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=placement.device_id, seed=0)
     def define() -> Any:
-        encoded, digits = read_graph(files, shuffle_buffer=0, rank=rank, world_size=world_size)
+        encoded, digits = read_graph(files, shuffle_buffer=0, rank=rank, world_size=world_size, use_mmap=False)
         images = decode_graph(encoded, placement.decoder)
         if square is not None:
             images = fn.crop(resize_graph(images, square), crop=(square, square))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tidali import native
+from tidali.memory import ReusedMemory
 
 Kernel = Literal["pil", "opencv"]
 
@@ -261,6 +262,7 @@ class Resample:
         self._size, self._res, self._dtype = size, res, dtype
         self._kernel: Kernel = kernel
         self._antialias = antialias
+        self._memory = ReusedMemory()
         self._affine = make_affine(mean, std, res, device)
         self._products = products or choose_products(res, device.type if device is not None else "cpu", dtype)
         self._centre = None if size == (res, res) else (self._centre_matrix(0), self._centre_matrix(1))
@@ -277,7 +279,7 @@ class Resample:
         """
         if pixels.shape[1:] != (*self._size, 3):
             raise ValueError(f"made for pixels of {self._size}, got {tuple(pixels.shape)}")
-        images = torch.empty(len(pixels), self._res, self._res, 3, dtype=self._dtype, device=pixels.device)
+        images = self._empty((len(pixels), self._res, self._res, 3), pixels.device)
         if len(pixels):
             matrices = self._centre if boxes is None else (self._box_matrix(0, boxes), self._box_matrix(1, boxes))
             with torch.autocast(pixels.device.type, enabled=False):  # it would make the products bfloat16
@@ -286,6 +288,11 @@ class Resample:
                 else:
                     self._products(pixels, *matrices, self._affine, images)
         return images.permute(0, 3, 1, 2)
+
+    def _empty(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        if device.type == "cpu":
+            return self._memory.empty(shape, self._dtype)
+        return torch.empty(shape, dtype=self._dtype, device=device)
 
     def _centre_matrix(self, axis: int) -> Any:
         """In the DALI graph's arithmetic: the longer side becomes a whole number of pixels, of the shorter side's scale and

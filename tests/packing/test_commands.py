@@ -166,6 +166,36 @@ def test_contact_sheet(tidali: Any, packed: Path, tmp_path: Path) -> None:
     assert "No such file or directory" in unwritable.stderr
 
 
+def test_contact_sheet_of_what_the_network_sees(tidali: Any, packed: Path, tmp_path: Path) -> None:
+    def sheet(name: str, *options: object) -> Image.Image:
+        path = tmp_path / f"{name}.png"
+        ended = tidali("info", packed, "--sheet", path, "--recipe", "modern", *options)
+        assert ended.code == 0, ended.stderr
+        with Image.open(path) as image:
+            return image.convert("RGB")
+
+    plain = sheet("plain", "--set", "augment.flip=none")
+    assert plain.size == (8 * 134 + 6, 6 * 148 + 6)
+    assert plain == sheet("again", "--set", "augment.flip=none")
+    for number, change in enumerate(["augment.flip=random", "augment.erase=1", "augment.mixup_alpha=1"]):
+        assert sheet(str(number), "--set", "augment.flip=none", "--set", change) != plain
+    assert sheet("small", "--set", "augment.flip=none", "--res", 32) != plain
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--recipe", "modern"], "--sheet"),
+        (["--sheet", "x.png", "--res", "64"], "--recipe"),
+        (["--sheet", "x.png", "--recipe", "modern", "--res", "4"], "--res 4"),
+        (["--sheet", "x.png", "--recipe", "modern", "--set", "augment.zoom=1"], "augment.zoom"),
+    ],
+)
+def test_contact_sheet_options_are_checked(tidali: Any, packed: Path, options: list[str], says: str) -> None:
+    ended = tidali("info", packed, *options)
+    assert (ended.code, says in ended.stderr) == (2, True), ended.stderr
+
+
 def test_demo(tidali: Any, tmp_path: Path) -> None:
     ended = tidali("demo", tmp_path / "demo", "--classes", 3, "--per-class", 10)
     assert ended.code == 0

@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tidali.augment import AUGMENTS, Augment, Mix, erase, erase_boxes, mix_batch
 from tidali.cache import CachedBatches, PixelCache
-from tidali.config import IMAGENET_MEAN, IMAGENET_STD
+from tidali.config import IMAGENET_MEAN, IMAGENET_STD, Stem
+from tidali.models import build_resnet18
 
 EVERYTHING = Augment(flip="alternating", shift_px=4, crop_scale=(0.25, 1.0), erase=0.25)
 
@@ -38,3 +39,39 @@ def test_every_operation_stays_on_the_device(augment: Augment, res: int, dtype: 
             mixed, targets = mix_batch(images, labels, mix, 200)
             assert (mixed.device, targets.device, targets.shape) == (device, device, (256, 200))
         assert erase(images, erase_boxes((res, res), 0.5, labels, seed=0, epoch=0)).device == device
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+@pytest.mark.parametrize(("dtype", "images_dtype"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_the_forward_pass_and_loss_stay_on_the_device(
+    stem: Stem, dtype: torch.dtype, images_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    """From the cache through the network under autocast to the loss. Backward asks for a real device: tests/gpu has it."""
+    # Without a driver autocast turns itself off with a warning; on the described device it shall do what it does on a real one.
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    with FakeTensorMode():
+        device = torch.device("cuda", 0)
+        cache = PixelCache(
+            pixels=torch.empty(100, 64, 64, 3, dtype=torch.uint8, device=device),
+            labels=torch.empty(100, dtype=torch.int64, device=device),
+            identity="fake",
+        )
+        loader = CachedBatches(
+            cache, res=128, batch_size=32, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=images_dtype, train=True
+        )
+        images, labels = next(loader._rest_of_epoch(0, 0))
+        with device:
+            model = build_resnet18(200, stem)
+        for parameter in model.parameters():  # what Module.to does, which fails on fake tensors
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cuda", dtype=dtype):
+            features = model.relu(model.bn1(model.conv1(images)))
+            logits = model(images)
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels, label_smoothing=0.1)
+        if dtype == torch.float16:  # of bfloat16 a described device without a driver says that cuDNN cannot convolve it
+            assert features.is_contiguous(memory_format=torch.channels_last)
+        assert (features.dtype, logits.dtype, loss.dtype) == (dtype, dtype, torch.float32)
+        assert (features.device, logits.device, loss.device) == (device, device, device)
+        assert logits.shape == (32, 200)

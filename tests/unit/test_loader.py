@@ -241,7 +241,7 @@ def test_resize_is_pils_bicubic_of_the_shorter_side_and_the_centre(pack_photos, 
 def test_a_batch_that_the_split_cannot_fill(dataset) -> None:
     with pytest.raises(UsageError, match=r"--batch-size 161: the 'train' split has 160 samples.*use at most --batch-size 160"):
         StreamBatches(dataset, "train", res=64, batch_size=161, train=True)
-    with pytest.raises(UsageError, match="use at most --batch-size 53"):
+    with pytest.raises(UsageError, match="use at most --batch-size 159"):
         StreamBatches(dataset, "train", res=64, batch_size=54, train=True, world_size=3)
 
 

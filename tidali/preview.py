@@ -1,0 +1,48 @@
+"""What the network sees: training images after augmentation and resampling, back in colours."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tidali.augment import draw_mix, mix_batch
+from tidali.config import Recipe
+from tidali.contract import ClassName, Dataset
+from tidali.data import Data
+
+
+def seen_images(
+    dataset: Dataset, split: str, recipe: Recipe, *, res: int, count: int, seed: int = 0
+) -> list[tuple[Image.Image, str]]:
+    """The first images of the first epoch that ``tidali train`` with this recipe and seed would take, by the same code.
+
+    Returns:
+        At most ``count`` RGB images, each with its class's name, or where images are mixed with both names and their shares in
+        percent.
+
+    Raises:
+        DatasetError, UsageError, TidaliError: there is no such split, it has no labels, or it cannot be read.
+    """
+    augment, classes = recipe.augment, dataset.manifest.classes
+    data = Data(dataset, (split,), torch.device("cpu"), cache="device", max_res=res)
+    count = min(count, data.dataset.split(split).samples)
+    mean, std = dataset.manifest.mean, dataset.manifest.std  # what is erased is of the mean colour
+    batches = data.batches(split, res=res, batch_size=count, mean=mean, std=std, train=True, augment=augment, seed=seed)
+    images, labels = next(iter(batches))
+    targets = torch.nn.functional.one_hot(labels, len(classes)).float()
+    if augment.mixes:
+        mix = draw_mix(augment.mixup_alpha, augment.cutmix_alpha, seed=seed, epoch=0, step=0)
+        images, targets = mix_batch(images, labels, mix, len(classes))
+    pixels = 255 * (images.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean))
+    return [
+        (Image.fromarray(image.round().clamp(0, 255).to(torch.uint8).numpy()), _caption(target, classes))
+        for image, target in zip(pixels, targets, strict=True)
+    ]
+
+
+def _caption(target: Tensor, classes: tuple[ClassName, ...]) -> str:
+    shares = sorted(((share, label) for label, share in enumerate(target.tolist()) if share > 0), reverse=True)
+    if len(shares) == 1:
+        return classes[shares[0][1]].name
+    return " + ".join(f"{100 * share:.0f} {classes[label].name[:8]}" for share, label in shares)  # as much as a cell holds
