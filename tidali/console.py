@@ -11,6 +11,7 @@ from rich.table import Table
 
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
 results = Console(highlight=False, soft_wrap=True)
+_UNLIMITED_COLUMNS = 1000
 
 
 def say(text: str) -> None:
@@ -34,4 +35,5 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     # Where no terminal sets the width, rich takes 80 columns and cuts cells off.
-    results.print(table, width=None if sys.stdout.isatty() else 200)
+    console = results if sys.stdout.isatty() else Console(highlight=False, soft_wrap=True, width=_UNLIMITED_COLUMNS)
+    console.print(table)

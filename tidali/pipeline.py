@@ -153,8 +153,14 @@ def batch_pipeline(
     placement: Placement,
     checkpoint: bytes | None = None,
     tensor_init_bytes: int = TENSOR_INIT_BYTES,
+    as_stored: bool = False,
 ) -> Pipeline:
-    """From shards to batches, unbuilt. Outputs: images (res, res, 3) float32 HWC, labels int64 scalar."""
+    """From shards to batches, unbuilt. Outputs: images (res, res, 3) float32 HWC, labels int64 scalar.
+
+    Args:
+        as_stored: leave the images as decoded, (H, W, 3) uint8 HWC, for another resampler, and with ``flip`` give the mirror
+            flags, int32 scalars on the CPU, as a third output.
+    """
 
     @pipeline_def(
         batch_size=batch_size,
@@ -169,9 +175,13 @@ def batch_pipeline(
             files, shuffle_buffer=shuffle_buffer, rank=rank, world_size=world_size, tensor_init_bytes=tensor_init_bytes
         )
         mirror = fn.random.coin_flip() if flip else 0
-        images = image_graph(encoded, decoder=placement.decoder, res=res, resize=resize, mean=mean, std=std, mirror=mirror)
         labels = label_graph(digits, files.num_digits)
-        return images, labels.gpu() if placement.on_gpu else labels
+        labels = labels.gpu() if placement.on_gpu else labels
+        if as_stored:
+            images = decode_graph(encoded, placement.decoder)
+            return (images, labels, mirror) if flip else (images, labels)
+        images = image_graph(encoded, decoder=placement.decoder, res=res, resize=resize, mean=mean, std=std, mirror=mirror)
+        return images, labels
 
     return define()
 

@@ -283,3 +283,17 @@ def test_labels_of_three_digits(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path / "wide")
     batches = StreamBatches(dataset, "train", res=64, batch_size=101, train=True, num_threads=2)
     assert Counter(label for _, label in seen(batches)) == Counter(range(101))
+
+
+def test_the_two_resamplers_of_a_stream_agree(dataset) -> None:
+    """DALI's whole graph, which runs on a GPU, and DALI's decodes resampled here: the same samples, mirrored alike."""
+    keys = dict(res=96, batch_size=32, train=True, flip=True, seed=5)
+    ours, dalis = StreamBatches(dataset, "train", **keys), StreamBatches(dataset, "train", **keys)
+    assert ours._resample is not None
+    dalis._resample = None
+    dalis._open(None)
+    for (images, labels), (expected_images, expected_labels) in zip(ours, dalis, strict=True):
+        assert torch.equal(labels, expected_labels)
+        # Tolerance: DALI rounds to uint8 and reads its kernel from a table, see tidali.parity.
+        assert (images - expected_images).abs().max() <= 1 / 255
+        assert images.is_contiguous(memory_format=torch.channels_last)
