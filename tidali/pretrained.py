@@ -29,7 +29,7 @@ def imagenet_weights() -> dict[str, Tensor]:
     """
     weights = ResNet18_Weights.IMAGENET1K_V1
     try:
-        return dict(weights.get_state_dict(progress=False, check_hash=True))
+        return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except (URLError, OSError, RuntimeError) as error:
         target = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
         raise TidaliError(
