@@ -51,7 +51,7 @@ with joined_ranks("cpu") as ranks:
 
 def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1000 + step)
-    images = torch.randn(2 * HALF, 3, 32, 32, generator=generator, dtype=torch.float64).contiguous(
+    images = torch.randn(2 * HALF, 3, 64, 64, generator=generator, dtype=torch.float64).contiguous(
         memory_format=torch.channels_last
     )
     return images, torch.randint(0, 10, (2 * HALF,), generator=generator)
