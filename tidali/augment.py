@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tidali import counter
+from tidali import counter, native
 from tidali.config import Augment, Flip
 
 ERASE_SCALE = (0.02, 0.33)
@@ -109,6 +109,18 @@ def _placed(size: tuple[int, int], heights: Tensor, widths: Tensor, place: Tenso
 
 
 # ------------------------------------------------------------------------------------------------------------------- changes
+
+
+def take(pixels: Tensor, samples: Tensor, mirrored: Tensor | None) -> Tensor:
+    """(n, H, W, 3) uint8: the samples (n,) of (N, H, W, 3) pixels, mirrored left to right where flagged.
+
+    On a CPU one pass of compiled code where there is a compiler.
+    """
+    library = native.load() if mirrored is not None and pixels.device.type == "cpu" else None
+    if library is not None and mirrored is not None:
+        return native.gather(library, pixels, samples, mirrored)
+    taken = pixels.index_select(0, samples)
+    return taken if mirrored is None else flip_where(taken, mirrored)
 
 
 def flip_where(pixels: Tensor, flags: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidali.augment import Augment, crop_boxes, erase, erase_boxes, flip_flags, flip_where, shift_offsets, shift_pixels
+from tidali.augment import Augment, crop_boxes, erase, erase_boxes, flip_flags, shift_offsets, shift_pixels, take
 from tidali.errors import TidaliError
 from tidali.memory import keep_freed_memory
 from tidali.order import ORDER_VERSION, check_order, epoch_order, num_steps, rank_slice
@@ -184,9 +184,8 @@ class CachedBatches:
         """From stored pixels to what the network sees. Nothing in it makes the host wait for the device."""
         augment, size = self._augment, self._cache.size
         key = {"seed": self._seed, "epoch": epoch}
-        pixels = self._cache.pixels.index_select(0, samples)
-        if augment.flip != "none":
-            pixels = flip_where(pixels, flip_flags(augment.flip, samples, **key))
+        mirrored = flip_flags(augment.flip, samples, **key) if augment.flip != "none" else None
+        pixels = take(self._cache.pixels, samples, mirrored)
         if augment.shift_px:
             pixels = shift_pixels(pixels, shift_offsets(augment.shift_px, samples, **key))
         boxes = None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidali.augment import flip_where
+from tidali.augment import take
 from tidali.contract import Dataset, Split, parse_image_size
 from tidali.device import cpu_count
 from tidali.errors import TidaliError, UsageError
@@ -147,7 +147,7 @@ class StreamBatches:
         if self._resample is None:
             return images.permute(0, 3, 1, 2), labels.reshape(-1)  # HWC memory seen as CHW is channels_last: no copy
         if mirrored:
-            images = flip_where(images, mirrored[0].reshape(-1))
+            images = take(images, torch.arange(len(images)), mirrored[0].reshape(-1).bool())
         return self._resample(images), labels.reshape(-1)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tidali import native
+from tidali.augment import take
 from tidali.resample import CompiledProducts, Resample, TorchProducts, choose_products
 
 load_anew = native.load.__wrapped__
@@ -104,3 +107,20 @@ def test_a_forked_child_has_its_own_threads(monkeypatch: pytest.MonkeyPatch):
     child.kill()
     assert not hung
     assert [results.get(timeout=5), results.get(timeout=5)] == pytest.approx([7, 7])
+
+
+@pytest.mark.usefixtures("compiler")
+@given(height=st.integers(1, 9), width=st.integers(1, 9), flags=st.lists(st.booleans(), max_size=12), seed=st.integers(0, 99))
+def test_gathering_is_selecting_and_mirroring(height: int, width: int, flags: list[bool], seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (7, height, width, 3), dtype=torch.uint8, generator=generator)
+    samples = torch.randint(0, 7, (len(flags),), generator=generator)
+    mirrored = torch.tensor(flags, dtype=torch.bool)
+    expected = pixels[samples]
+    expected[mirrored] = expected[mirrored].flip(2)
+    assert torch.equal(native.gather(native.load(), pixels, samples, mirrored), expected)
+    assert torch.equal(take(pixels, samples, mirrored), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "load", lambda: None)
+        assert torch.equal(take(pixels, samples, mirrored), expected)
+    assert torch.equal(take(pixels, samples, None), pixels[samples])
