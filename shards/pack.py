@@ -75,7 +75,7 @@ def pack(
     _refuse_overlap(source, dest)
     if workers != 1 and executor == "local":
         start_early()
-    with _collector_paused():
+    with _out_of_the_collectors_sight():
         scan = source.scan()
         plan = make_plan(scan, settings)
     with store.locked():
@@ -97,6 +97,8 @@ def pack(
         except OSError as error:
             where = f"{error.filename or store.location}: {error.strerror or error}"
             raise TidaliError(f"{where}; mend that and run the same command again") from None
+        finally:
+            gc.unfreeze()
     by_state = {state: tuple(r.summary.shard.name for r in results if r.state == state) for state in ("kept", "repaired")}
     return PackReport(
         location=store.location,
@@ -110,13 +112,15 @@ def pack(
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Python's garbage collector would look through the growing listing again and again: 2.4 s against 1.6 s for 110,000."""
+def _out_of_the_collectors_sight() -> Iterator[None]:
+    """What is made here holds no cycles, yet Python's garbage collector would look through it again and again as it grows, and
+    at every full collection after: 2.4 s against 1.6 s for a listing of 110,000, and 0.2 s each time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         if was_on:
             gc.enable()
 

@@ -94,7 +94,7 @@ class FileSource:
 def fingerprint(splits: Mapping[str, Iterable[Item]]) -> str:
     digest = hashlib.sha256()
     for split, items in sorted(splits.items()):
-        lines = [f"{i.name}\0{i.size_bytes}\0{i.where[-1] if i.where else ''}\0{i.label}\n" for i in items]
+        lines = [f"{name}\0{size}\0{where[-1] if where else ''}\0{label}\n" for name, size, where, label in items]
         digest.update(f"{split}\n{''.join(lines)}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -112,8 +112,7 @@ def _unwrap(listing: Listing) -> Listing:
 
 
 def _is_image(name: str) -> bool:
-    dot = name.rfind(".")
-    return dot > name.rfind("/") and name[dot:].lower() in IMAGE_SUFFIXES
+    return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES
 
 
 # -------------------------------------------------------------------------------------------------------------- SPLIT/CLASS/*
@@ -163,11 +162,12 @@ def _images_by_class(listing: Listing, prefix: str) -> dict[str, list[Item]]:
         if folder.startswith(prefix) and "/" not in folder[len(prefix) :]
     }
     found.pop("", None)
+    start = len(prefix)
     for item in listing.items:
-        if item.name.startswith(prefix) and _is_image(item.name):
-            class_id, slash, _ = item.name[len(prefix) :].partition("/")
-            if slash:
-                found[class_id].append(item)
+        name = item.name
+        end = name.find("/", start)
+        if end > 0 and name.startswith(prefix) and _is_image(name):
+            found[name[start:end]].append(item)
     return found
 
 
@@ -204,7 +204,8 @@ def _labelled_by_folder(listing: Listing, split: str, label_of: Mapping[str, int
     for class_id, images in _images_by_class(listing, f"{split}/").items():
         if class_id not in label_of:
             raise UsageError(f"{listing.location}: {split}/{printable(class_id)} is no class of wnids.txt")
-        items += [item.labelled(label_of[class_id]) for item in images]
+        label = label_of[class_id]
+        items += [Item(name, size_bytes, where, label) for name, size_bytes, where, _ in images]
     return items
 
 

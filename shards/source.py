@@ -6,6 +6,7 @@ import os
 import stat
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Listing:
         prefix = f"{folder}/"
         return Listing(
             location=f"{self.location}/{folder}",
-            items=[Item(item.name[len(prefix) :], item.size_bytes, item.where) for item in self.items],
+            items=[Item(name[len(prefix) :], size_bytes, where) for name, size_bytes, where, _ in self.items],
             folders={name[len(prefix) :] for name in self.folders if name.startswith(prefix)},
             read_text=lambda name: self.read_text(prefix + name),
             reader=self.reader.inside(folder),
@@ -175,6 +176,7 @@ class FolderReader:
 _LOCAL_HEADER_BYTES = 30  # APPNOTE.TXT 4.3.7: fixed part; then the name and the extra field, whose lengths it holds
 _EXTRA_GUESS_BYTES = 256  # name and extra field are nearly always shorter, so that one read fetches header and data
 _ENCRYPTED = 0x1 | 0x40  # APPNOTE.TXT 4.4.4, bits 0 and 6
+_SIGNS_OF_HOSTILE_NAMES = ("..", "\\", ":", "\n/", "\n\n")  # in the names, a line each; whether one is, `_refuse_hostile` says
 
 
 def _list_zip(path: Path) -> Listing:
@@ -183,17 +185,21 @@ def _list_zip(path: Path) -> Listing:
         status = path.stat()
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise UsageError(f"{path}: neither a folder nor a readable zip ({error})") from None
+    names = "\n".join(member.name for member in members)
+    if any(sign in names for sign in _SIGNS_OF_HOSTILE_NAMES) or names[:1] in "/\n" or names.endswith("\n"):
+        suspects = members
+    else:  # then a look at one member of each kind will do: of 110,000 in 0.05 s, where each by itself takes 0.3 s
+        suspects = list({(member.flags, member.method, member.external_attributes): member for member in members}.values())
+    for member in suspects:
+        _refuse_hostile(path, member)
+    if "/." in names or "\n." in names or names.startswith(".") or "__MACOSX" in names:
+        members = [member for member in members if not _is_hidden(member.name)]
+    twice = [name for name, count in Counter(member.name for member in members).items() if count > 1]
+    if twice:
+        raise UsageError(f"{path}: holds {twice[0]!r} twice; make the zip anew")
     items: list[Item] = []
     folders: set[str] = set()
-    seen: set[str] = set()
-    for member in members:
-        name, _, method, crc32, stored_bytes, size_bytes, _, header_offset = member
-        _refuse_hostile(path, member)
-        if _is_hidden(name):
-            continue
-        if name in seen:
-            raise UsageError(f"{path}: holds {name!r} twice; make the zip anew")
-        seen.add(name)
+    for name, _, method, crc32, stored_bytes, size_bytes, _, header_offset in members:
         if name.rpartition("/")[0] not in folders:
             folders.update(_parents(name, folders))
         if not name.endswith("/"):

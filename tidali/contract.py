@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tidali.errors import DatasetError, UsageError
 
@@ -113,12 +113,12 @@ def label_digits(num_classes: int) -> int:
 # --------------------------------------------------------------------------------------------------------------------- index
 
 
-@dataclass(frozen=True, slots=True)
-class Component:
-    """One tar member of a sample, as DALI's index states it."""
+class Component(NamedTuple):
+    """One tar member of a sample, as DALI's index states it. A named tuple: the packer makes 220,000 of them."""
 
     extension: str
-    offset: int  # of the data, not of its header
+    offset: int
+    """Of the data, not of its header."""
     size_bytes: int
     name: str
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -268,7 +267,7 @@ def _restate_index(root: Path, text: str) -> None:
 
 def _shift_index(root: Path) -> None:
     samples = parse_index((root / "train-000000.idx").read_text(), "")
-    moved = [[dataclasses.replace(part, offset=part.offset - 512) for part in sample] for sample in samples]
+    moved = [[part._replace(offset=part.offset - 512) for part in sample] for sample in samples]
     _restate_index(root, format_index(moved))
 
 
