@@ -12,11 +12,12 @@ import torch
 from tidali.timing import Stopwatch
 
 MIN_SECONDS = 1.0
-"""Each measurement goes on for at least this long, so that a fast case counts many batches and not one."""
+"""Each measurement goes on for at least this long, so that a fast case counts many batches and not one. So does the warm-up
+before it: a DataLoader of two workers has four finished batches ready after a pause, which a fresh clock would take for speed
+(a second's work of 256 images at 224 px), and memory that was idle for half a minute comes back slowly."""
 
 MIN_STEPS = 3
 WARMUP_STEPS = 2
-"""Before each measurement, not counted: DALI keeps two finished batches ready, which a fresh clock would take for speed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +75,14 @@ def measure(
 
 
 def _measure_once(case: Case, min_seconds: float) -> float:
-    for _ in range(WARMUP_STEPS):
-        case.step()
+    _images_per_s(case, WARMUP_STEPS, min_seconds)
+    return _images_per_s(case, MIN_STEPS, min_seconds)
+
+
+def _images_per_s(case: Case, min_steps: int, min_seconds: float) -> float:
     watch = Stopwatch(case.device)
     images = steps = 0
-    while steps < MIN_STEPS or watch.peek_s() < min_seconds:
+    while steps < min_steps or watch.peek_s() < min_seconds:
         images += case.step()
         steps += 1
     return images / watch.elapsed_s()
