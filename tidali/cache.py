@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from tidali.augment import Augment, crop_boxes, erase, erase_boxes, flip_flags, shift_offsets, shift_pixels, take
+from tidali.config import Kernel
 from tidali.errors import TidaliError
 from tidali.memory import keep_freed_memory
 from tidali.order import ORDER_VERSION, check_order, epoch_order, num_steps, rank_slice
-from tidali.resample import Kernel, Resample
+from tidali.resample import Resample
+from tidali.sizes import SizePlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +100,12 @@ class CachedBatches:
         world_size: int = 1,
         kernel: Kernel = "pil",
         antialias: bool = True,
+        sizes: SizePlan | None = None,
     ) -> None:
         """
         Args:
             res: side of the images given, in pixels.
+            sizes: the side of each step's images instead.
             batch_size: of this rank.
             mean, std: per RGB channel on a 0..1 scale; the defaults give pixels in 0..1.
             augment: of training images; evaluation takes none.
@@ -113,10 +117,13 @@ class CachedBatches:
         self._augment = augment if train and augment is not None else Augment()
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._steps = num_steps(len(cache), batch_size, world_size, train=train)
-        self._resample = Resample(
-            cache.size, res, mean=mean, std=std, dtype=dtype, kernel=kernel, antialias=antialias, device=cache.device
-        )
-        self._res = res
+        self._sizes = sizes if sizes is not None else SizePlan.of(res)
+        self._resample = {
+            side: Resample(
+                cache.size, side, mean=mean, std=std, dtype=dtype, kernel=kernel, antialias=antialias, device=cache.device
+            )
+            for side in self._sizes.sides
+        }
         self._epoch, self._step = 0, 0  # of the next batch that the consumer gets
         self._underway = False
         if cache.device.type == "cpu":
@@ -178,9 +185,9 @@ class CachedBatches:
         order = epoch_order(count, self._seed, epoch, device) if self._train else torch.arange(count, device=device)
         for step in range(first_step, self._steps):
             samples = order[rank_slice(count, step, self._batch_size, self._rank, self._world_size)]
-            yield self._images(samples, epoch), self._cache.labels.index_select(0, samples)
+            yield self._images(samples, epoch, self._sizes.at(epoch, step)), self._cache.labels.index_select(0, samples)
 
-    def _images(self, samples: Tensor, epoch: int) -> Tensor:
+    def _images(self, samples: Tensor, epoch: int, side: int) -> Tensor:
         """From stored pixels to what the network sees. Nothing in it makes the host wait for the device."""
         augment, size = self._augment, self._cache.size
         key = {"seed": self._seed, "epoch": epoch}
@@ -191,9 +198,9 @@ class CachedBatches:
         boxes = None
         if augment.crop_scale is not None:
             boxes = crop_boxes(size, augment.crop_scale, augment.crop_ratio, samples, **key)
-        images = self._resample(pixels, boxes)
+        images = self._resample[side](pixels, boxes)
         if augment.erase:
-            erase(images, erase_boxes((self._res, self._res), augment.erase, samples, **key))
+            erase(images, erase_boxes((side, side), augment.erase, samples, **key))
         return images
 
 

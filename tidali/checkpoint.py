@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tidali.config import Stem
+from tidali.config import Kernel, Stem
 from tidali.contract import ClassName
 from tidali.errors import TidaliError, UsageError
 from tidali.models import build_resnet18
@@ -37,6 +37,8 @@ class ModelCard:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     """Per RGB channel on a 0..1 scale."""
+    kernel: Kernel = "pil"
+    """Bicubic kernel that its images were resized with."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Of the evaluation that the checkpoint was saved after."""
     settings: Mapping[str, Any] = field(default_factory=dict)

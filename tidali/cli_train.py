@@ -62,6 +62,10 @@ def train(
     init: Annotated[
         str, typer.Option(help="Starting weights: none, imagenet, or a checkpoint (.safetensors, .pth, or runs/NAME/best).")
     ] = "none",
+    stem_init: Annotated[
+        Literal["fresh", "resample"],
+        typer.Option(help="7x7 kernels for the small stem: leave it random, or bring them to 3x3."),
+    ] = "fresh",
     recipe: Annotated[
         Literal["seed", "modern"],
         typer.Option(help="seed: the original study's; modern: normalised, label smoothing, Nesterov, warm-up and cosine."),
@@ -82,11 +86,15 @@ def train(
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
     compile: Annotated[
-        Literal["auto", "on", "off"], typer.Option(help="torch.compile; auto decides by device and says why.")
+        Literal["auto", "on", "max-autotune", "off"], typer.Option(help="torch.compile; auto decides by device and says why.")
     ] = "auto",
     cache: CacheOption = "auto",
     max_bad: MaxBadOption = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Two runs give the same weights, to the bit.")] = False,
+    sync_bn: Annotated[bool, typer.Option("--sync-bn", help="Several GPUs: batch norm over the batches of all.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write TensorBoard events to the run folder (extra 'tensorboard').")
+    ] = False,
     out: Annotated[str | None, typer.Option(help="Run folder.", show_default="runs/DATA-RES-RECIPE-TIME")] = None,
     resume: Annotated[
         str | None,
@@ -125,6 +133,7 @@ def train(
         res=res,
         stem=stem,
         init=init,
+        stem_init=stem_init,
         recipe=chosen,
         seed=seed,
         device=device,
@@ -133,6 +142,8 @@ def train(
         cache=cache,
         max_bad=max_bad,
         deterministic=deterministic,
+        sync_bn=sync_bn,
+        tensorboard=tensorboard,
     )
     _finish(settings)
 
@@ -146,14 +157,13 @@ def _finish(settings: TrainSettings, *, resume: bool = False) -> None:
     result = run(settings, open_data(settings.data), resume=resume)
     if not is_main_rank():
         return
-    print_table(
-        f"{result.out}",
-        ("", "epoch", "top-1 %", "top-5 %", "loss"),
-        [
-            ("best", result.best_epoch, *_score_cells(result.best)),
-            ("last", settings.recipe.epochs, *_score_cells(result.last)),
-        ],
-    )
+    rows = [
+        ("best", result.best_epoch, *_score_cells(result.best)),
+        ("last", settings.recipe.epochs, *_score_cells(result.last)),
+    ]
+    if result.last_flip is not None:
+        rows.append(("last, mirrored too", settings.recipe.epochs, *_score_cells(result.last_flip)))
+    print_table(f"{result.out}", ("", "epoch", "top-1 %", "top-5 %", "loss"), rows)
     say(f"{result.images_per_s:.0f} images/s in training, {result.minutes:.1f} min in all")
 
 
@@ -196,6 +206,7 @@ def eval_(
     amp: AmpOption = "auto",
     cache: CacheOption = "auto",
     max_bad: MaxBadOption = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Average the logits of each image and its mirror image.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
 ) -> None:
     """Score a checkpoint on a split at one or several resolutions; every sample counts exactly once."""
@@ -206,16 +217,24 @@ def eval_(
     from tidali.source import open_data
 
     _, rows = evaluate_checkpoint(
-        checkpoint, open_data(data), split=split, resolutions=resolutions, device=device, amp=amp, cache=cache, max_bad=max_bad
+        checkpoint,
+        open_data(data),
+        split=split,
+        resolutions=resolutions,
+        device=device,
+        amp=amp,
+        cache=cache,
+        max_bad=max_bad,
+        flip=flip,
     )
     if not is_main_rank():
         return
     if json_:
         scores = [{"res": row.res, **row.score.to_dict()} for row in rows]
-        print(json.dumps({"checkpoint": checkpoint, "data": data, "split": split, "scores": scores}))
+        print(json.dumps({"checkpoint": checkpoint, "data": data, "split": split, "flip": flip, "scores": scores}))
         return
     print_table(
-        f"{checkpoint} on {split} of {data}",
+        f"{checkpoint} on {split} of {data}" + (", mirrored too" if flip else ""),
         ("res", "top-1 %", "top-5 %", "loss", "samples"),
         [(row.res, *_score_cells(row.score), row.score.samples) for row in rows],
     )

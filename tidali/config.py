@@ -15,7 +15,11 @@ from tidali.errors import UsageError
 
 Stem = Literal["imagenet", "small"]
 AmpChoice = Literal["auto", "bf16", "fp16", "off"]
-CompileChoice = Literal["auto", "on", "off"]
+CompileChoice = Literal["auto", "on", "max-autotune", "off"]
+StemInit = Literal["fresh", "resample"]
+Kernel = Literal["pil", "opencv"]
+"""Bicubic: ``pil`` has a = -0.5 and ``opencv`` a = -0.75 (`tidali.resample.CUBIC_A`)."""
+SizeOrder = Literal["progressive", "mixed"]
 Flip = Literal["none", "random", "alternating"]
 CacheChoice = Literal["auto", "device", "off"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -94,9 +98,22 @@ class Recipe:
     """Of the moving average of the weights that is evaluated and saved; 0 for none. Ramps up as (1 + step) / (10 + step)."""
     grad_clip_norm: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
+    accumulate: int = 1
+    """Pieces that a batch is cut into, whose gradients are added up: less memory for the same step, but for batch norm, which
+    sees each piece by itself."""
     normalise: bool
     """Subtract the mean and divide by the standard deviation; otherwise pixels are scaled to 0..1."""
+    kernel: Kernel = "pil"
+    """Bicubic kernel that brings the stored images to the input size, in training and in evaluation."""
+    train_sizes: tuple[int, ...] = ()
+    """Input sides in pixels that training goes through, instead of ``--res`` alone; evaluation is at ``--res``."""
+    size_order: SizeOrder = "progressive"
+    """``progressive``: an equal share of the epochs at each of `train_sizes`, in their order, the small and cheap ones
+    first as a rule; ``mixed``: each step at one of them, drawn by seed, epoch and step, for one set of weights for all."""
     augment: Augment = Augment()
+    eval_flip: bool = False
+    """Also score the last weights with the logits of each image and its mirror image averaged; reported beside the plain
+    figure, which decides."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -105,6 +122,15 @@ class Recipe:
             raise UsageError(f"--batch-size {self.batch_size}: at least 2, batch norm needs more than one sample")
         if not 0 < self.lr < math.inf:
             raise UsageError(f"--lr {self.lr}: must be above 0 and finite")
+        if not 1 <= self.accumulate <= self.batch_size // 2:
+            raise UsageError(f"accumulate {self.accumulate}: at least 1, and at least two of {self.batch_size} samples a piece")
+        if self.kernel not in ("pil", "opencv"):
+            raise UsageError(f"kernel {self.kernel!r} is none of pil, opencv")
+        if self.size_order not in ("progressive", "mixed"):
+            raise UsageError(f"size_order {self.size_order!r} is none of progressive, mixed")
+        for size in self.train_sizes:
+            if size < MIN_RES_PX:
+                raise UsageError(f"train_sizes {list(self.train_sizes)}: at least {MIN_RES_PX} pixels each")
 
 
 RECIPES = {
@@ -127,6 +153,7 @@ RECIPES = {
         ema_decay=0.999,
         normalise=True,
         augment=Augment(flip="random"),
+        eval_flip=True,
     ),
 }
 
@@ -144,10 +171,11 @@ def make_recipe(name: str, **changes: Any) -> Recipe:
 
 def _recipe_from(document: Mapping[str, Any]) -> Recipe:
     """A recipe as JSON has it: lists for tuples."""
-    augment: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in document["augment"].items()
-    }
-    return Recipe(**{**document, "augment": Augment(**augment)})
+
+    def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+    return Recipe(**{**tuples(document), "augment": Augment(**tuples(document["augment"]))})
 
 
 def change(recipe: Recipe, changes: Sequence[str]) -> Recipe:
@@ -165,7 +193,7 @@ def change(recipe: Recipe, changes: Sequence[str]) -> Recipe:
             names = [name for name in document if name != "augment"] + [f"augment.{name}" for name in document["augment"]]
             raise UsageError(f"--set {text}: give field=value, with one of {', '.join(names)}")
         try:
-            place[field] = _as(type(place[field]), value)
+            place[field] = _whole_numbers(value) if path == "train_sizes" else _as(type(place[field]), value)
         except (TypeError, ValueError):
             raise UsageError(f"--set {text}: {value!r} is no value for {path}, which is {place[field]!r}") from None
     return _recipe_from(document)
@@ -184,6 +212,11 @@ def _as(kind: type, text: str) -> Any:
     return value
 
 
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    """``[64,128]`` or ``64,128``."""
+    return tuple(int(part) for part in text.strip("[]").split(",") if part.strip())
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """One training run."""
@@ -198,6 +231,8 @@ class TrainSettings:
     """``imagenet``: 7x7/2 and max-pool; ``small``: 3x3/1 and none, for small images."""
     init: str = "none"
     """``none`` (random), ``imagenet`` (torchvision's weights), or the path of a checkpoint."""
+    stem_init: StemInit = "fresh"
+    """Where 7x7 kernels are loaded into the small stem: ``fresh`` leaves it random, ``resample`` brings them to 3x3."""
     recipe: Recipe
     seed: int = 0
     """Of the weights, the order and the augmentation."""
@@ -210,8 +245,12 @@ class TrainSettings:
     """Images of a split that may be damaged and are then left out; None: 0.1 % of it."""
     deterministic: bool = False
     """Two runs give the same weights, to the bit, on the same machine and number of ranks."""
+    sync_bn: bool = False
+    """Batch norm sees the batches of all ranks instead of each its own."""
     checkpoint_minutes: float = 10.0
     """The complete state is saved this often, besides after each epoch and when the run is stopped."""
+    tensorboard: bool = False
+    """Also write what metrics.jsonl holds as TensorBoard events, under ``out``/tensorboard."""
 
     def __post_init__(self) -> None:
         check_res(self.res)

@@ -16,12 +16,12 @@ from torch import Tensor
 from tidali.augment import Augment
 from tidali.bad_images import leave_out_bad
 from tidali.cache import CachedBatches, PixelCache, fill_cache
-from tidali.config import CacheChoice
+from tidali.config import CacheChoice, Kernel
 from tidali.console import progress_bar
 from tidali.contract import Dataset, Split, parse_image_size
 from tidali.errors import UsageError
 from tidali.order import refuse_partial_batch
-from tidali.resample import Kernel
+from tidali.sizes import SizePlan
 
 CACHE_SHARE = 0.5
 """Of the free memory: the rest is for activations, which at 224 px and batch 256 take more than Tiny-ImageNet's pixels."""
@@ -156,8 +156,13 @@ class Data:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        sizes: SizePlan | None = None,
     ) -> Batches:
         """
+        Args:
+            res: input side in pixels.
+            sizes: the side of each training step instead.
+
         Raises:
             UsageError: a batch larger than the split, or augmentation or a kernel that the route does not have.
             TidaliError: the shards cannot be read.
@@ -165,10 +170,19 @@ class Data:
         if train:
             refuse_partial_batch(split, self.dataset.split(split).samples, batch_size, world_size)
         common: dict[str, Any] = dict(
-            res=res, batch_size=batch_size, mean=mean, std=std, train=train, seed=seed, rank=rank, world_size=world_size
+            res=res,
+            batch_size=batch_size,
+            mean=mean,
+            std=std,
+            train=train,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            kernel=kernel,
+            sizes=sizes,
         )
         if self.route.cached:
-            return CachedBatches(self._cache(split), augment=augment, kernel=kernel, dtype=dtype, **common)
+            return CachedBatches(self._cache(split), augment=augment, dtype=dtype, **common)
         from tidali.loader import StreamBatches
 
         augment = augment or Augment()
@@ -176,8 +190,6 @@ class Data:
             raise UsageError("streaming has random flips alone; other augmentation needs the cache (--cache device)")
         if dtype != torch.float32:
             raise UsageError(f"streaming gives float32 alone; {dtype} needs the cache (--cache device)")
-        if kernel != "pil":
-            raise UsageError(f"streaming resizes with the kernel 'pil' alone; {kernel!r} needs the cache (--cache device)")
         return StreamBatches(self.dataset, split, flip=train and augment.flip == "random", device=self.device, **common)
 
     def _cache(self, split: str) -> PixelCache:

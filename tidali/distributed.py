@@ -64,6 +64,17 @@ class Ranks:
             for buffer in model.buffers():
                 distributed.broadcast(buffer, 0)
 
+    def synchronise_batch_norm(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model with batch norm over the batches of all ranks.
+
+        Raises:
+            UsageError: torch has it on GPUs alone.
+        """
+        if device.type != "cuda":
+            raise UsageError("--sync-bn: torch synchronises batch norm between GPUs alone; leave it out on a CPU")
+        synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return synchronised
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with averaged gradients. Batch-norm statistics stay each rank's own; rank 0's are saved."""
         if self.world_size == 1:

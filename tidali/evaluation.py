@@ -14,7 +14,7 @@ from tidali.distributed import joined_ranks
 from tidali.engine import evaluate
 from tidali.errors import UsageError
 from tidali.metrics import Score
-from tidali.train import EVAL_BATCH_SIZE
+from tidali.wiring import EVAL_BATCH_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,14 @@ def evaluate_checkpoint(
     amp: AmpChoice = "auto",
     cache: CacheChoice = "auto",
     max_bad: int | None = None,
+    flip: bool = False,
 ) -> tuple[ModelCard, list[ResolutionScore]]:
     """Score a checkpoint on a split, preprocessed as its card says.
 
     Args:
         given: a checkpoint's path, see `tidali.checkpoint.find_checkpoint`.
         resolutions: input sides in pixels; by default the one it was trained at.
+        flip: score the mean of the logits of each image and of its mirror image.
 
     Raises:
         UsageError: no checkpoint, or one for other classes than the data set's.
@@ -63,10 +65,11 @@ def evaluate_checkpoint(
                 batch_size=EVAL_BATCH_SIZE,
                 mean=card.mean,
                 std=card.std,
+                kernel=card.kernel,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
             )
-            score = evaluate(model, batches, plan, expected_samples=batches.samples, ranks=ranks)
+            score = evaluate(model, batches, plan, expected_samples=batches.samples, flip=flip, ranks=ranks)
             rows.append(ResolutionScore(res=res, score=score))
     return card, rows
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tidali.augment import take
+from tidali.config import Kernel
 from tidali.contract import Dataset, Split, parse_image_size
 from tidali.device import cpu_count
 from tidali.errors import TidaliError, UsageError
@@ -18,6 +19,7 @@ from tidali.memory import keep_freed_memory
 from tidali.order import check_order, refuse_partial_batch
 from tidali.pipeline import Placement, ShardFiles, batch_pipeline, decode_pipeline
 from tidali.resample import Resample
+from tidali.sizes import SizePlan
 
 
 class StreamBatches:
@@ -45,6 +47,8 @@ class StreamBatches:
         rank: int = 0,
         world_size: int = 1,
         num_threads: int | None = None,
+        kernel: Kernel = "pil",
+        sizes: SizePlan | None = None,
     ) -> None:
         """
         Args:
@@ -52,10 +56,11 @@ class StreamBatches:
             batch_size: of this rank.
             mean, std: per RGB channel on a 0..1 scale; the defaults give pixels in 0..1.
             num_threads: of DALI; the process's cores by default.
+            kernel, sizes: as in `tidali.cache.CachedBatches`; where DALI resizes, its own kernel and one size alone.
 
         Raises:
             DatasetError: there is no such split.
-            UsageError: the split has no labels, or fewer samples than one training batch.
+            UsageError: the split has no labels, fewer samples than one training batch, or a kernel or sizes that DALI lacks.
             TidaliError: DALI could not build the pipeline.
         """
         self._dataset, self._split = dataset, split
@@ -73,12 +78,17 @@ class StreamBatches:
         )
         self._num_threads = num_threads or cpu_count()
         self._placement = placement_on(device)
-        self._resample: Resample | None = None
-        sizes = dataset.split(split).image_sizes
+        self._resample: dict[int, Resample] = {}  # by side; empty where DALI resizes
+        self._sizes = sizes if sizes is not None else SizePlan.of(res)
+        stored = dataset.split(split).image_sizes
         if not self._placement.on_gpu:
             keep_freed_memory()
-            if len(sizes) == 1:
-                self._resample = Resample(parse_image_size(next(iter(sizes))), res, mean=mean, std=std)
+            if len(stored) == 1:
+                size = parse_image_size(next(iter(stored)))
+                self._resample = {side: Resample(size, side, mean=mean, std=std, kernel=kernel) for side in self._sizes.sides}
+        if not self._resample and (kernel != "pil" or len(self._sizes.sides) > 1):
+            wish = f"kernel {kernel!r}" if kernel != "pil" else f"train_sizes {list(self._sizes.sides)}"
+            raise UsageError(f"{wish}: a stream that DALI resizes has the kernel 'pil' and one size; use --cache device")
         self._epoch, self._run = 0, 0  # where the consumer is; runs are the pipeline's batches, dropped ones included
         self._resumed = False
         self._open(None)
@@ -107,7 +117,7 @@ class StreamBatches:
             num_threads=self._num_threads,
             placement=self._placement,
             checkpoint=checkpoint,
-            as_stored=self._resample is not None,
+            as_stored=bool(self._resample),
         )
         build(self._pipe, self._dataset, split)
 
@@ -138,17 +148,17 @@ class StreamBatches:
             outputs = self._next_run()
             if step < self._steps:
                 left = self._batch_size if self._train else max(self._samples - step * self._batch_size, 0)
-                yield self._finish([output[:left] for output in outputs])
+                yield self._finish([output[:left] for output in outputs], self._sizes.at(self._epoch, step))
         self._skip_rest()
 
-    def _finish(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """What the pipeline gave as the images (N, 3, res, res) float32, channels_last, and labels (N,) that are asked for."""
+    def _finish(self, outputs: list[Tensor], side: int) -> tuple[Tensor, Tensor]:
+        """What the pipeline gave as the images (N, 3, side, side) float32, channels_last, and labels (N,) to be given."""
         images, labels, *mirrored = outputs
-        if self._resample is None:
+        if not self._resample:
             return images.permute(0, 3, 1, 2), labels.reshape(-1)  # HWC memory seen as CHW is channels_last: no copy
         if mirrored:
             images = take(images, torch.arange(len(images)), mirrored[0].reshape(-1).bool())
-        return self._resample(images), labels.reshape(-1)
+        return self._resample[side](images), labels.reshape(-1)
 
     def state_dict(self) -> dict[str, Any]:
         checkpoint = base64.b64encode(self._pipe.checkpoint()).decode("ascii")

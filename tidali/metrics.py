@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tidali.checkpoint import write_atomically
 from tidali.distributed import Ranks
 from tidali.errors import TidaliError
 
@@ -96,6 +97,19 @@ class JsonlLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+
+    def keep_through(self, epoch: int) -> None:
+        """Drop what a killed run wrote of later epochs, which will be written again, and a torn last line.
+
+        Raises:
+            TidaliError: the file cannot be written.
+        """
+        if not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epoch]
+        if kept != lines:
+            write_atomically(self._path, "".join(kept).encode())
 
     def write(self, **fields: Any) -> None:
         """

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models import resnet18
 
-from tidali.config import Stem
+from tidali.config import Stem, StemInit
 from tidali.errors import UsageError
 
 
@@ -42,22 +43,37 @@ class LoadReport:
     """Tensors that keep their random values -> why."""
     unused: tuple[str, ...] = ()
     """Tensors of the source that this model has no place for."""
+    resampled: tuple[str, ...] = ()
+    """Those of `loaded` whose kernels were brought to another size."""
 
     def lines(self) -> list[str]:
         """For people: counts, and every tensor that was not loaded."""
         out = [f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.fresh)} tensors"]
+        out += [f"resampled: {name}" for name in self.resampled]
         out += [f"not loaded: {name} ({reason})" for name, reason in self.fresh.items()]
         out += [f"unused: {name}" for name in self.unused]
         return out
 
 
-def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> LoadReport:
+_STEM = "conv1.weight"
+
+
+def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str, *, stem_init: StemInit = "fresh") -> LoadReport:
     """Copy every tensor whose name and shape match into the model, and say what happened to the rest.
+
+    Args:
+        stem_init: ``resample`` brings the first convolution's kernels to the model's size where that is smaller.
 
     Raises:
         UsageError: nothing matches, so the file holds no ResNet-18.
     """
     own = model.state_dict()
+    resampled: tuple[str, ...] = ()
+    if stem_init == "resample" and _STEM in weights and weights[_STEM].ndim == 4:
+        size, smaller = weights[_STEM].shape[-1], own[_STEM].shape[-1]
+        if smaller < size and weights[_STEM].shape[:2] == own[_STEM].shape[:2]:
+            weights = {**weights, _STEM: shrink_kernels(weights[_STEM], smaller)}
+            resampled = (_STEM,)
     loaded, fresh = [], {}
     for name, tensor in own.items():
         if name not in weights:
@@ -70,7 +86,17 @@ def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str) -
         raise UsageError(f"{where}: no convolution in it fits a ResNet-18; give a tidali or torchvision resnet18 checkpoint")
     model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
     unused = tuple(name for name in weights if name not in own)
-    return LoadReport(loaded=tuple(loaded), fresh=fresh, unused=unused)
+    return LoadReport(loaded=tuple(loaded), fresh=fresh, unused=unused, resampled=resampled)
+
+
+def shrink_kernels(kernels: Tensor, side: int) -> Tensor:
+    """Convolution kernels (O, I, K, K) as (O, I, side, side) ones that answer a patch as the large ones answer the same patch
+    upsampled bilinearly to K x K: ``B^T W B`` with B the upsampling matrix, K x side. A filter learnt on enlarged images then
+    sees in the small image what it saw in the large one (Beyer et al. 2023, "FlexiViT", derive this for patch embeddings).
+    """
+    upsample = functional.interpolate(torch.eye(side)[None], size=kernels.shape[-1], mode="linear")[0].T  # (K, side)
+    upsample = upsample.to(kernels)
+    return upsample.T @ kernels @ upsample
 
 
 def weights_only(state: object, where: str) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from tidali.config import IMAGENET_MEAN, IMAGENET_STD
-from tidali.resample import Kernel, Resample
+from tidali.config import IMAGENET_MEAN, IMAGENET_STD, Kernel
+from tidali.resample import Resample
 
 RESOLUTIONS = (32, 64, 128, 224)
 _GREY_LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}  # normalisation that leaves 0..255

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.error import URLError
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
 from tidali.checkpoint import SUFFIX, find_checkpoint, load_checkpoint, read_safetensors
-from tidali.config import IMAGENET_MEAN, IMAGENET_STD
+from tidali.config import IMAGENET_MEAN, IMAGENET_STD, StemInit
 from tidali.contract import Dataset
 from tidali.errors import TidaliError, UsageError, first_line
 from tidali.models import LoadReport, load_matching, weights_only
@@ -18,6 +19,7 @@ from tidali.models import LoadReport, load_matching, weights_only
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation per RGB channel on a 0..1 scale."""
 
+IMAGENET_CLASSES = 1000
 NO_NORMALISATION: Normalisation = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
@@ -42,7 +44,8 @@ def file_weights(given: str) -> tuple[dict[str, Tensor], Normalisation | None, s
     """The tensors of a tidali checkpoint, a plain safetensors file or a torchvision ``.pth``; no pickled code is run.
 
     Returns:
-        The tensors, the normalisation they were trained with where the file says so, and the file that was read.
+        The tensors, the normalisation they were trained with where that is known (a tidali checkpoint says it; a head of 1,000
+        classes is taken for ImageNet's), and the file that was read.
 
     Raises:
         UsageError: no such file, or not weights.
@@ -50,7 +53,8 @@ def file_weights(given: str) -> tuple[dict[str, Tensor], Normalisation | None, s
     if given.endswith((".pth", ".pt")):
         path = Path(given)
         try:
-            return weights_only(torch.load(path, map_location="cpu", weights_only=True), given), None, str(path)
+            weights = weights_only(torch.load(path, map_location="cpu", weights_only=True), given)
+            return weights, _normalisation_of(weights), str(path)
         except FileNotFoundError:
             raise UsageError(f"--init {given}: no such file") from None
         except Exception as error:  # torch.load raises whatever its unpickler met
@@ -60,12 +64,19 @@ def file_weights(given: str) -> tuple[dict[str, Tensor], Normalisation | None, s
         raise UsageError(f"--init {given}: give a {SUFFIX}, .pth or .pt file")
     weights, metadata = read_safetensors(path)
     if "tidali" not in metadata:
-        return weights_only(weights, given), None, str(path)
+        weights = weights_only(weights, given)
+        return weights, _normalisation_of(weights), str(path)
     card, weights = load_checkpoint(path)
     return weights, (card.mean, card.std), str(path)
 
 
-def apply_init(model: nn.Module, init: str) -> tuple[LoadReport | None, Normalisation | None]:
+def _normalisation_of(weights: Mapping[str, Tensor]) -> Normalisation | None:
+    """ImageNet's for a head of as many classes; unknown otherwise."""
+    head = weights.get("fc.bias")
+    return (IMAGENET_MEAN, IMAGENET_STD) if head is not None and len(head) == IMAGENET_CLASSES else None
+
+
+def apply_init(model: nn.Module, init: str, stem_init: StemInit = "fresh") -> tuple[LoadReport | None, Normalisation | None]:
     """Load the starting weights into the model.
 
     Returns:
@@ -74,9 +85,10 @@ def apply_init(model: nn.Module, init: str) -> tuple[LoadReport | None, Normalis
     if init == "none":
         return None, None
     if init == "imagenet":
-        return load_matching(model, imagenet_weights(), "ImageNet weights"), (IMAGENET_MEAN, IMAGENET_STD)
+        report = load_matching(model, imagenet_weights(), "ImageNet weights", stem_init=stem_init)
+        return report, (IMAGENET_MEAN, IMAGENET_STD)
     weights, normalisation, where = file_weights(init)
-    return load_matching(model, weights, where), normalisation
+    return load_matching(model, weights, where, stem_init=stem_init), normalisation
 
 
 def choose_normalisation(normalise: bool, of_init: Normalisation | None, dataset: Dataset) -> Normalisation:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,7 +30,8 @@ def seen_images(
     data = Data(dataset, (split,), torch.device("cpu"), cache="device", max_res=res)
     count = min(count, data.dataset.split(split).samples)
     mean, std = dataset.manifest.mean, dataset.manifest.std  # what is erased is of the mean colour
-    batches = data.batches(split, res=res, batch_size=count, mean=mean, std=std, train=True, augment=augment, seed=seed)
+    settings: dict[str, Any] = dict(train=True, augment=augment, kernel=recipe.kernel, seed=seed)
+    batches = data.batches(split, res=res, batch_size=count, mean=mean, std=std, **settings)
     images, labels = next(iter(batches))
     targets = torch.nn.functional.one_hot(labels, len(classes)).float()
     if augment.mixes:

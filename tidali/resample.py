@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from tidali import native
+from tidali.config import Kernel
 from tidali.memory import ReusedMemory
-
-Kernel = Literal["pil", "opencv"]
 
 CUBIC_A = {"pil": -0.5, "opencv": -0.75}
 """The free constant of Keys' cubic: -0.5 in PIL, DALI and torch's antialiased bicubic; -0.75 in OpenCV and torch's plain."""

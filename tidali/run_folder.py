@@ -24,6 +24,8 @@ class RunResult:
     best: Score
     best_epoch: int
     last: Score
+    last_flip: Score | None
+    """Of the last weights with mirrored images averaged in, where the recipe asks for it."""
     images_per_s: float
     """Median over the epochs, evaluation not counted."""
     minutes: float
@@ -52,6 +54,7 @@ def epoch_fields(trained: EpochReport, score: Score, split: str) -> dict[str, fl
         "images_per_s": trained.images_per_s,
         "epoch_s": trained.seconds,
         "data_wait_share": trained.data_wait_share,
+        "compile_s": trained.compile_s,
         **{f"{split}_{name}": value for name, value in score.to_dict().items()},
     }
 
@@ -63,6 +66,7 @@ def summary(result: RunResult, plan: DevicePlan, split: str) -> dict[str, Any]:
         "best_epoch": result.best_epoch,
         "best": result.best.to_dict(),
         "last": result.last.to_dict(),
+        "last_flip": result.last_flip.to_dict() if result.last_flip is not None else None,
         "images_per_s": result.images_per_s,
         "minutes": result.minutes,
         "device": {"type": plan.device.type, "name": plan.name, "cores": cpu_count(), "dtype": plan.dtype_name},

@@ -1,4 +1,4 @@
-"""One training run, wired together: settings in, a run folder out."""
+"""One training run, epoch by epoch: settings in, a run folder out."""
 
 from __future__ import annotations
 
@@ -15,27 +15,25 @@ import torch
 from torch import Tensor
 
 from tidali.augment import draw_mix, mix_batch
-from tidali.checkpoint import SUFFIX, ModelCard, save_checkpoint
+from tidali.checkpoint import SUFFIX, save_checkpoint
 from tidali.config import TrainSettings
 from tidali.console import progress_bar, say
 from tidali.contract import Dataset
-from tidali.data import Data
-from tidali.device import DevicePlan, cpu_count, plan_device
+from tidali.device import DevicePlan, plan_device
 from tidali.distributed import Ranks, joined_ranks
-from tidali.engine import EpochReport, evaluate, make_train_state, train_epoch
+from tidali.engine import EpochReport, evaluate, train_epoch
 from tidali.environment import versions
-from tidali.errors import TidaliError, UsageError
+from tidali.errors import TidaliError
 from tidali.interrupt import Interrupted, StopRequest
 from tidali.metrics import JsonlLog, Meter, Score
-from tidali.models import build_resnet18
-from tidali.pretrained import apply_init, choose_normalisation
 from tidali.resume import STATE_NAME, Progress, load_state, save_state
 from tidali.run_folder import RunResult, epoch_fields, make_run_folder, summary, write_json
-from tidali.schedule import make_schedule
+from tidali.tensorboard import TensorBoardLog, require_tensorboard
 from tidali.timing import Stopwatch
+from tidali.wiring import announce, wire
 
-EVAL_BATCH_SIZE = 256
-"""One value for training runs and ``tidali eval``, so that both do the same arithmetic and print the same figure."""
+RANKS_AGREE_STEPS = 20
+"""Ranks ask each other whether to stop or to save once in this many steps: asking makes each wait for its device."""
 
 
 def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False) -> RunResult:
@@ -66,54 +64,10 @@ class Run:
         self.settings, self.dataset, self.plan, self.ranks, self.stop = settings, dataset, plan, ranks, stop
         self.out = Path(settings.out)
         self.watch = Stopwatch()
-        self.select_on = selection_split(dataset)
-        recipe = settings.recipe
-        torch.manual_seed(settings.seed)
-        self.stem_bias = recipe.name == "seed" and settings.stem == "small"  # the study's row 5 has one
-        model = build_resnet18(len(dataset.manifest.classes), settings.stem, stem_bias=self.stem_bias)
-        self.load_report, of_init = apply_init(model, settings.init)
-        self.mean, self.std = choose_normalisation(recipe.normalise, of_init, dataset)
-        self.data = Data(
-            dataset,
-            ("train", self.select_on),
-            plan.device,
-            cache=settings.cache,
-            max_res=settings.res,
-            max_bad=settings.max_bad,
-        )
-        common: dict[str, Any] = dict(
-            res=settings.res, mean=self.mean, std=self.std, rank=ranks.rank, world_size=ranks.world_size
-        )
-        self.train_batches = self.data.batches(
-            "train",
-            batch_size=ranks.share(recipe.batch_size),
-            train=True,
-            augment=recipe.augment,
-            seed=settings.seed,
-            **common,
-        )
-        self.eval_batches = self.data.batches(self.select_on, batch_size=EVAL_BATCH_SIZE, **common)
-        schedule = make_schedule(
-            recipe.schedule,
-            lr=recipe.lr,
-            epochs=recipe.epochs,
-            steps_per_epoch=len(self.train_batches),
-            warmup_epochs=recipe.warmup_epochs,
-            step_epochs=recipe.step_epochs,
-            step_gamma=recipe.step_gamma,
-        )
-        self.state = make_train_state(
-            model,
-            plan,
-            schedule,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=recipe.weight_decay,
-            label_smoothing=recipe.label_smoothing,
-            grad_clip_norm=recipe.grad_clip_norm,
-            ema_decay=recipe.ema_decay,
-            ranks=ranks,
-        )
+        if settings.tensorboard:
+            require_tensorboard()
+        self.parts = wire(settings, dataset, plan, ranks)
+        self.state, self.train_batches, self.select_on = self.parts.state, self.parts.train_batches, self.parts.select_on
         self.progress = Progress(images_per_s=[])
         self.meter = Meter(plan.device)
 
@@ -126,8 +80,14 @@ class Run:
             make_run_folder(self.out)
             write_json(self.out / "config.json", self.settings.to_dict())
         self.log = JsonlLog(self.out / "metrics.jsonl")
+        self.events: TensorBoardLog | None = None
         if self.ranks.is_main:
-            self.announce(resume)
+            self.log.keep_through(self.progress.epoch)
+            if self.settings.tensorboard:
+                self.events = TensorBoardLog(self.out / "tensorboard", first_epoch=self.progress.epoch + 1)
+            announce(self.settings, self.dataset, self.plan, self.ranks, self.parts)
+            if resume:
+                say(f"resumed at step {self.state.step}")
         if not resume:
             self.save_state()
 
@@ -138,10 +98,10 @@ class Run:
         self.train_batches.set_epoch(progress.epoch)
         with progress_bar(show=self.ranks.is_main) as bar:
             task = bar.add_task(f"epoch {number}/{recipe.epochs}", total=len(self.train_batches), note="")
-            watch, save_due = Stopwatch(), Stopwatch()
+            watch, since_save = Stopwatch(), Stopwatch()
 
-            def on_step() -> None:
-                nonlocal save_due
+            def on_step(waited_s: float) -> None:
+                nonlocal since_save
                 score = self.meter.peek()
                 if not math.isfinite(score.loss_sum):
                     self.refuse_loss()
@@ -149,29 +109,26 @@ class Run:
                     done = self.state.step - progress.epoch * len(self.train_batches)
                     rate = score.samples * self.ranks.world_size / watch.peek_s()
                     note = f"loss {score.loss:.3f}  top-1 {score.top1_percent:.1f} %  {rate:.0f} images/s"
+                    note += f"  waiting for data {100 * waited_s / watch.peek_s():.1f} %"
                     bar.update(task, completed=done, note=note)
-                if self.should_stop():
+                if self.on_any_rank(self.stop.requested):
                     self.save_state()
                     raise Interrupted(
                         f"stopped at step {self.state.step}; go on with 'tidali train --resume {self.out}'",
                         self.stop.signal_number or signal.SIGTERM,
                     )
-                if save_due.peek_s() > 60 * self.settings.checkpoint_minutes and self.ranks.world_size == 1:
+                if self.on_any_rank(since_save.peek_s() > 60 * self.settings.checkpoint_minutes):
                     self.save_state()
-                    save_due = Stopwatch()
+                    since_save = Stopwatch()
 
             trained = train_epoch(
                 self.state, self.train_batches, self.meter, ranks=self.ranks, mix=self.mixer(), on_step=on_step
             )
 
         self.ranks.share_buffers(self.state.evaluated)
-        score = evaluate(
-            self.state.evaluated,
-            self.eval_batches,
-            self.plan,
-            expected_samples=self.eval_batches.samples,
-            ranks=self.ranks,
-        )
+        score = self.evaluate()
+        if not math.isfinite(score.loss_sum):
+            self.refuse_loss()
         is_best = progress.best is None or score.correct1 > progress.best.correct1
         if is_best:
             progress.best, progress.best_epoch = score, number
@@ -181,6 +138,10 @@ class Run:
         self.meter = Meter(self.plan.device)
         self.report_epoch(trained, score, is_best)
         self.save_state()
+
+    def evaluate(self, *, flip: bool = False) -> Score:
+        batches = self.parts.eval_batches
+        return evaluate(self.state.evaluated, batches, self.plan, expected_samples=batches.samples, flip=flip, ranks=self.ranks)
 
     def mixer(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
         """What MixUp or CutMix makes of a batch, where the recipe has them."""
@@ -200,15 +161,15 @@ class Run:
 
         return mix
 
-    def should_stop(self) -> bool:
-        """Ranks agree every 20 steps: asking costs them a wait for the device."""
+    def on_any_rank(self, flag: bool) -> bool:
+        """Whether it holds on any rank, so that all of them do the same after the same step."""
         if self.ranks.world_size == 1:
-            return self.stop.requested
-        return self.state.step % 20 == 0 and self.ranks.any(self.stop.requested, self.plan.device)
+            return flag
+        return self.state.step % RANKS_AGREE_STEPS == 0 and self.ranks.any(flag, self.plan.device)
 
     def refuse_loss(self) -> None:
         saved = self.out / STATE_NAME
-        raise TidaliError(f"the loss is not finite at step {self.state.step}; the state before it is {saved}; try a lower --lr")
+        raise TidaliError(f"the loss is not finite by step {self.state.step}; the state before it is {saved}; try a lower --lr")
 
     def report_epoch(self, trained: EpochReport, score: Score, is_best: bool) -> None:
         """Weights, one line of metrics.jsonl, one line for people."""
@@ -216,33 +177,29 @@ class Run:
             return
         number, recipe = self.progress.epoch, self.settings.recipe
         metrics = {"epoch": number, **{f"{self.select_on}_{k}": v for k, v in score.to_dict().items()}}
-        card = ModelCard(
-            classes=self.dataset.manifest.classes,
-            stem=self.settings.stem,
-            stem_bias=self.stem_bias,
-            res=self.settings.res,
-            mean=self.mean,
-            std=self.std,
-            metrics=metrics,
-            settings=self.settings.to_dict(),
-            versions=versions(),
-        )
+        card = replace(self.parts.card, metrics=metrics)
         for name in ("last", "best") if is_best else ("last",):
             save_checkpoint(self.out / f"{name}{SUFFIX}", self.state.evaluated, card)
-        self.log.write(
-            epoch=number,
-            step=self.state.step,
-            lr=self.state.schedule(self.state.step - 1),
+        fields: dict[str, Any] = {
+            "epoch": number,
+            "step": self.state.step,
+            "lr": self.state.schedule(self.state.step - 1),
             **epoch_fields(trained, score, self.select_on),
-        )
+        }
+        self.log.write(**fields)
+        if self.events is not None:
+            self.events.write(**fields)
+        compiling = f"  compiling took {trained.compile_s:.1f} s" if trained.compile_s else ""
         say(
             f"epoch {number}/{recipe.epochs}  train loss {trained.score.loss:.3f} top-1 {trained.score.top1_percent:.1f} %  "
             f"{self.select_on} loss {score.loss:.3f} top-1 {score.top1_percent:.2f} %  {trained.images_per_s:.0f} images/s  "
-            f"waiting for data {100 * trained.data_wait_share:.1f} %"
+            f"waiting for data {100 * trained.data_wait_share:.1f} %{compiling}"
         )
 
     def save_state(self) -> None:
-        """Everything that `resume` needs, from rank 0, with every rank's place in the data."""
+        """Everything that `resume` needs, from rank 0, with every rank's place in the data; never weights that gave no loss."""
+        if not math.isfinite(self.meter.read().loss_sum):
+            self.refuse_loss()
         loaders = self.ranks.gather(self.train_batches.state_dict())
         if self.ranks.is_main:
             progress = replace(self.progress, seconds=self.progress.seconds + self.watch.elapsed_s())
@@ -259,29 +216,13 @@ class Run:
             best=progress.best,
             best_epoch=progress.best_epoch,
             last=progress.last,
+            last_flip=self.evaluate(flip=True) if self.settings.recipe.eval_flip else None,
             images_per_s=statistics.median(progress.images_per_s or [0.0]),
             minutes=(progress.seconds + self.watch.elapsed_s()) / 60,
         )
         if self.ranks.is_main:
             write_json(self.out / "summary.json", summary(result, self.plan, self.select_on))
         return result
-
-    def announce(self, resume: bool) -> None:
-        """Say what is about to run and why the device's settings are what they are."""
-        settings, recipe, plan, dataset = self.settings, self.settings.recipe, self.plan, self.dataset
-        ranks = f", {self.ranks.world_size} ranks" if self.ranks.world_size > 1 else ""
-        say(f"data    {dataset.root}: {dataset.split('train').samples} train images, {len(dataset.manifest.classes)} classes")
-        say(f"model   ResNet-18, {settings.stem} stem, init {settings.init}, {settings.res} x {settings.res} px")
-        for line in self.load_report.lines() if self.load_report else ():
-            say(f"        {line}")
-        steps = len(self.train_batches)
-        say(f"recipe  {recipe.name}: {recipe.epochs} epochs of {steps} steps, batch {recipe.batch_size}, lr {recipe.lr}")
-        say(f"device  {plan.device}: {plan.name}, {cpu_count()} cores{ranks}")
-        say(f"cache   {'on' if self.data.route.cached else 'off'}: {self.data.route.reason}")
-        say(f"amp     {plan.dtype_name}: {plan.amp_reason}")
-        say(f"compile {'on' if plan.compile else 'off'}: {plan.compile_reason}")
-        if resume:
-            say(f"resumed at step {self.state.step}")
 
 
 def set_numerics(deterministic: bool) -> None:
@@ -293,15 +234,3 @@ def set_numerics(deterministic: bool) -> None:
         # Without it cuBLAS refuses to run: torch's notes on reproducibility.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-
-
-def selection_split(dataset: Dataset) -> str:
-    """The split that each epoch is evaluated on and the best epoch chosen by: a held-out part of train where there is one.
-
-    Raises:
-        UsageError: there is neither.
-    """
-    for name in ("heldout", "val"):
-        if name in dataset.manifest.splits and dataset.manifest.splits[name].samples:
-            return name
-    raise UsageError(f"{dataset.root}: no val split to evaluate on; pack it again with --val-fraction 0.1")

@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from tidali.contract import open_dataset
+from tidali.device import plan_device
 
 FOLDER = {"config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors", "summary.json"}
 
@@ -33,6 +34,7 @@ def test_run_folder(trained, demo_data: Path) -> None:
     assert summary["best"]["top1_percent"] == max(epoch["val_top1_percent"] for epoch in epochs)
     assert summary["last"]["loss"] == epochs[-1]["val_loss"]
     assert epochs[summary["best_epoch"] - 1]["val_loss"] == summary["best"]["loss"]
+    assert summary["last_flip"]["samples"] == 32  # the modern recipe's
     assert summary["device"]["type"] == "cpu"
     assert {"tidali", "torch", "nvidia-dali-cuda120"} <= summary["versions"].keys()
 
@@ -50,7 +52,8 @@ def test_what_train_prints(trained) -> None:
     out, ended = trained
     summary = json.loads((out / "summary.json").read_text())
     assert f"{summary['best']['top1_percent']:.2f}" in ended.stdout
-    for told in ("160 train images, 4 classes", "amp     float32", "compile off: ", "epoch 2/2  train loss "):
+    amp = f"amp     {plan_device('cpu', 'auto', 'off').dtype_name}"
+    for told in ("160 train images, 4 classes", amp, "compile off: ", "epoch 2/2  train loss "):
         assert told in ended.stderr
 
 

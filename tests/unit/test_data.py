@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from shards.pack import pack
+from shards.scan import FileSource
 from tidali import data as data_module
 from tidali.augment import Augment
 from tidali.bad_images import find_bad
 from tidali.contract import Dataset, Split, open_dataset, read_record
 from tidali.data import Data, choose_route, free_memory_bytes
 from tidali.errors import DatasetError, UsageError
+from tidali.sizes import SizePlan
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -147,6 +150,34 @@ def test_damage_between_images_fails_in_one_line(demo_copy: Path) -> None:
 def test_streaming_refuses_what_it_does_not_have(demo_data: Path) -> None:
     data = Data(open_dataset(demo_data), ("train",), CPU, cache="off", max_res=64)
     common = {"res": 64, "batch_size": 32, "mean": (0, 0, 0), "std": (1, 1, 1), "train": True}
-    for given in ({"augment": Augment(shift_px=2)}, {"kernel": "opencv"}, {"dtype": torch.bfloat16}):
+    for given in ({"augment": Augment(shift_px=2)}, {"dtype": torch.bfloat16}):
         with pytest.raises(UsageError, match="--cache device"):
             data.batches("train", **common, **given)
+
+
+def test_a_stream_that_dali_resizes_has_its_kernel_and_one_size(write_photos, tmp_path: Path) -> None:
+    source = write_photos(tmp_path / "photos", {"train/a": 4, "train/b": 4}, size=(64, 48))
+    write_photos(tmp_path / "more", {"train/a": 4}, size=(48, 64))
+    (tmp_path / "more" / "train" / "a").rename(source / "train" / "c")
+    pack(FileSource(source), tmp_path / "packed")
+    data = Data(open_dataset(tmp_path / "packed"), ("train",), CPU, cache="off", max_res=64)
+    common = {"res": 64, "batch_size": 4, "mean": (0, 0, 0), "std": (1, 1, 1), "train": True}
+    assert next(iter(data.batches("train", **common)))[0].shape == (4, 3, 64, 64)
+    for given in ({"kernel": "opencv"}, {"sizes": SizePlan(sides=(32, 64))}):
+        with pytest.raises(UsageError, match="--cache device"):
+            data.batches("train", **common, **given)
+
+
+@pytest.mark.parametrize("kernel", ["pil", "opencv"])
+def test_both_routes_have_both_kernels_and_any_sizes(demo_data: Path, kernel: str) -> None:
+    """In evaluation, whose order is the stored one on both."""
+    sizes = SizePlan(sides=(32, 96), order="mixed", seed=5)
+    found = {}
+    for cache in ("device", "off"):
+        data = Data(open_dataset(demo_data), ("val",), CPU, cache=cache, max_res=96)
+        batches = data.batches("val", res=64, batch_size=4, mean=(0, 0, 0), std=(1, 1, 1), kernel=kernel, sizes=sizes)
+        found[cache] = [images.clone() for images, _ in batches]
+    assert [images.shape[2] for images in found["device"]] == [sizes.at(0, step) for step in range(8)]
+    assert {images.shape[2] for images in found["device"]} == {32, 96}
+    for cached, streamed in zip(found["device"], found["off"], strict=True):
+        assert torch.equal(cached, streamed)

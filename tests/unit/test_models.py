@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 from tidali.errors import TidaliError, UsageError
-from tidali.models import build_resnet18, load_matching, weights_only
+from tidali.models import build_resnet18, load_matching, shrink_kernels, weights_only
 from tidali.pretrained import file_weights
 
 
@@ -153,3 +153,27 @@ def test_missing_file(tmp_path: Path) -> None:
     (tmp_path / "weights.onnx").write_bytes(b"x")
     with pytest.raises(TidaliError, match=r"weights\.onnx: give a \.safetensors, \.pth or \.pt file"):
         file_weights(str(tmp_path / "weights.onnx"))
+
+
+def test_shrunk_kernels_answer_as_the_large_ones_do_to_the_enlarged_patch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kernels, patch = torch.randn(64, 3, 7, 7, generator=generator), torch.randn(1, 3, 3, 3, generator=generator)
+    enlarged = torch.nn.functional.interpolate(patch, size=(7, 7), mode="bilinear")
+    expected = torch.nn.functional.conv2d(enlarged, kernels).flatten()
+    found = torch.nn.functional.conv2d(patch, shrink_kernels(kernels, 3)).flatten()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # sums of 147 float32 products
+
+
+def test_the_stem_is_resampled_where_that_is_asked_for() -> None:
+    source = torchvision.models.resnet18(num_classes=5).state_dict()
+    model = build_resnet18(5, "small")
+    report = load_matching(model, source, "file", stem_init="resample")
+    assert report.resampled == ("conv1.weight",)
+    assert report.fresh == {}
+    assert "resampled: conv1.weight" in report.lines()
+    assert torch.equal(model.conv1.weight, shrink_kernels(source["conv1.weight"], 3))
+    # A constant image is answered the same: a kernel's sum stays.
+    torch.testing.assert_close(model.conv1.weight.sum((2, 3)), source["conv1.weight"].sum((2, 3)), rtol=1e-4, atol=1e-5)
+    stock = build_resnet18(5, "imagenet")
+    assert load_matching(stock, source, "file", stem_init="resample").resampled == ()
+    assert torch.equal(stock.conv1.weight, source["conv1.weight"])
