@@ -40,8 +40,8 @@ def linear_state(plan: DevicePlan, **changes: float) -> TrainState:
 
 
 # How far the losses of a plain loop and the engine may be apart, relative. The optimizer, fused in the engine, rounds once
-# where the plain one rounds twice: weights were 1e-8 apart after twenty steps, and no loss differed in a bit. The first loss is also
-# compared in NCHW memory, whose sums have another order: 7e-8 apart in float32, 0.0008 in bfloat16 with its 8 bits.
+# where the plain one rounds twice: weights were 1e-8 apart after twenty steps, and no loss differed in a bit. The first loss
+# is also compared in NCHW memory, whose sums have another order: 7e-8 apart in float32, 0.0008 in bfloat16 with its 8 bits.
 LOSS_TOLERANCE = {"off": 1e-5, "bf16": 2**-8}
 
 
