@@ -27,11 +27,11 @@ def progress_bar(*, note: bool = True, show: bool = True) -> Progress:
     return Progress(*columns, console=messages, transient=True, disable=not (show and messages.is_terminal))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on standard output: the first column to the left, figures to the right."""
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> None:
+    """A table on standard output: the first ``left`` columns to the left, figures to the right."""
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if number < left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     # Where no terminal sets the width, rich takes 80 columns and cuts cells off.

@@ -1,4 +1,4 @@
-"""Decoding without DALI, for systems that it has no wheel for: slower, and the same pixels."""
+"""Decoding without DALI: whole splits, for systems that it has no wheel for, slower and to the same pixels; and single images."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from tidali.contract import Dataset, SampleRecord, parse_index, read_record
 from tidali.errors import TidaliError
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation (TIFF 6.0, tag 274)."""
 
 
 def decoded_once(
@@ -49,7 +61,7 @@ def decode(data: bytes, square: int | None, shard: str, record: SampleRecord) ->
         TidaliError: it cannot be decoded.
     """
     try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        image = upright_rgb(Image.open(io.BytesIO(data)))
     except (OSError, SyntaxError, ValueError) as error:
         raise TidaliError(f"{shard}: {record.key} at offset {record.offset} cannot be decoded ({error})") from None
     if square is not None:
@@ -59,3 +71,29 @@ def decode(data: bytes, square: int | None, shard: str, record: SampleRecord) ->
         left, top = (width - square) // 2, (height - square) // 2
         image = image.crop((left, top, left + square, top + square))
     return np.asarray(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Any image as the packer stores it and DALI decodes it: RGB, the EXIF orientation applied, alpha dropped, of 16-bit samples
+    the high byte (PIL's own conversion cuts grey ones off at 255), of an animation the first frame.
+
+    Raises:
+        ValueError: 32-bit samples, which have no defined 8-bit scale.
+        OSError, SyntaxError, ...: PIL's decoders raise whatever damaged bytes lead them to.
+    """
+    image.load()
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # those two give 16 bits as "I"
+        raise ValueError("32-bit samples, which have no defined 8-bit scale")
+    if image.mode.startswith("I"):
+        rgb = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
+    turn = _UPRIGHT.get(_orientation(image))
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # damaged EXIF is no damaged image
+        return 1

@@ -1,0 +1,107 @@
+"""What a program of somebody else's asks for, with the defaults that the command line has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed
+
+from tidali.config import Augment, CacheChoice, TrainSettings, check_res
+from tidali.contract import Dataset
+from tidali.data import Batches, Data
+from tidali.device import plan_device
+from tidali.resample import Kernel
+from tidali.run_folder import RunResult
+from tidali.source import open_data
+from tidali.train import train
+
+
+def make_loader(
+    data: Dataset | str,
+    split: str,
+    *,
+    res: int | None = None,
+    batch_size: int = 256,
+    train: bool | None = None,
+    augment: Augment | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: torch.device | str = "auto",
+    cache: CacheChoice = "auto",
+    kernel: Kernel = "pil",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> Batches:
+    """Batches of one split for any training loop: decoded, resized and normalised on the device.
+
+    An iteration is one epoch of images (N, 3, res, res) channels_last and labels (N,) int64. ``len`` is its steps,
+    ``set_epoch`` chooses which, and ``state_dict`` and ``load_state_dict`` resume within it:
+
+    >>> from tidali import make_loader
+    >>> loader = make_loader("data/demo", "train", res=32, batch_size=32, device="cpu")
+    >>> batches = iter(loader)
+    >>> images, labels = next(batches)
+    >>> state = loader.state_dict()
+    >>> following, _ = next(batches)
+    >>> loader.load_state_dict(state)
+    >>> torch.equal(next(iter(loader))[0], following)
+    True
+
+    Args:
+        data: an open data set, or where it is.
+        res: side of the images in pixels; by default their own where they all agree, else 224.
+        batch_size: of this rank.
+        train: shuffle and augment, and drop the images that fill no last batch; otherwise every image comes exactly once, in
+            stored order. By default where the split is ``train``.
+        augment: of training images; by default none. Streaming has random flips alone.
+        mean, std: per RGB channel on a 0..1 scale; by default those of the data set's train split.
+        device: where the batches are; ``auto`` takes a GPU where there is one.
+        cache: ``device`` decodes once into the device's memory, ``off`` streams; ``auto`` caches what takes less than half of
+            what is free.
+        seed: of the order and the augmentation.
+        rank, world_size: this process's share; by default torch.distributed's where that is initialised, else all.
+
+    Raises:
+        UsageError: values that cannot be right, such as a batch larger than the split.
+        DatasetError: no data set there, or a damaged one, or no such split.
+        TidaliError: it cannot be reached or read.
+    """
+    dataset = open_data(data) if isinstance(data, str) else data
+    res = dataset.default_res if res is None else res
+    check_res(res)
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return Data(
+        dataset,
+        (split,),
+        plan_device("auto", "off", "off").device if device == "auto" else torch.device(device),
+        cache=cache,
+        max_res=res,
+    ).batches(
+        split,
+        res=res,
+        batch_size=batch_size,
+        mean=dataset.manifest.mean if mean is None else mean,
+        std=dataset.manifest.std if std is None else std,
+        train=split == "train" if train is None else train,
+        augment=augment,
+        kernel=kernel,
+        dtype=dtype,
+        seed=seed,
+        rank=rank if rank is not None else torch.distributed.get_rank() if together else 0,
+        world_size=world_size if world_size is not None else torch.distributed.get_world_size() if together else 1,
+    )
+
+
+def train_model(settings: TrainSettings, *, resume: bool = False) -> RunResult:
+    """Train as ``tidali train`` does, into the run folder ``settings.out``.
+
+    Args:
+        resume: go on from the state in ``settings.out``, which was saved by a run of the same settings.
+
+    Raises:
+        TidaliError: the settings, the data or the device do not allow the run; see `tidali.train.train`.
+    """
+    return train(settings, open_data(settings.data), resume=resume)

@@ -1,0 +1,182 @@
+"""A trained model put to use: images in, classes and probabilities out, preprocessed as its evaluation did it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tidali.checkpoint import ModelCard, find_checkpoint
+from tidali.checkpoint import load_model as load_network
+from tidali.config import AmpChoice, DeviceChoice
+from tidali.device import DevicePlan, cpu_count, plan_device
+from tidali.image_files import ImageError, read_pixels
+from tidali.resample import Resample
+
+BATCH_SIZE = 64
+"""Images in a forward pass: at 224 px their largest feature map takes 196 MiB in float32."""
+_SIZES_KEPT = 64  # of images whose resize matrices are kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScore:
+    """One class that an image may be of."""
+
+    label: int
+    id: str
+    """What the source's folders call the class."""
+    name: str
+    probability: float
+    """The softmax, 0..1."""
+
+
+class Classifier:
+    """A checkpoint's network on a device, with its class names and preprocessing.
+
+    An image is resized as evaluation does it: by the checkpoint's bicubic kernel, the shorter side to the checkpoint's ``res``,
+    the centre cropped, normalised by its mean and standard deviation. Where a data set has images of several sizes, evaluation
+    rounds resized pixels to whole grey levels, and this does not.
+    """
+
+    def __init__(self, model: nn.Module, card: ModelCard, plan: DevicePlan) -> None:
+        """
+        Args:
+            model: with the weights, on any device; it is moved to the plan's.
+        """
+        self.model = model.to(plan.device).eval()
+        self.card, self.plan = card, plan
+        self._resample_from = functools.lru_cache(_SIZES_KEPT)(
+            lambda size: Resample(size, card.res, mean=card.mean, std=card.std)
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names in label order."""
+        return tuple(one.name for one in self.card.classes)
+
+    def predict(self, images: Any, *, top: int = 5, batch_size: int = BATCH_SIZE) -> list[list[ClassScore]]:
+        """The most probable classes of each image, best first.
+
+        Args:
+            images: one image or an iterable of them, each a path, a PIL image, or uint8 pixels as an array or CPU tensor:
+                (H, W, 3) RGB or (H, W) grey. Sizes may differ. An array (N, H, W, 3) is N images.
+            top: how many classes; all of them where there are fewer.
+            batch_size: images in a forward pass.
+
+        Raises:
+            ImageError: an image that cannot be read.
+        """
+        return [scores for _, scores in self.stream(images, top=top, batch_size=batch_size)]
+
+    def stream(
+        self,
+        images: Any,
+        *,
+        top: int = 5,
+        batch_size: int = BATCH_SIZE,
+        on_bad: Callable[[ImageError], None] | None = None,
+    ) -> Iterator[tuple[Any, list[ClassScore]]]:
+        """As `predict`, batch by batch: for any number of images in little memory.
+
+        Args:
+            on_bad: called for each image that cannot be read, which is then left out; by default the error is raised.
+
+        Yields:
+            Each image as it was given, and its classes.
+        """
+        for sources, logits in self._batches(images, batch_size, on_bad):
+            best = logits.softmax(1).topk(min(top, len(self.card.classes)))
+            for source, shares, labels in zip(sources, best.values.tolist(), best.indices.tolist(), strict=True):
+                yield source, [self._score(label, share) for label, share in zip(labels, shares, strict=True)]
+
+    def logits(self, images: Any, *, batch_size: int = BATCH_SIZE) -> Tensor:
+        """(N, classes) float32 on the CPU, of images as `predict` takes them.
+
+        Raises:
+            ImageError: an image that cannot be read.
+        """
+        parts = [logits for _, logits in self._batches(images, batch_size, None)]
+        return torch.cat(parts) if parts else torch.empty(0, len(self.card.classes))
+
+    def _batches(
+        self, images: Any, batch_size: int, on_bad: Callable[[ImageError], None] | None
+    ) -> Iterator[tuple[list[Any], Tensor]]:
+        res = self.card.res
+        batch = torch.empty(batch_size, 3, res, res).to(memory_format=torch.channels_last)
+        sources: list[Any] = []
+        for source, pixels in _read_ahead(_as_iterable(images)):
+            if isinstance(pixels, ImageError):
+                if on_bad is None:
+                    raise pixels
+                on_bad(pixels)
+                continue
+            resample = self._resample_from((pixels.shape[0], pixels.shape[1]))
+            batch[len(sources)] = resample(torch.from_numpy(pixels.copy())[None])[0]
+            sources.append(source)
+            if len(sources) == batch_size:
+                yield sources, self._forward(batch)
+                sources = []
+        if sources:
+            yield sources, self._forward(batch[: len(sources)])
+
+    @torch.inference_mode()
+    def _forward(self, images: Tensor) -> Tensor:
+        with self.plan.autocast():
+            logits: Tensor = self.model(images.to(self.plan.device))
+        return logits.float().cpu()
+
+    def _score(self, label: int, probability: float) -> ClassScore:
+        of = self.card.classes[label]
+        return ClassScore(label=label, id=of.id, name=of.name, probability=probability)
+
+
+def load_model(path: str | Path, *, device: DeviceChoice = "auto", amp: AmpChoice = "auto") -> Classifier:
+    """A trained model, ready to predict.
+
+    Args:
+        path: a checkpoint, or a run folder for its best one.
+
+    Raises:
+        UsageError: no such checkpoint, or none of tidali's.
+        TidaliError: ``cuda`` was asked for and cannot be had.
+    """
+    plan = plan_device(device, amp, "off")
+    return Classifier(*load_network(find_checkpoint(os.fspath(path))), plan)
+
+
+def _as_iterable(images: Any) -> Iterable[Any]:
+    """One image given alone is a list of one; its characters or rows are no images."""
+    alone = isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
+    return [images] if alone else images
+
+
+def _read_ahead(sources: Iterable[Any]) -> Iterator[tuple[Any, np.ndarray | ImageError]]:
+    """Each source's pixels, or what is wrong with it, in order. Few are in memory at a time: a photograph of 50 megapixels
+    takes 143 MiB."""
+    workers = cpu_count()
+    with ThreadPoolExecutor(workers) as pool:  # PIL's decoders let go of the interpreter's lock
+        pending: deque[tuple[Any, Future[np.ndarray | ImageError]]] = deque()
+        for source in sources:
+            pending.append((source, pool.submit(_try_to_read, source)))
+            if len(pending) > 2 * workers:
+                first, pixels = pending.popleft()
+                yield first, pixels.result()
+        for source, pixels in pending:
+            yield source, pixels.result()
+
+
+def _try_to_read(source: Any) -> np.ndarray | ImageError:
+    try:
+        return read_pixels(source)
+    except ImageError as error:
+        return error
