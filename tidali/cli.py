@@ -31,6 +31,7 @@ app.command(rich_help_panel=DATA)(cli_data.download)
 app.command(rich_help_panel=MODEL)(cli_train.train)
 app.command("eval", rich_help_panel=MODEL)(cli_train.eval_)
 app.command(rich_help_panel=MODEL)(cli_model.predict)
+app.command(rich_help_panel=MODEL)(cli_model.export)
 app.command(rich_help_panel=MEASURE)(cli_bench.bench)
 app.command(rich_help_panel=MEASURE)(cli_doctor.doctor)
 

@@ -7,7 +7,8 @@ import json
 import sys
 import warnings
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -36,7 +37,7 @@ def predict(
     amp: AmpOption = "auto",
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
     csv_: Annotated[
-        bool, typer.Option("--csv", help="Print CSV instead of the table, a line for each image and class.")
+        bool, typer.Option("--csv", help="Print CSV instead, a line for each image and class.")
     ] = False,
 ) -> None:
     """Name what is in images, with probabilities, preprocessed as 'tidali eval' does it.
@@ -93,3 +94,96 @@ def predict(
         )
     if skipped:
         raise TidaliError(f"{len(skipped)} of {len(files)} images could not be read")
+
+
+def export(
+    checkpoint: CheckpointArgument,
+    format: Annotated[
+        Literal["onnx", "pt2"] | None,
+        typer.Option(help="onnx, or torch.export's program.", show_default="by the suffix of --out, else onnx"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="The file.", show_default="beside the checkpoint")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A packed data set: its images' size is the input's, and its val images check the file.",
+            show_default="the one it was trained on, where that is still there",
+        ),
+    ] = None,
+    input_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="H|HxW", help="Of the images that will be given, in pixels.", show_default="what the data set's images are"
+        ),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+) -> None:
+    """Write a checkpoint as one file to serve: uint8 pixels in, probabilities out, bicubic resize and normalisation inside.
+
+    The input is uint8 (N, H, W, 3) RGB, N any number; the output float32 (N, classes). The file's metadata, under 'tidali', is
+    JSON with the class names and the preprocessing. It is run beside the checkpoint's model before it is written, and not
+    written where the two differ.
+    """
+    fmt: Literal["onnx", "pt2"] = format or ("pt2" if out is not None and out.suffix == ".pt2" else "onnx")
+    size = parse_input_size(input_size) if input_size is not None else None
+
+    from tidali.checkpoint import find_checkpoint
+    from tidali.console import print_table
+    from tidali.export import export_model, refuse_missing_packages
+    from tidali.export_inputs import choose_inputs
+    from tidali.predict import load_model
+
+    refuse_missing_packages(fmt)
+    file = find_checkpoint(checkpoint)
+    path = out if out is not None else file.with_suffix(f".{fmt}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"--out {path}: {'a folder; name a file' if path.is_dir() else f'there is no folder {path.parent}'}")
+    model = load_model(file, device="cpu", amp="off")
+    inputs = choose_inputs(model.card, checkpoint, data, size)
+    report = export_model(model, path, fmt, inputs.size, inputs.images)
+    height, width = inputs.size
+    if json_:
+        print(
+            json.dumps(
+                {
+                    "checkpoint": checkpoint,
+                    "path": str(path),
+                    "format": fmt,
+                    "input_height": height,
+                    "input_width": width,
+                    "classes": len(model.classes),
+                    "size_bytes": report.size_bytes,
+                    "checked_on": inputs.what,
+                    **asdict(report.agreement),
+                }
+            )
+        )
+        return
+    agreement = report.agreement
+    print_table(
+        str(path),
+        ("", ""),
+        [
+            ("input", f"uint8 (N, {height}, {width}, 3) RGB"),
+            ("output", f"float32 (N, {len(model.classes)}) probabilities"),
+            ("size", f"{report.size_bytes / 2**20:.1f} MiB"),
+            ("checked on", inputs.what),
+            ("largest probability difference", f"{agreement.largest_difference:.1e}"),
+            ("same top-1", f"{agreement.same_top1} of {agreement.images}"),
+        ],
+        left=2,
+    )
+
+
+def parse_input_size(text: str) -> tuple[int, int]:
+    """'64' -> (64, 64), '48x64' -> (48, 64): height and width in pixels.
+
+    Raises:
+        UsageError: neither.
+    """
+    parts = text.split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) <= 1 << 14 for part in parts):
+        raise UsageError(f"--input-size {text}: give pixels, such as 64, or height x width such as 48x64")
+    return int(parts[0]), int(parts[-1])

@@ -1,4 +1,4 @@
-"""Decoding without DALI: whole splits, for systems that it has no wheel for, slower and to the same pixels; and single images."""
+"""Decoding without DALI: whole splits, where it has no wheel, slower and to the same pixels; and single images."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def decode(data: bytes, square: int | None, shard: str, record: SampleRecord) ->
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Any image as the packer stores it and DALI decodes it: RGB, the EXIF orientation applied, alpha dropped, of 16-bit samples
-    the high byte (PIL's own conversion cuts grey ones off at 255), of an animation the first frame.
+    """Any image as the packer stores it and DALI decodes it: RGB, upright by its EXIF orientation, alpha dropped, of 16-bit
+    samples the high byte (PIL's own conversion cuts grey ones off at 255), of an animation the first frame.
 
     Raises:
         ValueError: 32-bit samples, which have no defined 8-bit scale.

@@ -92,11 +92,8 @@ def read_pixels(source: Any) -> np.ndarray:
 def _array_pixels(source: Any) -> np.ndarray:
     pixels = np.asarray(source)
     what = f"array of {pixels.dtype} {pixels.shape}"
-    if (
-        pixels.dtype != np.uint8
-        or not pixels.size
-        or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)))
-    ):
+    is_image = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+    if pixels.dtype != np.uint8 or not pixels.size or not is_image:
         raise ImageError(what, "give a path, a PIL image, or uint8 pixels (H, W, 3) or (H, W)")
     return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels[:, :, :3]
 

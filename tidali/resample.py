@@ -84,6 +84,15 @@ def bicubic_taps(
     return Taps(first.to(torch.int64), weights / weights.sum(-1, keepdim=True))
 
 
+def centre_crop(size: tuple[int, int], res: int, axis: int) -> tuple[float, float]:
+    """Start and scale, in source pixels, of the axis of what becomes ``res`` pixels where the shorter side is resized and the
+    centre cropped. In the DALI graph's arithmetic: the longer side becomes a whole number of pixels, of the shorter side's scale
+    and around the image's centre, and the crop begins at a whole pixel of them."""
+    scale = min(size) / res
+    resized = int(size[axis] / scale + 0.5)
+    return (size[axis] - resized * scale) / 2 + math.ceil((resized - res) / 2) * scale, scale
+
+
 def make_band(taps: Taps, size: int, *, max_scale: float, block_rows: int, align: int = 1) -> Band:
     """
     Args:
@@ -294,11 +303,7 @@ class Resample:
         return torch.empty(shape, dtype=self._dtype, device=device)
 
     def _centre_matrix(self, axis: int) -> Any:
-        """In the DALI graph's arithmetic: the longer side becomes a whole number of pixels, of the shorter side's scale and
-        around the image's centre, and the crop begins at a whole pixel of them."""
-        size, scale = self._size[axis], min(self._size) / self._res
-        resized = int(size / scale + 0.5)
-        start = (size - resized * scale) / 2 + math.ceil((resized - self._res) / 2) * scale
+        start, scale = centre_crop(self._size, self._res, axis)
         device = self._affine.scale.device
         return self._matrix(axis, torch.tensor([start], device=device), torch.tensor([scale], device=device), scale)
 

@@ -1,0 +1,96 @@
+"""What an exported file takes: the size of its images, and images of that size to check it on."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from tidali.checkpoint import ModelCard
+from tidali.contract import Dataset, iter_records, open_dataset, parse_image_size
+from tidali.decode_pil import upright_rgb
+from tidali.errors import DatasetError, UsageError
+from tidali.remote import is_remote
+from tidali.source import open_data
+
+MOST_PHOTOGRAPHS = 500
+_SYNTHETIC = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    size: tuple[int, int]
+    """Height and width, in pixels."""
+    images: np.ndarray
+    """(N, *size, 3) uint8 RGB."""
+    what: str
+    """The images, for people."""
+
+
+def choose_inputs(card: ModelCard, checkpoint: str, data: str | None, size: tuple[int, int] | None) -> Inputs:
+    """
+    Args:
+        data: a packed data set; by default the one that the checkpoint was trained on, where it is still there.
+        size: by default what the data set's images have; the checkpoint's ``res`` where they have several.
+
+    Raises:
+        UsageError: neither a size nor a data set to take it from.
+        DatasetError, TidaliError: the data set that was asked for cannot be opened.
+    """
+    dataset = open_data(data) if data is not None else trained_on(card)
+    if dataset is not None:
+        split = "val" if "val" in dataset.manifest.splits and dataset.manifest.splits["val"].samples else "train"
+        size = size or stored_size(dataset, split, card.res)
+        images = photographs(dataset, split, size)
+        return Inputs(size=size, images=images, what=f"{len(images)} images of {split} of {dataset.root}")
+    if size is None:
+        raise UsageError(
+            f"{checkpoint}: the data set that it was trained on ({card.settings.get('data', 'not named')}) is not here, so its "
+            f"images' size is not known; give --data, or --input-size such as {card.res}"
+        )
+    return Inputs(size=size, images=synthetic(size), what=f"{_SYNTHETIC} random images")
+
+
+def trained_on(card: ModelCard) -> Dataset | None:
+    """The checkpoint's own data set, where it is a folder that is still there and whole."""
+    location = card.settings.get("data")
+    if not isinstance(location, str) or is_remote(location):
+        return None
+    try:
+        return open_dataset(Path(location))
+    except DatasetError:
+        return None
+
+
+def stored_size(dataset: Dataset, split: str, res: int) -> tuple[int, int]:
+    sizes = dataset.split(split).image_sizes
+    return parse_image_size(next(iter(sizes))) if len(sizes) == 1 else (res, res)
+
+
+def photographs(dataset: Dataset, split: str, size: tuple[int, int], most: int = MOST_PHOTOGRAPHS) -> np.ndarray:
+    """Images from all over a split, (N, *size, 3) uint8 RGB; those of another size are cut and resized to it."""
+    samples = dataset.split(split).samples
+    count = min(most, samples)
+    wanted = {i * samples // count for i in range(count)}
+    out = []
+    for number, (shard, record) in enumerate(iter_records(dataset, split)):
+        if number in wanted:
+            with (dataset.root / shard.name).open("rb") as file:
+                file.seek(record.offset)
+                image = upright_rgb(Image.open(io.BytesIO(file.read(record.size_bytes))))
+            if image.size != size[::-1]:
+                image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
+            out.append(np.asarray(image))
+    return np.stack(out)
+
+
+def synthetic(size: tuple[int, int]) -> np.ndarray:
+    """Random smooth images with noise on them, (N, *size, 3) uint8: colours of every level, edges of every sharpness."""
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (_SYNTHETIC, 6, 6, 3), np.uint8)
+    smooth = np.stack([np.asarray(Image.fromarray(one).resize(size[::-1], Image.Resampling.BICUBIC)) for one in coarse])
+    noise = random.normal(0, random.uniform(0, 60, (_SYNTHETIC, 1, 1, 1)), smooth.shape)
+    return (smooth + noise).clip(0, 255).astype(np.uint8)
