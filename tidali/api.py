@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed
 
-from tidali.config import Augment, CacheChoice, TrainSettings, check_res
+from tidali.config import Augment, CacheChoice, Kernel, TrainSettings, check_res
 from tidali.contract import Dataset
 from tidali.data import Batches, Data
 from tidali.device import plan_device
-from tidali.resample import Kernel
 from tidali.run_folder import RunResult
 from tidali.source import open_data
 from tidali.train import train

@@ -35,10 +35,9 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 5,
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
+    flip: Annotated[bool, typer.Option("--flip", help="Average the logits of each image and its mirror image.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
-    csv_: Annotated[
-        bool, typer.Option("--csv", help="Print CSV instead, a line for each image and class.")
-    ] = False,
+    csv_: Annotated[bool, typer.Option("--csv", help="Print CSV instead, a line for each image and class.")] = False,
 ) -> None:
     """Name what is in images, with probabilities, preprocessed as 'tidali eval' does it.
 
@@ -54,7 +53,7 @@ def predict(
     from tidali.predict import load_model
 
     files = find_images(images)
-    model = load_model(checkpoint, device=device, amp=amp)
+    model = load_model(checkpoint, device=device, amp=amp, flip=flip)
     skipped: list[ImageError] = []
 
     def skip(error: ImageError) -> None:

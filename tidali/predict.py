@@ -48,15 +48,16 @@ class Classifier:
     rounds resized pixels to whole grey levels, and this does not.
     """
 
-    def __init__(self, model: nn.Module, card: ModelCard, plan: DevicePlan) -> None:
+    def __init__(self, model: nn.Module, card: ModelCard, plan: DevicePlan, *, flip: bool = False) -> None:
         """
         Args:
             model: with the weights, on any device; it is moved to the plan's.
+            flip: take the mean of the logits of each image and of its mirror image.
         """
         self.model = model.to(plan.device).eval()
-        self.card, self.plan = card, plan
+        self.card, self.plan, self.flip = card, plan, flip
         self._resample_from = functools.lru_cache(_SIZES_KEPT)(
-            lambda size: Resample(size, card.res, mean=card.mean, std=card.std)
+            lambda size: Resample(size, card.res, mean=card.mean, std=card.std, kernel=card.kernel)
         )
 
     @property
@@ -131,8 +132,11 @@ class Classifier:
 
     @torch.inference_mode()
     def _forward(self, images: Tensor) -> Tensor:
+        images = images.to(self.plan.device)
         with self.plan.autocast():
-            logits: Tensor = self.model(images.to(self.plan.device))
+            logits: Tensor = self.model(images)
+            if self.flip:
+                logits = (logits.float() + self.model(images.flip(3)).float()) / 2
         return logits.float().cpu()
 
     def _score(self, label: int, probability: float) -> ClassScore:
@@ -140,18 +144,24 @@ class Classifier:
         return ClassScore(label=label, id=of.id, name=of.name, probability=probability)
 
 
-def load_model(path: str | Path, *, device: DeviceChoice = "auto", amp: AmpChoice = "auto") -> Classifier:
+def load_model(path: str | Path, *, device: DeviceChoice = "auto", amp: AmpChoice = "auto", flip: bool = False) -> Classifier:
     """A trained model, ready to predict.
+
+    >>> from tidali import load_model
+    >>> model = load_model("runs/demo")
+    >>> for scores in model.predict(["photo.jpg", "photo.jpg"]):
+    ...     assert scores[0].probability == max(score.probability for score in scores)
 
     Args:
         path: a checkpoint, or a run folder for its best one.
+        flip: score each image and its mirror image, as ``tidali eval --flip`` does.
 
     Raises:
         UsageError: no such checkpoint, or none of tidali's.
         TidaliError: ``cuda`` was asked for and cannot be had.
     """
     plan = plan_device(device, amp, "off")
-    return Classifier(*load_network(find_checkpoint(os.fspath(path))), plan)
+    return Classifier(*load_network(find_checkpoint(os.fspath(path))), plan, flip=flip)
 
 
 def _as_iterable(images: Any) -> Iterable[Any]:

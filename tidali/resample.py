@@ -85,9 +85,9 @@ def bicubic_taps(
 
 
 def centre_crop(size: tuple[int, int], res: int, axis: int) -> tuple[float, float]:
-    """Start and scale, in source pixels, of the axis of what becomes ``res`` pixels where the shorter side is resized and the
-    centre cropped. In the DALI graph's arithmetic: the longer side becomes a whole number of pixels, of the shorter side's scale
-    and around the image's centre, and the crop begins at a whole pixel of them."""
+    """Start and scale, in source pixels, of an axis's part that becomes ``res`` pixels: the shorter side is resized, the centre
+    cropped. In the DALI graph's arithmetic: the longer side becomes a whole number of pixels, of the shorter side's scale and
+    around the image's centre, and the crop begins at a whole pixel of them."""
     scale = min(size) / res
     resized = int(size[axis] / scale + 0.5)
     return (size[axis] - resized * scale) / 2 + math.ceil((resized - res) / 2) * scale, scale

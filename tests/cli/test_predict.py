@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from tidali import load_model
-from tidali.config import Augment
+from tidali.checkpoint import load_checkpoint, save_checkpoint
 from tidali.contract import Dataset, iter_records, open_dataset
 from tidali.data import Data
 from tidali.image_files import ImageError
@@ -50,7 +51,7 @@ def _evaluated_logits(model: Classifier, dataset: Dataset) -> torch.Tensor:
     """As `tidali.evaluation.evaluate_checkpoint` gets them, without its sums."""
     card = model.card
     data = Data(dataset, ("val",), torch.device("cpu"), max_res=card.res)
-    batches = data.batches("val", res=card.res, batch_size=256, mean=card.mean, std=card.std, augment=Augment())
+    batches = data.batches("val", res=card.res, batch_size=256, mean=card.mean, std=card.std, kernel=card.kernel)
     with torch.inference_mode():
         return torch.cat([model.model(images) for images, _ in batches])
 
@@ -78,6 +79,25 @@ def test_top1_and_top5_are_what_eval_counts(tidali, trained, demo_data: Path, va
 def test_logits_are_evaluations(model: Classifier, demo_data: Path, val_files) -> None:
     logits = model.logits(val_files[1], batch_size=7)
     assert (logits - _evaluated_logits(model, open_dataset(demo_data))).abs().max() < LOGIT_TOLERANCE
+
+
+def test_kernel_and_mirrored_scoring_are_evaluations(tidali, trained, demo_data: Path, val_files, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    card, _ = load_checkpoint(trained[0] / "best.safetensors")
+    save_checkpoint(path, load_model(trained[0], device="cpu", amp="off").model, replace(card, kernel="opencv"))
+    other = load_model(path, device="cpu", amp="off")
+    logits, pil = other.logits(val_files[1]), load_model(trained[0], device="cpu", amp="off").logits(val_files[1])
+    assert (logits - _evaluated_logits(other, open_dataset(demo_data))).abs().max() < LOGIT_TOLERANCE
+    assert (logits - pil).abs().max() > 10 * LOGIT_TOLERANCE
+
+    document = json.loads(tidali("predict", path, val_files[0], "--flip", "--json", "--device", "cpu").stdout)
+    scores = json.loads(tidali("eval", path, "--data", demo_data, "--flip", "--json", "--device", "cpu").stdout)["scores"]
+    labels = [one["classes"][0]["label"] for one in document["images"]]
+    right = sum(a == b for a, b in zip(labels, val_files[2], strict=True))
+    assert 100 * right / len(labels) == scores[0]["top1_percent"]
+    of_label = [{score["label"]: score["probability"] for score in one["classes"]} for one in document["images"]]
+    loss = -np.mean([np.log(shares[label]) for shares, label in zip(of_label, val_files[2], strict=True)])
+    assert loss == pytest.approx(scores[0]["loss"], rel=1e-4)  # unlike the count, it would show a mirror that is left out
 
 
 def test_logits_of_images_of_several_sizes(model: Classifier, write_photos, tmp_path: Path) -> None:

@@ -1,0 +1,250 @@
+"""``tidali export``: files that other programs run, and that agree with what evaluation computes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from torch import nn
+
+from tidali import export, load_model, make_loader, open_data
+from tidali.checkpoint import ModelCard, load_checkpoint, save_checkpoint
+from tidali.cli_model import parse_input_size
+from tidali.contract import ClassName
+from tidali.device import plan_device
+from tidali.errors import UsageError
+from tidali.export_inputs import photographs, synthetic
+from tidali.predict import Classifier
+
+SAME = 1e-5
+"""Between probabilities in float32 by another order of sums: 2e-6 was the most seen, on 500 photographs."""
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="tidali[export] is not installed",
+)
+
+
+@pytest.fixture(scope="module")
+def pictures(demo_data: Path) -> np.ndarray:
+    """All 32 val images, (N, 64, 64, 3) uint8, in stored order."""
+    return photographs(open_data(str(demo_data)), "val", (64, 64))
+
+
+@pytest.fixture(scope="module")
+def expected(trained: tuple[Path, Any], demo_data: Path) -> np.ndarray:
+    """Probabilities of the val images by evaluation's own loader."""
+    model = load_model(trained[0], device="cpu", amp="off")
+    card = model.card
+    batches = make_loader(str(demo_data), "val", res=card.res, mean=card.mean, std=card.std, device="cpu")
+    with torch.inference_mode():
+        return torch.cat([model.model(images).softmax(1) for images, _ in batches]).numpy()
+
+
+@pytest.fixture(scope="module")
+def onnx_file(tidali: Any, trained: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """An ONNX file by its default settings, and how the command ended."""
+    path = tmp_path_factory.mktemp("export") / "x.onnx"
+    ended = tidali("export", trained[0], "-o", path, "--json")
+    assert (ended.code, ended.stderr) == (0, "")
+    return path, json.loads(ended.stdout)
+
+
+@needs_onnx
+def test_onnx(onnx_file, demo_data: Path, pictures: np.ndarray, expected: np.ndarray) -> None:
+    import onnx
+    import onnxruntime
+
+    path, report = onnx_file
+    assert report["checked_on"] == f"32 images of val of {demo_data}"
+    assert (report["images"], report["same_top1"], report["input_height"], report["size_bytes"]) == (
+        *(32, 32, 64),
+        path.stat().st_size,
+    )
+    assert report["largest_difference"] < SAME
+    assert list(path.parent.iterdir()) == [path]
+
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (given_,), (gives,) = session.get_inputs(), session.get_outputs()
+    assert (given_.name, given_.type, given_.shape[1:]) == ("images", "tensor(uint8)", [64, 64, 3])
+    assert (gives.name, gives.type, gives.shape[1:]) == ("probabilities", "tensor(float)", [4])
+    assert isinstance(given_.shape[0], str)  # any number
+    for count in (1, 5, 32):
+        (found,) = session.run(None, {"images": pictures[:count]})
+        assert np.abs(found - expected[:count]).max() < SAME
+        assert (found.argmax(1) == expected[:count].argmax(1)).all()
+
+    card = json.loads(session.get_modelmeta().custom_metadata_map["tidali"])
+    classes = open_data(str(demo_data)).manifest.classes
+    assert [(one["id"], one["name"]) for one in card["classes"]] == [(one.id, one.name) for one in classes]
+    assert (card["res"], card["kernel"], card["input"]["layout"]) == (32, "pil", "NHWC")
+    assert b"site-packages" not in path.read_bytes()  # no paths of the machine that wrote it
+
+
+def test_pt2(tidali, trained, pictures: np.ndarray, expected: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt2"
+    ended = tidali("export", trained[0], "-o", path)  # the format by the suffix
+    assert (ended.code, ended.stderr) == (0, "")
+    assert "32 of 32" in ended.stdout
+    extra = {"tidali.json": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    for count in (1, 5, 32):
+        found = program(torch.from_numpy(pictures[:count])).numpy(force=True)
+        assert np.abs(found - expected[:count]).max() < SAME
+        assert (found.argmax(1) == expected[:count].argmax(1)).all()
+    assert json.loads(extra["tidali.json"])["res"] == 32
+    assert b"site-packages" not in path.read_bytes()
+
+
+@needs_onnx
+def test_example_serves_with_onnxruntime_alone(onnx_file, trained, pictures: np.ndarray, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(pictures[0]).save(tmp_path / "stored.png")
+    Image.fromarray(pictures[1]).resize((200, 128)).save(tmp_path / "large.png")
+    example = Path(__file__).parents[2] / "examples/serve_onnx.py"
+    program = (
+        f"import runpy, sys; sys.argv = ['serve', {str(onnx_file[0])!r}, 'stored.png', 'large.png']; "
+        f"runpy.run_path({str(example)!r}); assert not {{'torch', 'tidali'}} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    (best, *_), _ = load_model(trained[0], device="cpu", amp="off").predict(pictures[:2])
+    first, second = done.stdout.splitlines()
+    assert first == f"stored.png: {best.name} ({best.probability:.1%})"
+    assert second.startswith("large.png: ")
+
+
+def _classifier(network: nn.Module, **changes: Any) -> Classifier:
+    classes = tuple(ClassName(id=str(number), name=str(number)) for number in range(5))
+    card = ModelCard(classes=classes, stem="imagenet", stem_bias=False, res=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    return Classifier(network, replace(card, **changes), plan_device("cpu", "off", "off"))
+
+
+@given(st.integers(1, 80), st.integers(1, 80), st.integers(32, 48), st.sampled_from(["pil", "opencv"]))
+@examples(max_examples=40)
+def test_resize_in_the_graph_is_the_loaders(height: int, width: int, res: int, kernel: Any) -> None:
+    """A network that shows every pixel, so that nothing hides."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * res * res, 5))
+    model = _classifier(network, res=res, kernel=kernel)
+    images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
+    seen: list[torch.Tensor] = []
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    served = export.ServedModel(network, model.card, (height, width))
+    served(torch.from_numpy(images))
+    model.logits(images)
+    assert torch.allclose(*seen, atol=2e-5)  # normalised pixels, up to 3, in float32
+
+
+def _tiny(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 5))
+
+
+@pytest.mark.parametrize("fault", ["normalisation", "kernel", "weights"])
+def test_a_wrong_file_is_not_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str) -> None:
+    model, path = _classifier(_tiny()), tmp_path / "x.pt2"
+    path.write_bytes(b"old")
+    check_on = np.random.default_rng(0).integers(0, 256, (8, 20, 20, 3), np.uint8)
+    if fault == "normalisation":
+        right = export.make_affine
+        monkeypatch.setattr(export, "make_affine", lambda mean, std, res, device: right(mean[::-1], std, res, device))
+    elif fault == "kernel":
+        right = export.bicubic_taps
+        monkeypatch.setattr(export, "bicubic_taps", lambda *a, kernel, **k: right(*a, kernel="opencv", **k))
+    else:
+        right = export.to_pt2
+        wrong = export.ServedModel(_tiny(1), model.card, (20, 20))
+        monkeypatch.setattr(export, "to_pt2", lambda served, *rest: right(wrong, *rest))
+    with pytest.raises(export.TidaliError, match=r"x\.pt2: not written, its probabilities differ .* by up to"):
+        export.export_model(model, path, "pt2", (20, 20), check_on)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+    monkeypatch.undo()
+    report = export.export_model(model, path, "pt2", (20, 20), check_on)
+    assert report.agreement.same_top1 == 8
+    run, metadata = export.open_pt2(path.read_bytes())
+    assert json.loads(metadata)["mean"] == [0.4, 0.5, 0.6]
+    assert np.abs(run(check_on[:1]) - model.logits(check_on[:1]).softmax(1).numpy()).max() < SAME
+
+
+def test_missing_extra_is_named(tidali, trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else found(name, *a))
+    ended = tidali("export", trained[0], "-o", tmp_path / "x.onnx")
+    assert (ended.code, ended.stdout) == (1, "")
+    assert ended.stderr == "tidali: --format onnx needs onnxscript: pip install 'tidali[export]'; --format pt2 does not\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def orphan(trained: tuple[Path, Any], tmp_path: Path) -> Path:
+    """A checkpoint whose data set is not here."""
+    card, _ = load_checkpoint(trained[0] / "best.safetensors")
+    model = load_model(trained[0], device="cpu", amp="off").model
+    save_checkpoint(tmp_path / "x.safetensors", model, replace(card, settings={**card.settings, "data": "nowhere"}))
+    return tmp_path / "x.safetensors"
+
+
+def test_input_size_without_the_data(tidali, orphan: Path) -> None:
+    ended = tidali("export", orphan, "--format", "pt2")
+    assert (ended.code, ended.stdout) == (2, "")
+    assert "trained on (nowhere) is not here" in ended.stderr
+    assert "--input-size such as 32" in ended.stderr
+    ended = tidali("export", orphan, "--format", "pt2", "--input-size", "48x40", "--json")
+    report = json.loads(ended.stdout)
+    assert (report["checked_on"], report["images"]) == ("64 random images", 64)
+    assert (report["input_height"], report["input_width"]) == (48, 40)
+    assert report["path"] == str(orphan.with_suffix(".pt2"))
+    run, _ = export.open_pt2(orphan.with_suffix(".pt2").read_bytes())
+    assert run(np.zeros((3, 48, 40, 3), np.uint8)).shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--input-size", "64x64x3"], "--input-size 64x64x3"),
+        (["--input-size", "0"], "--input-size 0"),
+        (["--format", "tflite"], "--format"),
+        (["-o", "nowhere/x.pt2"], "there is no folder nowhere"),
+        (["-o", "."], "--out .: a folder"),
+        (["--format", "pt2", "--data", "nowhere"], "nowhere: no dataset.json here"),
+    ],
+)
+def test_wrong_use(tidali, trained, monkeypatch, tmp_path: Path, argv: list[str], complaint: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *a: object())  # onnx or not, these are found first
+    ended = tidali("export", trained[0], *argv)
+    assert (ended.code, ended.stdout) == (1 if "--data" in argv else 2, "")
+    assert complaint in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_input_sizes_are_parsed() -> None:
+    assert (parse_input_size("64"), parse_input_size("48x64")) == ((64, 64), (48, 64))
+    with pytest.raises(UsageError):
+        parse_input_size("x")
+
+
+def test_images_to_check_on(demo_data: Path) -> None:
+    data = open_data(str(demo_data))
+    few = photographs(data, "val", (64, 64), 4)
+    every = photographs(data, "val", (64, 64))
+    assert np.array_equal(few, every[::8])  # from all over the split
+    assert photographs(data, "val", (30, 50), 4).shape == (4, 30, 50, 3)
+    assert synthetic((20, 30)).shape == (64, 20, 30, 3)
+    assert np.ptp(synthetic((20, 30))) == 255
