@@ -54,7 +54,7 @@ class ServedModel(nn.Module):
             size: height and width of the pixels that will be given.
         """
         super().__init__()
-        self.network = copy.deepcopy(network).to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+        self.network = copy.deepcopy(network).to(memory_format=torch.contiguous_format).eval()
         self.resizes = size != (card.res, card.res)
         affine = make_affine(card.mean, card.std, card.res, None)
         self.register_buffer("scale", affine.scale[:, None, None])

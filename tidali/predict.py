@@ -22,9 +22,8 @@ from tidali.config import AmpChoice, DeviceChoice
 from tidali.device import DevicePlan, cpu_count, plan_device
 from tidali.image_files import ImageError, read_pixels
 from tidali.resample import Resample
+from tidali.wiring import EVAL_BATCH_SIZE
 
-BATCH_SIZE = 64
-"""Images in a forward pass: at 224 px their largest feature map takes 196 MiB in float32."""
 _SIZES_KEPT = 64  # of images whose resize matrices are kept
 
 
@@ -65,14 +64,14 @@ class Classifier:
         """Names in label order."""
         return tuple(one.name for one in self.card.classes)
 
-    def predict(self, images: Any, *, top: int = 5, batch_size: int = BATCH_SIZE) -> list[list[ClassScore]]:
+    def predict(self, images: Any, *, top: int = 5, batch_size: int = EVAL_BATCH_SIZE) -> list[list[ClassScore]]:
         """The most probable classes of each image, best first.
 
         Args:
             images: one image or an iterable of them, each a path, a PIL image, or uint8 pixels as an array or CPU tensor:
                 (H, W, 3) RGB or (H, W) grey. Sizes may differ. An array (N, H, W, 3) is N images.
             top: how many classes; all of them where there are fewer.
-            batch_size: images in a forward pass.
+            batch_size: images in a forward pass; by default evaluation's, so that the same images give the same bits.
 
         Raises:
             ImageError: an image that cannot be read.
@@ -84,7 +83,7 @@ class Classifier:
         images: Any,
         *,
         top: int = 5,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = EVAL_BATCH_SIZE,
         on_bad: Callable[[ImageError], None] | None = None,
     ) -> Iterator[tuple[Any, list[ClassScore]]]:
         """As `predict`, batch by batch: for any number of images in little memory.
@@ -100,7 +99,7 @@ class Classifier:
             for source, shares, labels in zip(sources, best.values.tolist(), best.indices.tolist(), strict=True):
                 yield source, [self._score(label, share) for label, share in zip(labels, shares, strict=True)]
 
-    def logits(self, images: Any, *, batch_size: int = BATCH_SIZE) -> Tensor:
+    def logits(self, images: Any, *, batch_size: int = EVAL_BATCH_SIZE) -> Tensor:
         """(N, classes) float32 on the CPU, of images as `predict` takes them.
 
         Raises:
@@ -113,7 +112,7 @@ class Classifier:
         self, images: Any, batch_size: int, on_bad: Callable[[ImageError], None] | None
     ) -> Iterator[tuple[list[Any], Tensor]]:
         res = self.card.res
-        batch = torch.empty(batch_size, 3, res, res).to(memory_format=torch.channels_last)
+        batch = torch.empty(batch_size, 3, res, res, memory_format=torch.channels_last)
         sources: list[Any] = []
         for source, pixels in _read_ahead(_as_iterable(images)):
             if isinstance(pixels, ImageError):

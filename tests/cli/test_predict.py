@@ -21,8 +21,8 @@ from tidali.data import Data
 from tidali.image_files import ImageError
 from tidali.predict import Classifier
 
-LOGIT_TOLERANCE = 1e-4
-"""float32: batches of other sizes add up in another order. Logits here are of the order of 1 to 10."""
+LOGIT_TOLERANCE = 1e-3
+"""float32, where batches of other sizes may add up in another order; logits here reach 180, so 50 of their last places."""
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +88,17 @@ def test_kernel_and_mirrored_scoring_are_evaluations(tidali, trained, demo_data:
     other = load_model(path, device="cpu", amp="off")
     logits, pil = other.logits(val_files[1]), load_model(trained[0], device="cpu", amp="off").logits(val_files[1])
     assert (logits - _evaluated_logits(other, open_dataset(demo_data))).abs().max() < LOGIT_TOLERANCE
-    assert (logits - pil).abs().max() > 10 * LOGIT_TOLERANCE
+    assert (logits - pil).abs().max() > 100 * LOGIT_TOLERANCE
 
     document = json.loads(tidali("predict", path, val_files[0], "--flip", "--json", "--device", "cpu").stdout)
     scores = json.loads(tidali("eval", path, "--data", demo_data, "--flip", "--json", "--device", "cpu").stdout)["scores"]
     labels = [one["classes"][0]["label"] for one in document["images"]]
     right = sum(a == b for a, b in zip(labels, val_files[2], strict=True))
     assert 100 * right / len(labels) == scores[0]["top1_percent"]
-    of_label = [{score["label"]: score["probability"] for score in one["classes"]} for one in document["images"]]
-    loss = -np.mean([np.log(shares[label]) for shares, label in zip(of_label, val_files[2], strict=True)])
+    mirrored = load_model(path, device="cpu", flip=True).logits(val_files[1])
+    loss = torch.nn.functional.cross_entropy(mirrored, torch.tensor(val_files[2])).item()
     assert loss == pytest.approx(scores[0]["loss"], rel=1e-4)  # unlike the count, it would show a mirror that is left out
+    assert loss != pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor(val_files[2])).item(), rel=1e-3)
 
 
 def test_logits_of_images_of_several_sizes(model: Classifier, write_photos, tmp_path: Path) -> None:
@@ -110,8 +111,8 @@ def test_logits_of_images_of_several_sizes(model: Classifier, write_photos, tmp_
     dataset = open_dataset(tmp_path / "packed")
     _, paths, _ = _unpack(dataset, tmp_path)
     expected, logits = _evaluated_logits(model, dataset), model.logits(paths)
-    # Evaluation rounds resized pixels to whole grey levels: 0.25 of 255 on average, which moves logits of this size so far.
-    assert (logits - expected).abs().max() < 0.1
+    # Evaluation rounds resized pixels to whole grey levels, half a level of 255 at most: 2e-3 of the largest.
+    assert (logits - expected).abs().max() < 2e-3 * expected.abs().max()
     assert torch.equal(logits.argmax(1), expected.argmax(1))
 
 
