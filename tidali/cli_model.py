@@ -28,7 +28,7 @@ def predict(
     images: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGE|FOLDER|GLOB...",
+            metavar="IMAGE|FOLDER|GLOB",
             help="Files of any format that PIL opens; folders are searched through; patterns may be quoted.",
         ),
     ],
