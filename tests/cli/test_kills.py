@@ -1,0 +1,85 @@
+"""SIGKILL at random steps, then resumed: the weights of the unbroken run, to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tidali.config import TrainSettings, make_recipe
+
+KILLS = int(os.environ.get("TIDALI_KILLS", "2"))
+"""Of one process, a start and a resumption each; two ranks are killed once."""
+STEPS = 12  # three epochs of 160 images in batches of 40
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+
+# python dies.py STEP ARGUMENTS...: the command, killed by itself after that step's weights and before they can be saved.
+DIES = """
+import os, signal, sys
+from tidali import engine
+from tidali.cli import main
+
+step, last_step = engine.train_step, int(sys.argv.pop(1))
+
+def train_step(state, images, targets):
+    logits = step(state, images, targets)
+    if state.step == last_step and int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return logits
+
+engine.train_step = train_step
+main()
+"""
+
+
+def weights_hash(run: Path) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(run / "last.safetensors").items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), *map(str, arguments)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "kills"), [(1, KILLS), (2, 1)])
+def test_killed_at_random_steps_and_resumed(demo_data: Path, tmp_path: Path, ranks: int, kills: int) -> None:
+    settings = TrainSettings(
+        data=str(demo_data),
+        out="",
+        res=32,
+        recipe=make_recipe("modern", epochs=3, batch_size=40),
+        device="cpu",
+        deterministic=True,
+        checkpoint_minutes=1e-9,  # after each step, where the ranks ask each other as often
+    )
+    config, dies, whole = tmp_path / "config.json", tmp_path / "dies.py", tmp_path / "whole"
+    config.write_text(json.dumps(settings.to_dict()))
+    dies.write_text(DIES)
+    done = run(ranks, "-m", "tidali", "train", "--config", config, "--out", whole)
+    assert done.returncode == 0, done.stderr
+    expected = weights_hash(whole)
+
+    draws = random.Random(ranks)
+    for number in range(kills):
+        broken, step = tmp_path / f"broken{number}", draws.randint(1, STEPS)
+        died = run(ranks, dies, step, "train", "--config", config, "--out", broken)
+        assert died.returncode == (-signal.SIGKILL if ranks == 1 else 1), died.stderr
+        resumed = run(ranks, "-m", "tidali", "train", "--resume", broken)
+        assert resumed.returncode == 0, resumed.stderr
+        if ranks == 1:  # what was saved is the step before; several ranks save each epoch and every twenty steps
+            assert f"resumed at step {step - 1}" in resumed.stderr
+        assert weights_hash(broken) == expected, f"killed at step {step}"
+        assert [json.loads(line)["epoch"] for line in (broken / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
