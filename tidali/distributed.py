@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,12 +81,15 @@ class Ranks:
         if self.world_size == 1:
             return model
         parameter = next(model.parameters())
-        return DistributedDataParallel(
-            model,
-            device_ids=[parameter.device.index] if parameter.is_cuda else None,
-            broadcast_buffers=False,  # would make rank 0's statistics everybody's before each step, at the price of a broadcast
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # torch 2.14 renames broadcast_buffers; earlier ones know that name alone.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            return DistributedDataParallel(
+                model,
+                device_ids=[parameter.device.index] if parameter.is_cuda else None,
+                broadcast_buffers=False,  # rank 0's statistics would be everybody's before each step, for a broadcast each
+                gradient_as_bucket_view=True,
+            )
 
 
 @contextmanager

@@ -26,12 +26,15 @@ DIES = """
 import os, signal, sys
 from tidali import engine
 from tidali.cli import main
+from tidali.errors import TidaliError
 
 step, last_step = engine.train_step, int(sys.argv.pop(1))
 
 def train_step(state, images, targets):
     logits = step(state, images, targets)
     if state.step == last_step and int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        if os.environ.get("FAILS"):
+            raise TidaliError("this rank has failed")
         os.kill(os.getpid(), signal.SIGKILL)
     return logits
 
@@ -83,3 +86,18 @@ def test_killed_at_random_steps_and_resumed(demo_data: Path, tmp_path: Path, ran
             assert f"resumed at step {step - 1}" in resumed.stderr
         assert weights_hash(broken) == expected, f"killed at step {step}"
         assert [json.loads(line)["epoch"] for line in (broken / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_failed_rank_ends_all_with_its_own_error_shown(
+    demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "FAILS", "1")
+    (tmp_path / "dies.py").write_text(DIES)
+    options = ("--data", demo_data, "--res", 32, "--epochs", 3, "--batch-size", 40, "--device", "cpu")
+    ended = run(2, tmp_path / "dies.py", 3, "train", *options, "--out", tmp_path / "out")
+    assert ended.returncode == 1
+    assert ended.stderr.count("tidali: this rank has failed\n") == 1
+    assert "broadcast_buffers" not in ended.stderr
+    assert (tmp_path / "out" / "state.safetensors").exists()
+    assert not (tmp_path / "out" / "summary.json").exists()
