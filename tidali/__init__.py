@@ -93,12 +93,14 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Imported when first asked for: ``tidali --help`` must not wait for torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
-    return value
+if not TYPE_CHECKING:  # to a type checker it would stand for every name there is
+
+    def __getattr__(name: str) -> Any:
+        """Imported when first asked for: ``tidali --help`` must not wait for torch."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        return value
 
 
 def __dir__() -> list[str]:

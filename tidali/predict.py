@@ -177,7 +177,7 @@ def _read_ahead(sources: Iterable[Any]) -> Iterator[tuple[Any, np.ndarray | Imag
         pending: deque[tuple[Any, Future[np.ndarray | ImageError]]] = deque()
         for source in sources:
             pending.append((source, pool.submit(_try_to_read, source)))
-            if len(pending) > 2 * workers:
+            if len(pending) > workers:
                 first, pixels = pending.popleft()
                 yield first, pixels.result()
         for source, pixels in pending:
