@@ -1,0 +1,199 @@
+"""What a checkpoint gets right and wrong, class by class and sample by sample."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tidali.checkpoint import find_checkpoint, load_model
+from tidali.config import AmpChoice, CacheChoice, DeviceChoice
+from tidali.console import progress_bar
+from tidali.contract import ClassName, Dataset, SampleRecord, Shard, iter_records, parse_index
+from tidali.data import Batches, Data
+from tidali.device import DevicePlan, plan_device
+from tidali.errors import DatasetError, TidaliError
+from tidali.evaluation import check_classes
+from tidali.resample import Kernel
+from tidali.train import EVAL_BATCH_SIZE
+
+PICTURE_SIDE_PX = 256
+"""Stored images above this are reduced to it for a page, which shows them at 96 CSS pixels: up to three dots each."""
+_WEB_FORMATS = {"jpg": "jpeg", "png": "png", "webp": "webp"}
+
+
+class Confusion(NamedTuple):
+    """Samples of one class that were taken for another."""
+
+    true: int
+    predicted: int
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Insight:
+    """Predictions for every sample of a split, in stored order. Tensors are on the CPU."""
+
+    dataset: Dataset
+    split: str
+    res: int
+    """Input side, in pixels."""
+    samples: tuple[tuple[Shard, SampleRecord], ...]
+    """Where each one is stored; without damaged images, which were left out."""
+    labels: Tensor
+    """(N,) int64."""
+    predicted: Tensor
+    """(N,) int64: the most probable class."""
+    losses: Tensor
+    """(N,) float32: cross entropy in nats, minus the logarithm of the true class's probability."""
+    confidences: Tensor
+    """(N,) float32: probability of the predicted class, 0..1."""
+
+    @property
+    def classes(self) -> tuple[ClassName, ...]:
+        return self.dataset.manifest.classes
+
+    @property
+    def correct(self) -> int:
+        return int((self.predicted == self.labels).sum())
+
+    @property
+    def top1_percent(self) -> float:
+        return 100 * self.correct / len(self.labels)
+
+    def confusion(self) -> Tensor:
+        """(C, C) int64: samples by true class (rows) and predicted class (columns)."""
+        count = len(self.classes)
+        return torch.bincount(self.labels * count + self.predicted, minlength=count * count).reshape(count, count)
+
+    def class_top1_percent(self) -> list[float | None]:
+        """Of each class, in class order; None where the split has no sample of it."""
+        confusion = self.confusion()
+        pairs = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist(), strict=True)
+        return [100 * right / of if of else None for right, of in pairs]
+
+    def most_confused(self, count: int) -> list[Confusion]:
+        """The most frequent pairs of true and predicted class, most frequent first, at most ``count``; ties in class order."""
+        wrong = self.confusion()
+        wrong.fill_diagonal_(0)
+        rows = [Confusion(true, other, int(wrong[true, other])) for true, other in wrong.nonzero().tolist()]
+        return sorted(rows, key=lambda row: -row.samples)[:count]
+
+    def hardest(self, count: int) -> list[int]:
+        """Indices of the samples with the highest loss, highest first."""
+        return torch.sort(self.losses, descending=True, stable=True).indices[:count].tolist()
+
+    def examples(self, pair: Confusion, count: int) -> list[int]:
+        """Indices of samples of a confused pair, those with the highest loss first."""
+        found = ((self.labels == pair.true) & (self.predicted == pair.predicted)).nonzero()[:, 0]
+        return found[torch.sort(self.losses[found], descending=True, stable=True).indices][:count].tolist()
+
+    def picture(self, index: int) -> str:
+        """The sample's image as a ``data:`` URL: the stored bytes where a browser shows them and they are small, else reduced.
+
+        Raises:
+            DatasetError: it cannot be read.
+        """
+        shard, record = self.samples[index]
+        with open(self.dataset.root / shard.name, "rb") as file:
+            file.seek(record.offset)
+            content = file.read(record.size_bytes)
+        kind = _WEB_FORMATS.get(record.extension)
+        if kind is None or max(record.height, record.width) > PICTURE_SIDE_PX:
+            content, kind = _reduced(content, f"{self.dataset.root / shard.name}: sample {record.key}"), "jpeg"
+        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def inspect_checkpoint(
+    given: str,
+    dataset: Dataset,
+    *,
+    split: str = "val",
+    res: int | None = None,
+    device: DeviceChoice = "auto",
+    amp: AmpChoice = "auto",
+    cache: CacheChoice = "auto",
+    max_bad: int | None = None,
+) -> Insight:
+    """A checkpoint's prediction for every sample of a split, preprocessed and computed as ``tidali eval`` does, in one process.
+
+    Args:
+        given: a checkpoint's path, see `tidali.checkpoint.find_checkpoint`.
+        res: input side in pixels; by default the one it was trained at.
+
+    Raises:
+        UsageError: no checkpoint, or one for other classes than the data set's.
+        TidaliError, DatasetError: the data or the device cannot be used.
+    """
+    model, card = load_model(find_checkpoint(given))
+    check_classes(card, dataset, given)
+    plan = plan_device(device, amp, "off")
+    res = res or card.res
+    data = Data(dataset, (split,), plan.device, cache=cache, max_res=res, max_bad=max_bad)
+    kernel: Kernel = getattr(card, "kernel", "pil")
+    batches = data.batches(split, res=res, batch_size=EVAL_BATCH_SIZE, mean=card.mean, std=card.std, kernel=kernel)
+    labels, predicted, losses, confidences = _predict(model.to(plan.device), batches, plan)
+    samples = tuple(_stored_samples(data.dataset, split))
+    if labels.tolist() != [record.label for _, record in samples]:
+        raise TidaliError(f"{dataset.root}: {split!r} was not read in its stored order; 'tidali verify' checks its labels")
+    return Insight(
+        dataset=data.dataset,
+        split=split,
+        res=res,
+        samples=samples,
+        labels=labels,
+        predicted=predicted,
+        losses=losses,
+        confidences=confidences,
+    )
+
+
+@torch.inference_mode()
+def _predict(model: nn.Module, batches: Batches, plan: DevicePlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Labels, predicted classes, losses and confidences, each (N,), on the CPU."""
+    model.eval()
+    parts = []
+    with progress_bar(note=False) as bar:
+        task = bar.add_task("predicting", total=batches.samples)
+        for images, labels in batches:
+            with plan.autocast():
+                logits = model(images)
+            logits = logits.float()
+            # The first of the top five, as `tidali.metrics.Meter` counts: equal bf16 logits are ordered as it orders them.
+            predicted = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, 0]
+            losses = functional.cross_entropy(logits, labels, reduction="none")
+            confidences = logits.softmax(1).amax(1)
+            parts.append([part.cpu() for part in (labels, predicted, losses, confidences)])
+            bar.advance(task, len(labels))
+    labels, predicted, losses, confidences = (torch.cat(column) for column in zip(*parts, strict=True))
+    return labels, predicted, losses, confidences
+
+
+def _stored_samples(dataset: Dataset, split: str) -> Iterator[tuple[Shard, SampleRecord]]:
+    """The split's samples in stored order, without those that an index of the data set's own leaves out."""
+    kept: dict[str, set[int]] = {}
+    for name, index in dataset.indexes.items():
+        kept[name] = {part.offset for parts in parse_index(index.read_text(), str(index)) for part in parts}
+    for shard, record in iter_records(dataset, split):
+        if shard.name not in kept or record.offset in kept[shard.name]:
+            yield shard, record
+
+
+def _reduced(content: bytes, where: str) -> bytes:
+    """An upright JPEG of at most `PICTURE_SIDE_PX` a side."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # PIL's decoders raise whatever hostile bytes lead them to
+        raise DatasetError(f"{where} does not decode ({error})") from None
+    upright.thumbnail((PICTURE_SIDE_PX, PICTURE_SIDE_PX))
+    out = io.BytesIO()
+    upright.save(out, "JPEG", quality=85)
+    return out.getvalue()
