@@ -21,8 +21,7 @@ from tidali.data import Batches, Data
 from tidali.device import DevicePlan, plan_device
 from tidali.errors import DatasetError, TidaliError
 from tidali.evaluation import check_classes
-from tidali.resample import Kernel
-from tidali.train import EVAL_BATCH_SIZE
+from tidali.wiring import EVAL_BATCH_SIZE
 
 PICTURE_SIDE_PX = 256
 """Stored images above this are reduced to it for a page, which shows them at 96 CSS pixels: up to three dots each."""
@@ -137,8 +136,7 @@ def inspect_checkpoint(
     plan = plan_device(device, amp, "off")
     res = res or card.res
     data = Data(dataset, (split,), plan.device, cache=cache, max_res=res, max_bad=max_bad)
-    kernel: Kernel = getattr(card, "kernel", "pil")
-    batches = data.batches(split, res=res, batch_size=EVAL_BATCH_SIZE, mean=card.mean, std=card.std, kernel=kernel)
+    batches = data.batches(split, res=res, batch_size=EVAL_BATCH_SIZE, mean=card.mean, std=card.std, kernel=card.kernel)
     labels, predicted, losses, confidences = _predict(model.to(plan.device), batches, plan)
     samples = tuple(_stored_samples(data.dataset, split))
     if labels.tolist() != [record.label for _, record in samples]:
