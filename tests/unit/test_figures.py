@@ -1,0 +1,168 @@
+"""Figures hold the numbers they are given, and come out as valid files and page parts."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from PIL import Image
+
+from tidali import figures
+from tidali.drawing import COLOURS, check_figure_path, inline_svg, legend_entries, save_figure, series_colour, theme_css
+from tidali.errors import TidaliError, UsageError
+from tidali.figures import Point, ResolutionLine
+from tidali.history import Run
+
+NASTY = '_<b>&"$x^$'
+
+
+def make_run(name: str, top1: list[float]) -> Run:
+    epochs = tuple(
+        {
+            "epoch": place + 1,
+            "val_top1_percent": value,
+            "train_top1_percent": value + 5,
+            "val_loss": 3 - value / 50,
+            "train_loss": 2.5 - value / 50,
+            "images_per_s": 100.0 + place,
+            "data_wait_share": 0.25,
+        }
+        for place, value in enumerate(top1)
+    )
+    return Run(folder=Path(name), name=name, settings={}, epochs=epochs, summary=None)
+
+
+RUNS = [make_run("a", [10, 30, 45]), make_run(NASTY, [20, 25, 50])]
+POINTS = [Point(label="1", gmacs=0.148, top1_percent=30, series=0), Point(label="2", gmacs=1.814, top1_percent=74, series=8)]
+LINES = [ResolutionLine(label="2", series=8, res=[224, 64], gmacs=[1.814, 0.148], top1_percent=[74, 17])]
+DRAWN = {
+    "accuracy": lambda: figures.accuracy_curves(RUNS),
+    "one epoch": lambda: figures.accuracy_curves([make_run("a", [10])]),
+    "loss": lambda: figures.loss_curves(RUNS),
+    "throughput": lambda: figures.throughput(RUNS),
+    "waiting": lambda: figures.waiting(RUNS),
+    "one among": lambda: figures.one_among(RUNS, [1], 3),
+    "comparison": lambda: figures.comparison(RUNS, ["a", NASTY]),
+    "gmacs": lambda: figures.accuracy_against_gmacs(POINTS, LINES),
+    "one point": lambda: figures.accuracy_against_gmacs(POINTS[:1]),
+    "resolution": lambda: figures.accuracy_against_resolution(LINES),
+    "classes": lambda: figures.class_accuracy([NASTY, "中文", "c"], [50.0, 0.0, None]),
+    "matrix": lambda: figures.confusion_matrix([NASTY, "b"], [[3, 1], [0, 4]]),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_pages_get_well_formed_svg_in_their_own_colours(name: str, recwarn) -> None:
+    svg = inline_svg(DRAWN[name](), "a & b")
+    root = ElementTree.fromstring(svg)
+    assert root.tag == "svg"
+    assert (root.get("role"), root.get("aria-label")) == ("img", "a & b")
+    assert not re.search(r"https?://(?!www\.w3\.org/1999/xlink)", svg)
+    left = set(re.findall(r"#[0-9a-f]{6}", svg)) - {"#ffffff", "#000000"}  # matplotlib's own, of what is not drawn
+    assert left == set()
+    assert {one for one in re.findall(r"var\(--([a-z0-9-]+)\)", svg)} <= COLOURS.keys()
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".PNG"])
+def test_files(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"curves{suffix}"
+    save_figure(DRAWN["comparison"](), path)
+    if suffix == ".svg":
+        assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    else:
+        with Image.open(path) as image:
+            image.load()
+            assert image.format == "PNG"
+            assert image.width > 1200
+            assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    first = path.read_bytes()
+    save_figure(DRAWN["comparison"](), path)
+    assert path.read_bytes() == first  # equal runs give equal files
+
+
+def test_text_is_plain(tmp_path: Path) -> None:
+    text = "".join(ElementTree.fromstring(inline_svg(DRAWN["classes"](), "x")).itertext())
+    assert NASTY in text
+    assert "中文" in text
+    legend = DRAWN["comparison"]().legends[0]
+    assert [entry.get_text() for entry in legend.get_texts()][:2] == ["a", NASTY]
+
+
+def test_curves_hold_the_runs_numbers() -> None:
+    (axes,) = DRAWN["accuracy"]().axes
+    drawn = [tuple(line.get_ydata()) for line in axes.lines]
+    assert drawn == [(15, 35, 50), (10, 30, 45), (25, 30, 55), (20, 25, 50)]
+    assert tuple(axes.lines[1].get_xdata()) == (1, 2, 3)
+    assert [line.get_color() for line in axes.lines] == [series_colour(0)] * 2 + [series_colour(1)] * 2
+    (axes,) = DRAWN["waiting"]().axes
+    assert tuple(axes.lines[0].get_ydata()) == (25, 25, 25)
+
+
+def test_cost_and_resolution_hold_the_rows_numbers() -> None:
+    (axes,) = DRAWN["gmacs"]().axes
+    assert [tuple(line.get_xydata()[0]) for line in axes.lines[1:]] == [(0.148, 30), (1.814, 74)]
+    assert [text.get_text() for text in axes.texts] == ["1", "2"]
+    (axes,) = DRAWN["resolution"]().axes
+    assert axes.lines[0].get_xydata().tolist() == [[64, 17], [224, 74]]
+
+
+def test_labels_of_close_points_do_not_overlap() -> None:
+    points = [Point(label=str(place), gmacs=0.148, top1_percent=50 + place / 10, series=place) for place in range(5)]
+    points.append(Point(label="far", gmacs=0.148, top1_percent=10, series=5))
+    figure = figures.accuracy_against_gmacs(points)
+    figure.draw_without_rendering()
+    boxes = sorted(Text.get_window_extent(text).intervaly.tolist() for text in figure.axes[0].texts)  # without the line back
+    assert len(boxes) == 6  # each a pixel higher than its letters
+    assert all(above[0] >= below[1] - 1 for below, above in itertools.pairwise(boxes))
+
+
+def test_bars_are_sorted_and_classes_without_samples_left_out() -> None:
+    (axes,) = figures.class_accuracy(["a", "b", "c", "d"], [20.0, None, 90.0, 50.0]).axes
+    assert [bar.get_width() for bar in axes.patches] == [90, 50, 20]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["c", "d", "a"]
+
+
+def test_of_many_classes_the_ends_are_shown() -> None:
+    (axes,) = figures.class_accuracy([f"class {one}" for one in range(200)], [one / 2 for one in range(200)]).axes
+    widths = [bar.get_width() for bar in axes.patches]
+    assert widths == [one / 2 for one in range(199, 179, -1)] + [one / 2 for one in range(19, -1, -1)]
+    assert "… 160 more …" in [text.get_text() for text in axes.texts]
+
+
+def test_matrix_cells() -> None:
+    (axes,) = figures.confusion_matrix(["a", "b"], [[3, 1], [0, 4]]).axes
+    cells = np.asarray(axes.images[0].get_array())
+    assert cells[..., 3].tolist() == [[0.75**0.5, 0.5], [0, 1]]
+    assert cells[0, 0, :3].tolist() == cells[1, 1, :3].tolist() != cells[0, 1, :3].tolist()
+    assert sorted(text.get_text() for text in axes.texts) == ["1", "3", "4"]
+
+
+def test_a_matrix_of_200_classes_names_no_cell() -> None:
+    (axes,) = figures.confusion_matrix([f"class {one}" for one in range(200)], np.eye(200, dtype=int).tolist()).axes
+    assert len(axes.texts) == 0
+
+
+def test_series_are_told_apart_by_colour_and_mark() -> None:
+    entries = legend_entries([str(one) for one in range(42)])
+    assert len({(entry["mark"], entry["colour"]) for entry in entries}) == 42
+    assert len({light for light, _ in COLOURS.values()}) == len(COLOURS)  # each is replaced by its own variable
+    assert theme_css().count("--series-0:") == 2
+
+
+@pytest.mark.parametrize("given", ["curves.pdf", "curves", "nowhere/curves.png", "{folder}.png"])
+def test_paths_that_cannot_be_written_are_refused_before_work(given: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UsageError, match="--out"):
+        check_figure_path(given.replace("{folder}", "folder"), "--out")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(TidaliError, match="cannot be written"):
+        save_figure(DRAWN["waiting"](), tmp_path / "gone" / "x.png")

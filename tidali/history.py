@@ -1,0 +1,142 @@
+"""Runs read back from their folders, finished or not. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tidali.errors import UsageError
+
+_OF_THE_PLACE = {"out"}
+"""Settings that say where a run is and not what it does."""
+_DIFFERENCES_IN_A_LABEL = 3
+_SPLITS = ("heldout", "val")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run folder says."""
+
+    folder: Path
+    name: str
+    """The folder's name, or the path as given where two runs share it."""
+    settings: Mapping[str, str]
+    """Every setting in config.json, by the name that ``--set`` takes, as text."""
+    epochs: tuple[Mapping[str, Any], ...]
+    """The lines of metrics.jsonl: finished epochs in order, at least one."""
+    summary: Mapping[str, Any] | None
+    """The content of summary.json; None before the run has ended."""
+
+    @property
+    def split(self) -> str:
+        """What each epoch was evaluated on."""
+        return next(name for name in _SPLITS if f"{name}_top1_percent" in self.epochs[-1])
+
+    @property
+    def best_epoch(self) -> Mapping[str, Any]:
+        """The first of the epochs with the highest top-1, as training chooses it."""
+        return max(self.epochs, key=lambda epoch: float(epoch[f"{self.split}_top1_percent"]))
+
+    def column(self, field: str) -> list[float]:
+        """A field of every epoch; NaN where an epoch lacks it."""
+        return [float(epoch.get(field, "nan")) for epoch in self.epochs]
+
+
+def read_runs(given: Sequence[str]) -> list[Run]:
+    """
+    Args:
+        given: run folders.
+
+    Raises:
+        UsageError: one is no run folder, or holds no finished epoch yet.
+    """
+    folders = [Path(one) for one in given]
+    names = [folder.absolute().name for folder in folders]
+    return [
+        _read_run(folder, name if names.count(name) == 1 else str(folder)) for folder, name in zip(folders, names, strict=True)
+    ]
+
+
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Setting -> its value in each run, for those that are not the same in all."""
+    fields = list(dict.fromkeys(field for run in runs for field in run.settings if field not in _OF_THE_PLACE))
+    rows = {field: [run.settings.get(field, "-") for run in runs] for field in fields}
+    return {field: values for field, values in rows.items() if len(set(values)) > 1}
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """A run's name and what sets it apart, such as 'small (stem small, lr 0.1)'."""
+    differing = differing_settings(runs)
+    out = []
+    for place, run in enumerate(runs):
+        parts = [f"{field} {values[place]}" for field, values in list(differing.items())[:_DIFFERENCES_IN_A_LABEL]]
+        more = ["…"] if len(differing) > _DIFFERENCES_IN_A_LABEL else []
+        out.append(f"{run.name} ({', '.join(parts + more)})" if parts else run.name)
+    return out
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such run folder")
+    config = _json_object(folder / "config.json")
+    if config is None or not isinstance(config.get("recipe"), dict):
+        raise UsageError(f"{folder}: no run folder of 'tidali train': it has no config.json of one")
+    epochs = _epochs(folder / "metrics.jsonl")
+    if not epochs:
+        raise UsageError(f"{folder}: no finished epoch yet (metrics.jsonl is missing or empty)")
+    return Run(
+        folder=folder,
+        name=name,
+        settings=dict(_flattened(config)),
+        epochs=epochs,
+        summary=_json_object(folder / "summary.json"),
+    )
+
+
+def _epochs(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """One entry an epoch. Of two the later counts, as a killed run writes an epoch again when it goes on; torn lines do not."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return ()
+    entries: dict[int, Mapping[str, Any]] = {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            if any(f"{split}_top1_percent" in entry for split in _SPLITS):
+                entries[int(entry["epoch"])] = entry
+        except (ValueError, TypeError, KeyError):
+            continue
+    return tuple(entries[number] for number in sorted(entries))
+
+
+def _json_object(path: Path) -> dict[str, Any] | None:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _flattened(document: Mapping[str, Any], section: str = "") -> list[tuple[str, str]]:
+    """Every setting and its value as text. A recipe's fields go without its section, as ``--set`` names them."""
+    out: list[tuple[str, str]] = []
+    for field, value in document.items():
+        if isinstance(value, dict):
+            out += _flattened(value, "" if field == "recipe" else f"{section}{field}.")
+        else:
+            out.append(("recipe" if (field, section) == ("name", "") else f"{section}{field}", _as_text(value)))
+    return out
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, list) and value:
+        return ", ".join(_as_text(one) for one in value)
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
