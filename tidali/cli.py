@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tidali import __version__, cli_bench, cli_data, cli_doctor, cli_model, cli_train
+from tidali import __version__, cli_bench, cli_data, cli_doctor, cli_model, cli_report, cli_train
 from tidali.errors import TidaliError
 
 app = typer.Typer(
@@ -32,6 +32,8 @@ app.command(rich_help_panel=MODEL)(cli_train.train)
 app.command("eval", rich_help_panel=MODEL)(cli_train.eval_)
 app.command(rich_help_panel=MODEL)(cli_model.predict)
 app.command(rich_help_panel=MODEL)(cli_model.export)
+app.command(rich_help_panel=MODEL)(cli_report.plot)
+app.command(rich_help_panel=MODEL)(cli_report.report)
 app.command(rich_help_panel=MEASURE)(cli_bench.bench)
 app.command(rich_help_panel=MEASURE)(cli_doctor.doctor)
 

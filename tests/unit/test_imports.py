@@ -20,7 +20,10 @@ MODULES = {
     for path in sorted(Path(package.__path__[0]).glob("*.py"))
 }
 ROOMS = {"tidali", "shards", "bench"}
-HEAVY = {"torch", "torchvision", "nvidia", "numpy", "PIL", "simplejpeg", "safetensors", "fsspec", "ray", "webdataset"}
+HEAVY = {
+    *("torch", "torchvision", "nvidia", "numpy", "PIL", "simplejpeg", "safetensors", "fsspec", "ray", "webdataset"),
+    *("matplotlib", "jinja2"),
+}
 LEAVES = ("contract", "config", "errors", "remote", "schedule", "timing")
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "torchvision", "nvidia", "numpy", "PIL", "safetensors", "simplejpeg", "fsspec", "ray")
+HEAVY = ("torch", "torchvision", "nvidia", "numpy", "PIL", "safetensors", "simplejpeg", "fsspec", "ray", "matplotlib")
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], ["train", "--res", "31"]])

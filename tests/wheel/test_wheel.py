@@ -62,6 +62,12 @@ def test_every_module_is_inside(wheel: zipfile.ZipFile, package: str) -> None:
     assert modules <= set(wheel.namelist())
 
 
+def test_every_page_template_is_inside(wheel: zipfile.ZipFile) -> None:
+    templates = {f"tidali/{path.name}" for path in (ROOT / "tidali").glob("*.html")}
+    assert "tidali/page.html" in templates
+    assert templates <= set(wheel.namelist())
+
+
 def test_types_entry_point_and_licence(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
     assert "tidali/py.typed" in names

@@ -1,0 +1,90 @@
+"""What the report's and the study's page share: the templates, the figures inside them, and the part that shows pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tidali.drawing import inline_svg, theme_css
+from tidali.figures import class_accuracy, confusion_matrix
+from tidali.insight import Insight
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+_PAIRS, _PICTURES_OF_A_PAIR, _HARDEST = 10, 4, 12
+MATRIX_CLASSES = 250
+"""Of more classes than this a matrix has cells below two pixels a side, and is left out."""
+
+BEST_FLATTERS = (
+    "“Best” is the epoch chosen by its accuracy on the samples that it is reported on, which flatters: compare “last”."
+)
+
+
+def render(template: str, **context: Any) -> bytes:
+    """A template of this package, filled in; everything that is put in is escaped unless it is `Markup`."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(theme=as_is(theme_css()), **context).encode()
+
+
+def as_is(text: str) -> Markup:
+    """Text of our own making that a template must not escape."""
+    from markupsafe import Markup
+
+    return Markup(text)
+
+
+def drawn(figure: Figure, description: str) -> Markup:
+    """A figure for a template."""
+    return as_is(inline_svg(figure, description))
+
+
+def insight_part(insight: Insight) -> dict[str, Any]:
+    """What the template's ``insight`` macro shows: accuracy by class, the matrix, the most confused pairs, the hardest samples.
+
+    Raises:
+        DatasetError: a picture cannot be read.
+    """
+    names = [one.name for one in insight.classes]
+    matrix = None
+    if len(names) <= MATRIX_CLASSES:
+        matrix = drawn(confusion_matrix(names, insight.confusion().tolist()), "confusion matrix")
+
+    def picture(index: int, caption: Callable[[int], Sequence[str]]) -> dict[str, Any]:
+        return {"src": insight.picture(index), "key": insight.samples[index][1].key, "lines": caption(index)}
+
+    def taken_for(index: int) -> list[str]:
+        true, predicted = names[int(insight.labels[index])], names[int(insight.predicted[index])]
+        sure = f"{100 * float(insight.confidences[index]):.0f} % sure"
+        return [true, f"→ {predicted}, {sure}" if true != predicted else f"right, {sure}"]
+
+    return {
+        "split": insight.split,
+        "res": insight.res,
+        "correct": insight.correct,
+        "samples": len(insight.labels),
+        "top1_percent": insight.top1_percent,
+        "by_class": drawn(class_accuracy(names, insight.class_top1_percent()), "top-1 of each class"),
+        "matrix": matrix,
+        "pairs": [
+            {
+                "true": names[pair.true],
+                "predicted": names[pair.predicted],
+                "samples": pair.samples,
+                "of": int((insight.labels == pair.true).sum()),
+                "pictures": [picture(index, lambda _: []) for index in insight.examples(pair, _PICTURES_OF_A_PAIR)],
+            }
+            for pair in insight.most_confused(_PAIRS)
+        ],
+        "hardest": [picture(index, taken_for) for index in insight.hardest(_HARDEST)],
+    }

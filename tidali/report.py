@@ -1,0 +1,129 @@
+"""One self-contained page for a run, or for several side by side."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tidali import __version__
+from tidali.checkpoint import SUFFIX, write_atomically
+from tidali.console import say
+from tidali.drawing import legend_entries
+from tidali.errors import TidaliError, UsageError
+from tidali.figures import accuracy_curves, loss_curves, throughput, waiting
+from tidali.history import Run, differing_settings
+from tidali.insight import inspect_checkpoint
+from tidali.page import BEST_FLATTERS, drawn, insight_part, render
+from tidali.source import open_data
+
+
+def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> None:
+    """Predict the evaluated split by each run's last weights, and write the page; it appears whole or not at all.
+
+    Where a run's data set cannot be had, the page says so and goes without classes, pictures and predictions.
+
+    Args:
+        runs: at least one.
+        data: the packed data set of all runs; by default the one that each was trained on.
+
+    Raises:
+        TidaliError, UsageError: ``data`` was given and cannot be used, or the page cannot be written.
+    """
+    parts, notes = [], _notes(runs)
+    for run in runs:
+        try:
+            parts.append({"name": run.name, "insight": _insight(run, data)})
+        except TidaliError as error:
+            if data is not None:
+                raise
+            note = f"{run.name}: no pictures and no figures by class: {error}. --data names the data set if it has moved."
+            say(f"warning: {note}")
+            notes.append(note)
+    differing = differing_settings(runs)
+    first = runs[0]
+    page = render(
+        "report.html",
+        title=first.name if len(runs) == 1 else f"{len(runs)} runs side by side",
+        made=_made_of(first) if len(runs) == 1 else ", ".join(run.name for run in runs),
+        notes=notes,
+        legend=legend_entries([run.name for run in runs]),
+        headline=_headline(runs),
+        differing=differing,
+        shared={name: value for name, value in first.settings.items() if name not in differing and name != "out"},
+        accuracy=drawn(accuracy_curves(runs), "top-1 by epoch"),
+        loss=drawn(loss_curves(runs), "cross entropy by epoch"),
+        throughput=drawn(throughput(runs), "images per second by epoch"),
+        waiting=drawn(waiting(runs), "share of the time spent waiting for data, by epoch"),
+        parts=parts,
+        versions=_versions(runs),
+    )
+    write_atomically(out, page)
+
+
+def _insight(run: Run, data: str | None) -> dict[str, Any]:
+    location = data if data is not None else run.settings.get("data")
+    if location is None:
+        raise UsageError("config.json does not name a data set")
+    dataset = open_data(location)
+    return insight_part(inspect_checkpoint(str(run.folder / f"last{SUFFIX}"), dataset, split=run.split))
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    """What a reader must know to read the figures right."""
+    notes = [
+        f"{run.name}: not finished, or stopped: {len(run.epochs)} of {run.settings.get('epochs', '?')} epochs."
+        for run in runs
+        if run.summary is None
+    ]
+    if any(run.split == "val" for run in runs):
+        notes.append(BEST_FLATTERS)
+    if len({run.split for run in runs}) > 1:
+        notes.append("These runs were evaluated on different splits.")
+    return notes
+
+
+def _headline(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Measure -> its value in each run, as text; without those that no run has."""
+    columns = [_measures(run) for run in runs]
+    rows = {name: [column[name] for column in columns] for name in columns[0]}
+    return {name: values for name, values in rows.items() if set(values) != {"-"}}
+
+
+def _measures(run: Run) -> dict[str, str]:
+    last, best, summary = run.epochs[-1], run.best_epoch, run.summary or {}
+    rates, compile_s = run.column("images_per_s"), [float(epoch.get("compile_s", 0)) for epoch in run.epochs]
+    device: Mapping[str, Any] = summary.get("device", {})
+    return {
+        "last: top-1, %": _figure(last, f"{run.split}_top1_percent"),
+        "last: top-5, %": _figure(last, f"{run.split}_top5_percent"),
+        "last: loss": _figure(last, f"{run.split}_loss", 4),
+        "last: top-1 with mirror images, %": _figure(summary.get("last_flip") or {}, "top1_percent"),
+        "best: top-1, %": _figure(best, f"{run.split}_top1_percent"),
+        "best: epoch": f"{best['epoch']}",
+        "evaluated on": f"{run.split}, {last.get(f'{run.split}_samples', '?')} samples",
+        "epochs": f"{len(run.epochs)}",
+        "images/s in training": f"{summary.get('images_per_s', statistics.median(rates)):.0f}",
+        "minutes": f"{summary['minutes']:.1f}" if "minutes" in summary else "-",
+        "compiling, s": f"{sum(compile_s):.1f}" if any(compile_s) else "-",
+        "device": f"{device['name']}, {device['cores']} cores" if device else "-",
+        "computed in": f"{device['dtype']}" if device else "-",
+    }
+
+
+def _figure(epoch: Mapping[str, Any], field: str, digits: int = 2) -> str:
+    return f"{epoch[field]:.{digits}f}" if field in epoch else "-"
+
+
+def _made_of(run: Run) -> str:
+    stem, init, res, recipe, data = (run.settings.get(name, "?") for name in ("stem", "init", "res", "recipe", "data"))
+    start = "random weights" if init == "none" else init
+    return f"ResNet-18, {stem} stem, from {start}, {res} px, recipe {recipe}, on {data}"
+
+
+def _versions(runs: Sequence[Run]) -> str:
+    told = dict.fromkeys(
+        ", ".join(f"{name} {version}" for name, version in run.summary["versions"].items()) for run in runs if run.summary
+    )
+    return " · ".join([f"Written by tidali {__version__}", *(f"trained with {one}" for one in told)])
