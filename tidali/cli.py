@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tidali import __version__, cli_bench, cli_data, cli_doctor, cli_model, cli_report, cli_train
+from tidali import __version__, cli_bench, cli_data, cli_doctor, cli_model, cli_report, cli_study, cli_train
 from tidali.errors import TidaliError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command(rich_help_panel=DATA)(cli_data.verify)
 app.command(rich_help_panel=DATA)(cli_data.info)
 app.command(rich_help_panel=DATA)(cli_data.download)
 app.command(rich_help_panel=MODEL)(cli_train.train)
+app.command(rich_help_panel=MODEL)(cli_study.study)
 app.command("eval", rich_help_panel=MODEL)(cli_train.eval_)
 app.command(rich_help_panel=MODEL)(cli_model.predict)
 app.command(rich_help_panel=MODEL)(cli_model.export)

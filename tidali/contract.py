@@ -225,6 +225,11 @@ class Split:
     shards: tuple[Shard, ...]
 
     @property
+    def single_image_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels where all images have the same, else None."""
+        return parse_image_size(next(iter(self.image_sizes))) if len(self.image_sizes) == 1 else None
+
+    @property
     def content(self) -> str:
         """Says which samples these are, and in which order: what a saved position in them depends on."""
         return "".join(f"{shard.sha256}{shard.samples}" for shard in self.shards)
@@ -343,9 +348,8 @@ class Dataset:
     @property
     def default_res(self) -> int:
         """The train images' own side in pixels where they are all the same square of 32 or more, else 224."""
-        sizes = self.split("train").image_sizes
-        height, width = parse_image_size(next(iter(sizes)))
-        return height if len(sizes) == 1 and height == width >= 32 else 224
+        height, width = self.split("train").single_image_size or (0, 0)
+        return height if height == width >= 32 else 224
 
     def tar_paths(self, split: str) -> list[Path]:
         """The split's tars in order, without empty ones: DALI refuses an index of no samples."""

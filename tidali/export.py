@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import io
 import json
@@ -15,13 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tidali import __version__
 from tidali.checkpoint import ModelCard, write_atomically
 from tidali.errors import TidaliError
 from tidali.predict import Classifier
-from tidali.resample import bicubic_taps, centre_crop, make_affine
+from tidali.served import ServedModel
 
 Format = Literal["onnx", "pt2"]
 
@@ -33,50 +32,6 @@ photographs at 64 and 224 px. The other kernel differed by 0.06 at 128 px, an un
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _OPSET = 18  # what torch's exporter is written for; newer ones shut out older runtimes
 _BATCH = 64  # of the check
-
-
-class ServedModel(nn.Module):
-    """uint8 pixels (N, H, W, 3) RGB -> probabilities (N, classes) float32, as `Classifier` gives them in float32.
-
-    The resize is `tidali.resample`'s, ``Y = A_y X A_x^T`` and the clamp of what the cubic overshoots, in whole matrices:
-    constants that every runtime multiplies fast.
-    """
-
-    horizontal: Tensor
-    vertical: Tensor
-    scale: Tensor
-    offset: Tensor
-
-    def __init__(self, network: nn.Module, card: ModelCard, size: tuple[int, int]) -> None:
-        """
-        Args:
-            network: on the CPU; copied.
-            size: height and width of the pixels that will be given.
-        """
-        super().__init__()
-        self.network = copy.deepcopy(network).to(memory_format=torch.contiguous_format).eval()
-        self.resizes = size != (card.res, card.res)
-        affine = make_affine(card.mean, card.std, card.res, None)
-        self.register_buffer("scale", affine.scale[:, None, None])
-        self.register_buffer("offset", affine.offset[:, None, None])
-        if self.resizes:
-            self.register_buffer("vertical", _matrix(size, card, 0))
-            self.register_buffer("horizontal", _matrix(size, card, 1).T.contiguous())
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images.permute(0, 3, 1, 2).to(torch.float32)
-        if self.resizes:
-            x = (self.vertical @ (x @ self.horizontal)).clamp(0, 255)
-        return torch.softmax(self.network(x * self.scale + self.offset), dim=1)
-
-
-def _matrix(size: tuple[int, int], card: ModelCard, axis: int) -> Tensor:
-    """(res, size of the axis) float32: what `Resample` multiplies an axis by, in full."""
-    start, scale = centre_crop(size, card.res, axis)
-    taps = bicubic_taps(card.res, torch.tensor([start]), torch.tensor([scale]), max_scale=scale, kernel=card.kernel)
-    columns = taps.first[0, :, None] + torch.arange(taps.weights.shape[2])
-    columns = columns.clamp(0, size[axis] - 1)  # beyond the image its border pixel counts
-    return torch.zeros(card.res, size[axis]).scatter_add_(1, columns, taps.weights[0])
 
 
 @dataclass(frozen=True, kw_only=True)

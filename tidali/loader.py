@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tidali.augment import take
 from tidali.config import Kernel
-from tidali.contract import Dataset, Split, parse_image_size
+from tidali.contract import Dataset, Split
 from tidali.device import cpu_count
 from tidali.errors import TidaliError, UsageError
 from tidali.memory import keep_freed_memory
@@ -80,11 +80,10 @@ class StreamBatches:
         self._placement = placement_on(device)
         self._resample: dict[int, Resample] = {}  # by side; empty where DALI resizes
         self._sizes = sizes if sizes is not None else SizePlan.of(res)
-        stored = dataset.split(split).image_sizes
+        size = dataset.split(split).single_image_size
         if not self._placement.on_gpu:
             keep_freed_memory()
-            if len(stored) == 1:
-                size = parse_image_size(next(iter(stored)))
+            if size is not None:
                 self._resample = {side: Resample(size, side, mean=mean, std=std, kernel=kernel) for side in self._sizes.sides}
         if not self._resample and (kernel != "pil" or len(self._sizes.sides) > 1):
             wish = f"kernel {kernel!r}" if kernel != "pil" else f"train_sizes {list(self._sizes.sides)}"

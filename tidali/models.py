@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 
 from tidali.config import Stem, StemInit
@@ -32,6 +33,19 @@ def build_resnet18(num_classes: int, stem: Stem, *, stem_bias: bool = False) -> 
         )  # as torchvision initialises the stock one
         model.maxpool = nn.Identity()
     return model
+
+
+def forward_gmacs(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> float:
+    """Multiply-accumulate operations of a forward pass in 10^9, convolutions and matrix products alone, as torch counts them.
+
+    Args:
+        model: on the CPU; left in evaluation mode.
+        shape: of the input, one sample.
+        dtype: of the input.
+    """
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.eval()(torch.zeros(shape, dtype=dtype))
+    return counter.get_total_flops() / 2e9
 
 
 @dataclass(frozen=True, kw_only=True)

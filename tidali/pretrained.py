@@ -20,7 +20,13 @@ Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation per RGB channel on a 0..1 scale."""
 
 IMAGENET_CLASSES = 1000
+IMAGENET_NAME = "torchvision IMAGENET1K_V1"
 NO_NORMALISATION: Normalisation = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def imagenet_weights_path() -> Path:
+    """Where torchvision keeps the file: torch's cache folder."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
 
 
 def imagenet_weights() -> dict[str, Tensor]:
@@ -33,10 +39,9 @@ def imagenet_weights() -> dict[str, Tensor]:
     try:
         return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except (URLError, OSError, RuntimeError) as error:
-        target = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
         raise TidaliError(
             f"--init imagenet: cannot download the weights ({first_line(error)}); "
-            f"put {weights.url} at {target}, or give --init PATH"
+            f"put {weights.url} at {imagenet_weights_path()}, or give --init PATH"
         ) from None
 
 

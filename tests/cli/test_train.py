@@ -78,6 +78,41 @@ def test_eval_json_at_several_resolutions(tidali, trained, demo_data: Path) -> N
     assert document["scores"][0]["loss"] != document["scores"][1]["loss"]
 
 
+def test_eval_with_mirrored_images_is_the_runs_own_figure(tidali, trained, demo_data: Path) -> None:
+    out, _ = trained
+    summary = json.loads((out / "summary.json").read_text())
+    ended = tidali("eval", out / "last", "--data", demo_data, "--device", "cpu", "--flip", "--json")
+    document = json.loads(ended.stdout)
+    assert document["flip"] is True
+    assert {name: document["scores"][0][name] for name in summary["last_flip"]} == summary["last_flip"]
+    assert document["scores"][0]["loss"] != summary["last"]["loss"]
+
+
+def test_mixed_sizes_pieces_and_tensorboard(tidali, demo_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "mixed"
+    ended = tidali(
+        *("train", "--data", demo_data, "--res", 64, "--epochs", 2, "--batch-size", 40, "--device", "cpu", "--out", out),
+        *("--set", "train_sizes=32,64", "--set", "size_order=mixed", "--set", "accumulate=2", "--set", "kernel=opencv"),
+        "--tensorboard",
+    )
+    assert ended.code == 0, ended.stderr
+    assert "trained at 32, 64 px, mixed" in ended.stderr
+    assert "that lr is for a batch of 128; in proportion to the batch it would be --lr 0.015625" in ended.stderr
+    with safe_open(out / "last.safetensors", framework="np") as file:
+        assert json.loads(file.metadata()["tidali"])["kernel"] == "opencv"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    for name in ("val_top1_percent", "train_loss", "images_per_s", "lr"):
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        # TensorBoard keeps float32.
+        assert logged == [(line["epoch"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+    again = tidali("eval", out, "--data", demo_data, "--device", "cpu", "--json")
+    assert json.loads(again.stdout)["scores"][0]["loss"] == json.loads((out / "summary.json").read_text())["best"]["loss"]
+
+
 def test_init_lists_what_was_loaded_and_what_not(tidali, trained, demo_data: Path, tmp_path: Path) -> None:
     out, _ = trained
     ended = tidali(

@@ -1,0 +1,157 @@
+"""``tidali study``: what is run, what is kept, what the table says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torchvision.models import ResNet18_Weights
+
+from tidali.config import make_recipe
+from tidali.study_rows import ROWS, needed_by, scaled
+from tidali.study_table import cells, describe, markdown
+
+
+def row(name: str):
+    return next(row for row in ROWS if row.name == name)
+
+
+def test_the_rows_are_the_originals() -> None:
+    """The published accuracies and the settings of the original notebooks."""
+    assert [(row.name, row.published_top1_percent) for row in ROWS if row.published_top1_percent is not None] == [
+        *(("1", 25.9), ("2", 56.9), ("3", 73.1), ("3@64", 15.3), ("4", 54.5), ("5", 72.3))
+    ]
+    for name, epochs, flip, kernel, res in (
+        *(("1", 15, "random", "pil", 64), ("2", 15, "random", "pil", 64), ("3", 7, "none", "opencv", 224)),
+        *(("4", 7, "none", "pil", 64), ("5", 7, "none", "pil", 64)),
+    ):
+        recipe = row(name).recipe
+        assert recipe is not None
+        assert (recipe.epochs, recipe.augment.flip, recipe.kernel, row(name).res) == (epochs, flip, kernel, res)
+        assert (recipe.lr, recipe.momentum, recipe.weight_decay, recipe.batch_size) == (1e-3, 0.9, 0.0, 100)
+        assert (recipe.schedule, recipe.step_epochs, recipe.step_gamma, recipe.normalise) == ("step", 7, 0.1, False)
+    assert [row.stem for row in ROWS if row.name in "12345"] == ["imagenet"] * 4 + ["small"]
+
+
+def test_a_row_brings_those_it_starts_from() -> None:
+    assert [row.name for row in needed_by(("5",))] == ["3", "5"]
+    assert [row.name for row in needed_by(("6", "1"))] == ["1", "3", "6"]
+    assert needed_by(()) == ROWS
+
+
+def test_scaling_keeps_at_least_an_epoch() -> None:
+    recipe = make_recipe("modern", epochs=20)
+    assert [scaled(recipe, scale).epochs for scale in (1, 0.5, 0.001)] == [20, 10, 1]
+    assert scaled(recipe, 0.5).warmup_epochs == 0.5
+    assert scaled(recipe, 3).warmup_epochs == recipe.warmup_epochs
+    assert scaled(replace(recipe, step_epochs=7), 0.3).step_epochs == 2
+
+
+def test_a_cell_has_mean_and_deviation_and_a_row_that_was_not_run_says_so() -> None:
+    found = {**describe(row("1"), row("1").recipe), "gmacs": 0.1478, "images_per_s": 1234.5, "minutes": 0.5, "status": "done"}
+    spread = {"last": {"mean": 25.0, "deviation": 0.5}, "best": {"mean": 26.0, "deviation": None}, "flip": None}
+    assert cells({**found, "top1_percent": spread})[2:] == ("25.9", "25.00 ± 0.50", "26.00", "", "0.148", "1,234", "0.5")
+    left_out = {**found, "status": "not run", "top1_percent": None, "images_per_s": None, "minutes": None}
+    assert cells(left_out)[2:] == ("25.9", "not run", "", "", "0.148", "", "")
+
+
+@pytest.fixture(scope="module")
+def data(tidali, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """128 training images, one batch of either recipe, and 10 to measure on."""
+    folder = tmp_path_factory.mktemp("study") / "two"
+    assert tidali("demo", folder, "--classes", 2, "--per-class", 64, "--workers", 1).code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    return path
+
+
+@pytest.mark.slow
+def test_rows_are_run_in_order_kept_and_put_into_a_table(tidali, data: Path, weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    command = ("study", "--data", data, "--rows", "3@64,4,6", "--epochs-scale", 0.01, "--device", "cpu", "--out", out)
+    ended = tidali(*command, "--imagenet-weights", weights)
+    assert ended.code == 0, ended.stderr
+
+    study = json.loads((out / "study.json").read_text())
+    assert [one["row"] for one in study["rows"]] == ["3", "3@64", "4", "6"]
+    assert study["initial_weights"]["name"] == str(weights)
+    third, at_64, fourth, served = study["rows"]
+    assert (third["from"], fourth["from"], served["from"]) == ("ImageNet weights", "row 3", "row 3")
+    assert [one["res"] for one in third["at_resolution"]] == [64, 96, 128, 160, 192, 224]
+    # Row 3's last weights at 64 are measured twice, as a row and as a point of its curve.
+    assert third["at_resolution"][0]["top1_percent"] == at_64["top1_percent"]["last"]["mean"]
+    assert third["at_resolution"][-1]["top1_percent"] == third["top1_percent"]["last"]["mean"]
+    # The original's figures: 1.814 and 0.148 GMAC at 1,000 and 200 classes; a head of two has 0.0005 fewer.
+    assert (third["gmacs"], fourth["gmacs"]) == (pytest.approx(1.814, abs=0.001), pytest.approx(0.148, abs=0.001))
+    # The resize of three channels by two matrices: 224 x 64 x 64 and 224 x 64 x 224 products.
+    assert served["gmacs"] - third["gmacs"] == pytest.approx(3 * (224 * 64 * 64 + 224 * 64 * 224) / 1e9, rel=1e-3)
+    config = json.loads((out / fourth["runs"][0]["folder"] / "config.json").read_text())
+    assert config["init"] == str(out / "runs" / "3-seed0" / "best.safetensors")
+    assert json.loads((out / "runs" / "3-seed0" / "config.json").read_text())["recipe"]["kernel"] == "opencv"
+    assert markdown(study) == (out / "study.md").read_text()
+    assert "| 4 | " in (out / "study.md").read_text()
+    assert "<html" in (out / "study.html").read_text()
+
+    untouched = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    again = tidali(*command, "--imagenet-weights", weights)
+    assert again.code == 0, again.stderr
+    assert again.stderr.count("kept, finished before") == 2
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == untouched
+    assert again.stdout == ended.stdout
+
+    other = tidali(*command[:-6], "--epochs-scale", 0.3, "--device", "cpu", "--out", out, "--imagenet-weights", weights)
+    assert other.code == 2
+    assert "made with other settings (recipe)" in other.stderr
+
+
+@pytest.mark.slow
+def test_without_imagenet_weights_the_rows_that_need_them_are_shown_as_not_run(
+    tidali, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1.value, "url", "http://127.0.0.1:9/resnet18-01234567.pth")
+    out = tmp_path / "study"
+    ended = tidali("study", "--data", data, "--rows", "1,5", "--epochs-scale", 0.05, "--device", "cpu", "--out", out)
+    assert ended.code == 0, ended.stderr
+    first, third, fifth = json.loads((out / "study.json").read_text())["rows"]
+    assert (first["status"], first["epochs"]) == ("done", 1)
+    assert (third["status"], fifth["status"]) == ("not run", "not run")
+    assert "--imagenet-weights PATH" in third["reason"]
+    assert fifth["reason"] == "starts from row 3, which was not run"
+    assert ended.stdout.count("not run") == 2
+    assert not (out / "runs" / "3-seed0").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--rows", "9"), "--rows 9: choose from 1, 2, 3, 3@64"),
+        (("--epochs-scale", "0"), "--epochs-scale 0.0: must be above 0"),
+        (("--epochs-scale", "inf"), "--epochs-scale inf"),
+        (("--seeds", "0"), "--seeds"),
+        (("--rows", "2", "--imagenet-weights", "nowhere.pth"), "--imagenet-weights nowhere.pth: no such file"),
+    ],
+)
+def test_wrong_use(tidali, data: Path, tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    ended = tidali("study", "--data", data, "--out", tmp_path / "study", *arguments)
+    assert ended.code == 2
+    assert words in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert not (tmp_path / "study").exists()
+
+
+def test_several_ranks_are_refused(tidali, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = tidali("study", "--data", data, "--out", tmp_path / "study")
+    assert ended.code == 2
+    assert "tidali train --config" in ended.stderr

@@ -1,0 +1,331 @@
+"""The transfer-learning study: its rows trained in order, measured, and put into one table.
+
+The study's folder holds ``runs/ROW-seedN``, each an ordinary run folder, and ``study.json``, ``study.md`` and ``study.html``;
+the first two are written anew after each row. Run again, it keeps what is finished and goes on with what was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tidali.checkpoint import SUFFIX, load_model, write_atomically
+from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, Recipe, Stem, TrainSettings
+from tidali.console import say
+from tidali.contract import Dataset, file_sha256
+from tidali.device import cpu_count, plan_device
+from tidali.environment import versions
+from tidali.errors import TidaliError, UsageError
+from tidali.evaluation import evaluate_checkpoint, evaluate_served
+from tidali.models import build_resnet18, forward_gmacs
+from tidali.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, imagenet_weights_path
+from tidali.resume import STATE_NAME
+from tidali.run_folder import write_json
+from tidali.served import ServedModel
+from tidali.study_page import write_study_page
+from tidali.study_rows import IMAGENET, ROWS, Row, needed_by, scaled
+from tidali.study_table import describe, markdown
+from tidali.train import train
+from tidali.wiring import selection_split
+
+DOCUMENT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """One study."""
+
+    data: str
+    """Folder of a packed data set."""
+    out: str
+    """Folder of the study."""
+    rows: tuple[str, ...] = ()
+    """Names of the rows to run, with those they start from; none for all."""
+    seeds: int = 1
+    """Runs of each row, with seeds 0, 1, ...; a row takes its starting weights from the run of its own seed."""
+    epochs_scale: float = 1.0
+    """All epochs times this, for a quick look."""
+    imagenet_weights: str | None = None
+    """A file in the place of torchvision's ImageNet weights."""
+    device: DeviceChoice = "auto"
+    amp: AmpChoice = "auto"
+    compile: CompileChoice = "auto"
+    cache: CacheChoice = "auto"
+
+    def __post_init__(self) -> None:
+        known = [row.name for row in ROWS]
+        for name in self.rows:
+            if name not in known:
+                raise UsageError(f"--rows {name}: choose from {', '.join(known)}")
+        if self.seeds < 1:
+            raise UsageError(f"--seeds {self.seeds}: at least 1")
+        if not 0 < self.epochs_scale < float("inf"):
+            raise UsageError(f"--epochs-scale {self.epochs_scale}: must be above 0 and finite")
+
+
+def run_study(settings: StudySettings, dataset: Dataset, *, command: str) -> dict[str, Any]:
+    """Train and measure the chosen rows; write study.json, study.md and study.html.
+
+    Args:
+        command: how it was started, for the record.
+
+    Returns:
+        The content of study.json.
+
+    Raises:
+        UsageError, TidaliError: the settings, the data or the device do not allow it, or a finished row in the folder was made
+            with other settings.
+        Interrupted: it was asked to stop; run again, it goes on.
+    """
+    study = Study(settings, dataset)
+    document = study.describe_all(command)
+    for row in needed_by(settings.rows):
+        document["rows"].append(study.row(row))
+        study.write(document)
+    if any(row["runs"] for row in document["rows"]):
+        write_study_page(document, study.out, dataset)
+    return document
+
+
+class Study:
+    """A study in progress."""
+
+    def __init__(self, settings: StudySettings, dataset: Dataset) -> None:
+        self.settings, self.dataset = settings, dataset
+        self.out = Path(settings.out)
+        self.seeds = range(settings.seeds)
+        self.plan = plan_device(settings.device, settings.amp, settings.compile)
+        self.split = selection_split(dataset)
+        self.weights: Mapping[str, str] | None = None
+        self.why_no_weights = ""
+        if any(row.start == IMAGENET for row in needed_by(settings.rows)):
+            self.find_weights()
+        self.not_run: dict[str, str] = {}
+
+    def find_weights(self) -> None:
+        """Look for the ImageNet weights before any row is trained; rows that need them are left out where there are none."""
+        given = self.settings.imagenet_weights
+        if given is not None:
+            try:
+                path = file_weights(given)[2]
+            except UsageError as error:
+                raise UsageError(str(error).replace("--init", "--imagenet-weights")) from None
+            self.weights = {"name": given, "path": path, "sha256": file_sha256(Path(path))}
+            return
+        try:
+            imagenet_weights()
+        except TidaliError as error:
+            self.why_no_weights = f"needs ImageNet weights, or --imagenet-weights PATH ({error})"
+            say(f"rows that start from ImageNet are left out: {error}; or give --imagenet-weights PATH")
+            return
+        self.weights = {"name": IMAGENET_NAME, "path": IMAGENET, "sha256": file_sha256(imagenet_weights_path())}
+
+    def describe_all(self, command: str) -> dict[str, Any]:
+        """The document without its rows."""
+        manifest = self.dataset.manifest
+        return {
+            "version": DOCUMENT_VERSION,
+            "command": command,
+            "date": date.today().isoformat(),
+            "data": {
+                "name": self.dataset.root.name,
+                "classes": len(manifest.classes),
+                "train_samples": self.dataset.split("train").samples,
+                "evaluated_on": self.split,
+                "eval_samples": self.dataset.split(self.split).samples,
+            },
+            "epochs_scale": self.settings.epochs_scale,
+            "seeds": list(self.seeds),
+            "initial_weights": self.weights and {name: self.weights[name] for name in ("name", "sha256")},
+            "device": {
+                "type": self.plan.device.type,
+                "name": self.plan.name,
+                "cores": cpu_count(),
+                "dtype": self.plan.dtype_name,
+            },
+            "versions": versions(),
+            "rows": [],
+        }
+
+    def row(self, row: Row) -> dict[str, Any]:
+        """Train or evaluate a row, and say what came of it."""
+        recipe = scaled(row.recipe, self.settings.epochs_scale) if row.recipe is not None else None
+        found: dict[str, Any] = {
+            **describe(row, recipe),
+            "gmacs": self.gmacs(row.stem, row.res),
+            "status": "not run",
+            "reason": self.reason_against(row),
+            "top1_percent": None,
+            "images_per_s": None,
+            "minutes": None,
+            "epochs": recipe.epochs if recipe is not None else None,
+            "at_resolution": [],
+            "runs": [],
+        }
+        if found["reason"] is not None:
+            self.not_run[row.name] = found["reason"]
+            return found
+        say(f"row {row.name}: {row.title}")
+        found["status"] = "done"
+        if recipe is None:
+            found["top1_percent"] = {
+                **{name: _spread([self.evaluate_only(row, seed, name) for seed in self.seeds]) for name in ("last", "best")},
+                "flip": None,
+            }
+            if row.served:
+                found["gmacs"] = self.served_gmacs(row)
+            return found
+
+        runs = [self.trained(row, recipe, seed) for seed in self.seeds]
+        found["runs"] = [
+            {
+                "seed": seed,
+                "folder": str(self.folder(row.name, seed).relative_to(self.out)),
+                "last_top1_percent": run["last"]["top1_percent"],
+                "best_top1_percent": run["best"]["top1_percent"],
+                "best_epoch": run["best_epoch"],
+            }
+            for seed, run in zip(self.seeds, runs, strict=True)
+        ]
+        found["top1_percent"] = {
+            "last": _spread([run["last"]["top1_percent"] for run in runs]),
+            "best": _spread([run["best"]["top1_percent"] for run in runs]),
+            "flip": _spread([run["last_flip"]["top1_percent"] for run in runs]) if recipe.eval_flip else None,
+        }
+        found["images_per_s"] = statistics.median(run["images_per_s"] for run in runs)
+        found["minutes"] = statistics.median(run["minutes"] for run in runs)
+        found["at_resolution"] = [
+            {
+                "res": res,
+                "gmacs": self.gmacs(row.stem, res),
+                "top1_percent": statistics.mean(
+                    self.measured(self.folder(row.name, seed) / f"last{SUFFIX}", res) for seed in self.seeds
+                ),
+            }
+            for res in row.eval_sizes
+        ]
+        return found
+
+    def reason_against(self, row: Row) -> str | None:
+        """Why a row cannot be run, if it cannot."""
+        if row.start == IMAGENET and self.weights is None:
+            return self.why_no_weights
+        if row.start in self.not_run:
+            return f"starts from row {row.start}, which was not run"
+        if row.served and self.dataset.split(self.split).single_image_size is None:
+            return "the images are of several sizes, and a served network takes one"
+        return None
+
+    def folder(self, name: str, seed: int) -> Path:
+        return self.out / "runs" / f"{name}-seed{seed}"
+
+    def trained(self, row: Row, recipe: Recipe, seed: int) -> dict[str, Any]:
+        """The summary of a row's run: of the one that is there, of one that goes on, or of a new one."""
+        folder = self.folder(row.name, seed)
+        start = row.start
+        if start == IMAGENET:
+            assert self.weights is not None
+            start = self.weights["path"]
+        elif start != "none":
+            start = str(self.folder(start, seed) / f"best{SUFFIX}")
+        wanted = TrainSettings(
+            data=self.settings.data,
+            out=str(folder),
+            res=row.res,
+            stem=row.stem,
+            init=start,
+            stem_init=row.stem_init,
+            recipe=recipe,
+            seed=seed,
+            device=self.settings.device,
+            amp=self.settings.amp,
+            compile=self.settings.compile,
+            cache=self.settings.cache,
+        )
+        summary = folder / "summary.json"
+        if summary.exists() or (folder / STATE_NAME).exists():
+            refuse_other_settings(folder, wanted)
+        elif folder.exists():
+            shutil.rmtree(folder)  # killed before its first state was whole
+        if summary.exists():
+            say(f"row {row.name}, seed {seed}: kept, finished before ({folder})")
+        else:
+            train(wanted, self.dataset, resume=folder.exists())
+        return dict(json.loads(summary.read_text(encoding="utf-8")))
+
+    def evaluate_only(self, row: Row, seed: int, which: str) -> float:
+        """Top-1 % of the last or the best weights of the row that this one starts from."""
+        checkpoint = self.folder(row.start, seed) / f"{which}{SUFFIX}"
+        return self.measured(checkpoint, row.res, served=row.served)
+
+    def measured(self, checkpoint: Path, res: int, *, served: bool = False) -> float:
+        """Top-1 % of a checkpoint, kept beside it so that it is measured once."""
+        kept = checkpoint.parent / "evaluations.json"
+        known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        key = f"{file_sha256(checkpoint)} {self.split} at {res}{' served' if served else ''}"
+        if key not in known:
+            options: dict[str, Any] = dict(split=self.split, device=self.settings.device)
+            if served:
+                score = evaluate_served(str(checkpoint), self.dataset, **options)
+            else:
+                options |= dict(resolutions=[res], amp=self.settings.amp, cache=self.settings.cache)
+                score = evaluate_checkpoint(str(checkpoint), self.dataset, **options)[1][0].score
+            known[key] = score.top1_percent
+            write_json(kept, known)
+        return float(known[key])
+
+    def gmacs(self, stem: Stem, res: int) -> float:
+        return forward_gmacs(build_resnet18(len(self.dataset.manifest.classes), stem), (1, 3, res, res))
+
+    def served_gmacs(self, row: Row) -> float:
+        """Of the network and of the resize inside it."""
+        model, card = load_model(self.folder(row.start, 0) / f"best{SUFFIX}")
+        size = self.dataset.split(self.split).single_image_size
+        assert size is not None
+        return forward_gmacs(ServedModel(model, card, size), (1, *size, 3), torch.uint8)
+
+    def write(self, document: Mapping[str, Any]) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(self.out / "study.json", document)
+        write_atomically(self.out / "study.md", markdown(document).encode())
+
+
+def refuse_other_settings(folder: Path, wanted: TrainSettings) -> None:
+    """
+    Raises:
+        UsageError: the run in the folder was made with other settings.
+    """
+
+    def comparable(settings: TrainSettings) -> dict[str, Any]:
+        init = Path(settings.init)
+        return {
+            **settings.to_dict(),
+            "data": str(Path(settings.data).resolve()),
+            "init": str(init.resolve()) if init.exists() else settings.init,
+            "out": "",
+        }
+
+    where = folder / "config.json"
+    try:
+        there = comparable(TrainSettings.from_dict(json.loads(where.read_text(encoding="utf-8")), str(where)))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{where}: holds no run's settings ({error}); remove the folder to train that row anew") from None
+    asked = comparable(wanted)
+    different = [name for name, value in asked.items() if there[name] != value]
+    if different:
+        raise UsageError(
+            f"{folder}: made with other settings ({', '.join(different)}); give another --out, or remove it to train it anew"
+        )
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, and standard deviation of the sample where there are several."""
+    return {"mean": statistics.mean(values), "deviation": statistics.stdev(values) if len(values) > 1 else None}
