@@ -142,8 +142,8 @@ def test_resize_in_the_graph_is_the_loaders(height: int, width: int, res: int, k
     images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
     seen: list[torch.Tensor] = []
     network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    served = export.ServedModel(network, model.card, (height, width))
-    served(torch.from_numpy(images))
+    whole = served.ServedModel(network, model.card, (height, width))
+    whole(torch.from_numpy(images))
     model.logits(images)
     assert torch.allclose(*seen, atol=2e-5)  # normalised pixels, up to 3, in float32
 
@@ -159,15 +159,15 @@ def test_a_wrong_file_is_not_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     path.write_bytes(b"old")
     check_on = np.random.default_rng(0).integers(0, 256, (8, 20, 20, 3), np.uint8)
     if fault == "normalisation":
-        right = export.make_affine
-        monkeypatch.setattr(export, "make_affine", lambda mean, std, res, device: right(mean[::-1], std, res, device))
+        right = served.make_affine
+        monkeypatch.setattr(served, "make_affine", lambda mean, std, res, device: right(mean[::-1], std, res, device))
     elif fault == "kernel":
-        right = export.bicubic_taps
-        monkeypatch.setattr(export, "bicubic_taps", lambda *a, kernel, **k: right(*a, kernel="opencv", **k))
+        right = served.bicubic_taps
+        monkeypatch.setattr(served, "bicubic_taps", lambda *a, kernel, **k: right(*a, kernel="opencv", **k))
     else:
         right = export.to_pt2
-        wrong = export.ServedModel(_tiny(1), model.card, (20, 20))
-        monkeypatch.setattr(export, "to_pt2", lambda served, *rest: right(wrong, *rest))
+        wrong = served.ServedModel(_tiny(1), model.card, (20, 20))
+        monkeypatch.setattr(export, "to_pt2", lambda _, *rest: right(wrong, *rest))
     with pytest.raises(export.TidaliError, match=r"x\.pt2: not written, its probabilities differ .* by up to"):
         export.export_model(model, path, "pt2", (20, 20), check_on)
     assert path.read_bytes() == b"old"
