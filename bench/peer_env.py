@@ -1,0 +1,157 @@
+"""A Python for each peer whose packages could clash with tidali's: made when it is first asked for, and kept.
+
+A peer's environment holds the peer and what it alone needs. All else, torch above all (5 GB), it takes from the Python that
+tidali runs in, whose packages come after its own on the path. So a peer may have another numpy, but never another torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tidali.console import say
+from tidali.errors import TidaliError
+
+INSTALL_TIMEOUT_S = 1800.0
+_SHARED = ("torch", "torchvision")
+"""Never installed a second time: the peer must run with these as they are here, or not at all."""
+
+
+class PeerMissing(TidaliError):
+    """A peer that cannot be had here, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What pip is asked for."""
+
+    requirements: tuple[str, ...]
+    hint: str = ""
+    """The way out where the installation fails."""
+
+
+ENVIRONMENTS = {
+    "ffcv": Environment(
+        requirements=("ffcv==1.0.2", "numba"),
+        hint="it is compiled here: apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev",
+    ),
+    "litdata": Environment(requirements=("litdata",)),
+    "mosaic": Environment(requirements=("mosaicml-streaming",)),
+    "spdl": Environment(requirements=("spdl",)),
+    "timm": Environment(requirements=("timm",)),
+}
+
+
+def home() -> Path:
+    """Where the environments are kept: ``$XDG_CACHE_HOME/tidali/peers``, by default under ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tidali" / "peers"
+
+
+def python_of(name: str) -> Path:
+    """The Python that has this peer. Its environment is made now where it is not there yet; a failure is not remembered.
+
+    Args:
+        name: of `ENVIRONMENTS`.
+
+    Raises:
+        PeerMissing: it cannot be installed; the message has the reason and the installer's log.
+    """
+    environment = ENVIRONMENTS[name]
+    folder, log = home() / name, home() / f"{name}.log"
+    python, stamp = folder / "bin" / "python", folder / "made.json"
+    wanted = {
+        "python": sys.version,
+        "packages": parent_packages(),
+        "shared": _constraints(),
+        "requirements": list(environment.requirements),
+    }
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        with _alone(home() / f"{name}.lock"):
+            if not (stamp.is_file() and json.loads(stamp.read_text()) == wanted):
+                say(f"installing {name} into {folder}")
+                shutil.rmtree(folder, ignore_errors=True)
+                _make(folder, python, environment, log)
+                stamp.write_text(json.dumps(wanted))
+    except (OSError, ValueError) as error:
+        raise PeerMissing(f"{folder}: {error}") from None
+    return python
+
+
+def parent_packages() -> list[str]:
+    """The folders of packages of the Python that runs this."""
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    if site.ENABLE_USER_SITE:
+        folders.append(site.getusersitepackages())
+    return list(dict.fromkeys(folder for folder in folders if Path(folder).is_dir()))
+
+
+def _make(folder: Path, python: Path, environment: Environment, log: Path) -> None:
+    with log.open("wb") as out:
+        _run([sys.executable, "-m", "venv", str(folder)], out, log, "")
+        own = next((folder / "lib").glob("python*")) / "site-packages"
+        # The last of the .pth files, so that the parent's packages come after the peer's own.
+        lines = [f"import site; site.addsitedir({path!r})" for path in parent_packages()]
+        (own / "zz_tidali_parent.pth").write_text("\n".join(lines) + "\n")
+        constraints = folder / "constraints.txt"
+        constraints.write_text("".join(f"{line}\n" for line in _constraints()))
+        pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+        _run([*pip, "--constraint", str(constraints), *environment.requirements], out, log, environment.hint)
+
+
+def _run(command: Sequence[str], out: object, log: Path, hint: str) -> None:
+    """
+    Raises:
+        PeerMissing: the command failed.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,  # type: ignore[call-overload]
+            stderr=subprocess.STDOUT,
+            timeout=INSTALL_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise PeerMissing(f"cannot be installed: not done after {INSTALL_TIMEOUT_S:.0f} s (log: {log})") from None
+    if done.returncode:
+        reason = what_failed(log.read_text(errors="replace"))
+        raise PeerMissing(f"cannot be installed: {reason} (log: {log})" + (f"; {hint}" if hint else ""))
+
+
+def what_failed(log: str) -> str:
+    """The line of an installer's output that says most: an exception's, before pip's own, before the last."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    raised = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception")) and ": " in line]
+    of_pip = [line for line in lines if line.startswith("ERROR: ")]
+    return (raised or of_pip or lines or ["no output"])[-1 if raised else 0].removeprefix("ERROR: ")
+
+
+def _constraints() -> list[str]:
+    lines = []
+    for name in _SHARED:
+        try:
+            lines.append(f"{name}=={version(name)}")
+        except PackageNotFoundError:
+            continue
+    return lines
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,364 @@
+"""The loaders that are measured, each put together as its own documentation shows it, with a worker or a thread a core.
+
+Each function takes the job and returns its batches: images (N, 3, res, res), shuffled, mirrored at random and normalised, and
+labels (N,). Where a loader can resize by a bicubic kernel it does; where the stored images have the size asked for, those that
+would copy them leave the resize out. They run in processes of their own, see `bench.peer_worker`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.peer_worker import Job
+
+Batches = Iterable[Any]
+
+
+def files_of(job: Job) -> list[tuple[str, int]]:
+    """Every image's path and label, sorted by path."""
+    return [(str(path), int(path.parent.name)) for path in sorted(Path(job.folder).glob("*/*"))]
+
+
+def reference(job: Job) -> Batches:
+    """Every sample once, in order, not mirrored, by PIL and torchvision: what the others are checked by."""
+    from torch.utils.data import DataLoader
+    from torchvision import datasets
+
+    images = datasets.ImageFolder(job.folder, transform_v1(job, flip=False))
+    return DataLoader(images, batch_size=job.batch_size, num_workers=job.cores)
+
+
+# ---------------------------------------------------------------------------------------------------------------- torchvision
+
+
+def transform_v1(job: Job, *, flip: bool = True) -> Callable[[Any], Any]:
+    """PIL image -> tensor."""
+    from torchvision import transforms
+
+    steps: list[Any] = [transforms.Resize(job.res, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(job.res)]
+    steps += [transforms.RandomHorizontalFlip()] if flip else []
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(job.mean, job.std)])
+
+
+def transform_v2(job: Job, first: Any) -> Callable[[Any], Any]:
+    """``first`` makes a uint8 image tensor of what comes in."""
+    import torch
+    from torchvision.transforms import InterpolationMode, v2
+
+    return v2.Compose(
+        [
+            first,
+            v2.Resize(job.res, InterpolationMode.BICUBIC, antialias=True),
+            v2.CenterCrop(job.res),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(job.mean, job.std),
+        ]
+    )
+
+
+def _image_folder(job: Job, transform: Callable[[Any], Any]) -> Batches:
+    from torch.utils.data import DataLoader
+    from torchvision import datasets
+
+    return DataLoader(
+        datasets.ImageFolder(job.folder, transform),
+        batch_size=job.batch_size,
+        shuffle=True,
+        num_workers=job.cores,
+        drop_last=True,
+        persistent_workers=True,
+    )
+
+
+def torchvision_v1(job: Job) -> Batches:
+    return _image_folder(job, transform_v1(job))
+
+
+def torchvision_v2(job: Job) -> Batches:
+    from torchvision.transforms import v2
+
+    return _image_folder(job, transform_v2(job, v2.ToImage()))
+
+
+# ----------------------------------------------------------------------------------------------------------------- webdataset
+
+
+def webdataset(job: Job) -> Batches:
+    """tidali's own tars. Batches are made in the workers; the documentation's second shuffle over all workers' samples, which
+    would take the batches apart and copy them once more, is left out in its favour."""
+    import webdataset as wds
+
+    from tidali.contract import open_dataset
+
+    dataset = open_dataset(Path(job.root))
+    tars = [str(path) for path in dataset.tar_paths("train")]
+    images = ";".join(dataset.split("train").extensions)
+    samples = (
+        wds.WebDataset(tars, shardshuffle=len(tars))
+        .shuffle(1000)
+        .decode("pilrgb")
+        .to_tuple(images, "cls")
+        .map_tuple(transform_v1(job), int)
+        .batched(job.batch_size, partial=False)
+    )
+    workers = max(min(job.cores, len(tars), job.samples // job.batch_size), 1)  # each reads tars of its own
+    return wds.WebLoader(samples, batch_size=None, num_workers=workers, persistent_workers=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- DALI
+
+
+def dali_file(job: Job) -> Batches:
+    """As DALI's own ResNet training example reads."""
+    from nvidia.dali import fn
+    from nvidia.dali.plugin.pytorch import DALIClassificationIterator, LastBatchPolicy
+
+    def read() -> Any:
+        return fn.readers.file(name="Reader", file_root=job.folder, random_shuffle=True, pad_last_batch=True)
+
+    pipe = _dali_pipeline(job, read)
+    batches = DALIClassificationIterator(pipe, reader_name="Reader", last_batch_policy=LastBatchPolicy.DROP, auto_reset=True)
+    return _Mapped(batches, lambda batch: (batch[0]["data"], batch[0]["label"]))
+
+
+def dali_webdataset(job: Job) -> Batches:
+    """As DALI's webdataset example reads, its buffers left at their defaults. It has no epochs of its own."""
+    import numpy as np
+    import torch
+    from nvidia.dali import fn, types
+
+    from tidali.contract import LABEL_EXTENSION, open_dataset
+
+    dataset = open_dataset(Path(job.root))
+    weights = np.array([10**k for k in reversed(range(dataset.manifest.label_digits))], np.int32)
+
+    def read() -> Any:
+        found: Any = fn.readers.webdataset(
+            paths=[str(path) for path in dataset.tar_paths("train")],
+            index_paths=[str(path) for path in dataset.index_paths("train")],
+            ext=[";".join(dataset.split("train").extensions), LABEL_EXTENSION],
+            missing_component_behavior="error",
+            random_shuffle=True,
+        )
+        images, digits = found
+        return images, fn.reductions.sum((fn.cast(digits, dtype=types.INT32) - ord("0")) * types.Constant(weights))
+
+    pipe = _dali_pipeline(job, read)
+    pipe.build()
+
+    class Epochs:
+        def __iter__(self) -> Iterator[Any]:
+            for _ in range(job.samples // job.batch_size):
+                yield tuple(torch.from_dlpack(output.as_tensor()) for output in pipe.run())
+
+    return Epochs()
+
+
+def _dali_pipeline(job: Job, read: Callable[[], Any]) -> Any:
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=job.batch_size, num_threads=job.cores, device_id=None)
+    def define() -> tuple[Any, Any]:
+        encoded, labels = read()
+        images = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+        if not job.as_stored:
+            images = fn.resize(images, size=job.res, mode="not_smaller", interp_type=types.INTERP_CUBIC)
+        images = fn.crop_mirror_normalize(
+            images,
+            dtype=types.FLOAT,
+            output_layout="CHW",
+            crop=(job.res, job.res),
+            mean=[255 * value for value in job.mean],
+            std=[255 * value for value in job.std],
+            mirror=fn.random.coin_flip(),
+        )
+        return images, labels
+
+    return define()
+
+
+# ----------------------------------------------------------------------------------------------------------------------- FFCV
+
+
+def ffcv_raw(job: Job) -> Batches:
+    return _ffcv(job, "raw")
+
+
+def ffcv_jpg(job: Job) -> Batches:
+    """It stores JPEGs of its own, made of the decoded pixels."""
+    return _ffcv(job, "jpg")
+
+
+def _ffcv(job: Job, mode: str) -> Batches:
+    import numpy as np
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
+    from ffcv.writer import DatasetWriter
+    from torchvision import datasets
+
+    path = Path(job.scratch) / f"{mode}.beton"
+    if not path.exists():
+        half = path.with_suffix(".part")
+        writer = DatasetWriter(str(half), {"image": RGBImageField(write_mode=mode), "label": IntField()}, num_workers=job.cores)
+        writer.from_indexed_dataset(datasets.ImageFolder(job.folder))
+        half.rename(path)
+    decoder = SimpleRGBImageDecoder() if job.as_stored else CenterCropRGBImageDecoder((job.res, job.res), 1.0)
+    normalise = NormalizeImage(255 * np.array(job.mean), 255 * np.array(job.std), np.float32)
+    return Loader(
+        str(path),
+        batch_size=job.batch_size,
+        num_workers=job.cores,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        drop_last=True,
+        pipelines={
+            "image": [decoder, RandomHorizontalFlip(), normalise, ToTensor(), ToTorchImage()],
+            "label": [IntDecoder(), ToTensor()],
+        },
+    )
+
+
+# ------------------------------------------------------------------------------------------------ LitData, MosaicML, SPDL
+
+
+def litdata(job: Job) -> Batches:
+    """The JPEGs as they are, in LitData's chunks."""
+    from litdata import StreamingDataLoader, StreamingDataset, optimize
+    from torchvision.transforms import v2
+
+    chunks = Path(job.scratch) / "chunks"
+    if not (chunks / "index.json").exists():
+        optimize(litdata_sample, files_of(job), output_dir=str(chunks), chunk_bytes="64MB", num_workers=job.cores)
+    transform = transform_v2(job, v2.RGB())  # a grey JPEG comes with one channel
+
+    class Images(StreamingDataset):
+        def __getitem__(self, index: Any) -> Any:
+            sample = super().__getitem__(index)
+            return transform(sample["image"]), sample["label"]
+
+    images = Images(str(chunks), shuffle=True, drop_last=True)
+    return StreamingDataLoader(images, batch_size=job.batch_size, num_workers=job.cores, drop_last=True)
+
+
+def litdata_sample(item: tuple[str, int]) -> dict[str, Any]:
+    from PIL import Image
+
+    path, label = item
+    return {"image": Image.open(path), "label": label}
+
+
+def mosaic(job: Job) -> Batches:
+    """The JPEGs as they are, in MosaicML's shards."""
+    from PIL import Image
+    from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
+
+    shards = Path(job.scratch) / "mds"
+    if not (shards / "index.json").exists():
+        files = files_of(job)
+        with MDSWriter(out=str(shards), columns={"image": "jpeg", "label": "int"}) as writer:
+            for path, label in random.Random(0).sample(files, len(files)):
+                with Image.open(path) as image:
+                    writer.write({"image": image, "label": label})
+    transform = transform_v1(job)
+
+    class Images(StreamingDataset):
+        def __getitem__(self, at: Any) -> Any:
+            sample = super().__getitem__(at)
+            return transform(sample["image"].convert("RGB")), sample["label"]
+
+    images = Images(local=str(shards), shuffle=True, batch_size=job.batch_size)
+    return StreamingDataLoader(
+        images, batch_size=job.batch_size, num_workers=job.cores, drop_last=True, persistent_workers=True
+    )
+
+
+def spdl(job: Job) -> Batches:
+    """Batches decoded and resized by FFmpeg's libraries in threads, as in SPDL's ImageNet example."""
+    import spdl.io
+    import torch
+    from spdl.pipeline import PipelineBuilder
+
+    files = files_of(job)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (job.mean, job.std))
+    scale = {"scale_width": job.res, "scale_height": job.res, "scale_mode": "crop", "scale_algo": "bicubic"}
+    described = spdl.io.get_video_filter_desc(
+        **({} if job.as_stored else scale), crop_width=job.res, crop_height=job.res, pix_fmt="rgb24"
+    )
+
+    def decode(items: list[tuple[str, int]]) -> tuple[Any, Any]:
+        paths, labels = zip(*items, strict=True)
+        buffer = spdl.io.load_image_batch(list(paths), width=None, height=None, pix_fmt=None, filter_desc=described)
+        images = spdl.io.to_torch(buffer).permute(0, 3, 1, 2)
+        mirrored = torch.rand(len(images)) < 0.5
+        images[mirrored] = images[mirrored].flip(3)
+        return images.float().sub_(255 * mean).div_(255 * std), torch.tensor(labels)
+
+    class Epochs:
+        def __iter__(self) -> Iterator[Any]:
+            pipeline = (
+                PipelineBuilder()
+                .add_source(random.sample(files, len(files)))
+                .aggregate(job.batch_size, drop_last=True)
+                .pipe(decode, concurrency=job.cores)
+                .add_sink()
+                .build(num_threads=job.cores)
+            )
+            with pipeline.auto_stop():
+                yield from pipeline
+
+    return Epochs()
+
+
+# --------------------------------------------------------------------------------------------------------------------- tidali
+
+
+def tidali_streaming(job: Job) -> Batches:
+    return _tidali(job, "off", "float32")
+
+
+def tidali_cached(job: Job) -> Batches:
+    return _tidali(job, "device", "float32")
+
+
+def tidali_cached_bf16(job: Job) -> Batches:
+    """What a training step under bf16 autocast takes."""
+    return _tidali(job, "device", "bfloat16")
+
+
+def _tidali(job: Job, cache: Any, dtype: str) -> Batches:
+    import torch
+
+    from tidali.augment import Augment
+    from tidali.contract import open_dataset
+    from tidali.data import Data
+
+    data = Data(open_dataset(Path(job.root)), ("train",), torch.device("cpu"), cache=cache, max_res=job.res)
+    return data.batches(
+        "train",
+        res=job.res,
+        batch_size=job.batch_size,
+        mean=job.mean,
+        std=job.std,
+        train=True,
+        augment=Augment(flip="random"),
+        dtype=getattr(torch, dtype),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------- small
+
+
+class _Mapped:
+    """An iterable of batches, each put into another form."""
+
+    def __init__(self, batches: Iterable[Any], function: Callable[[Any], Any]) -> None:
+        self._batches, self._function = batches, function
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._function, self._batches)

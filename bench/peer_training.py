@@ -1,0 +1,231 @@
+"""Training loops that are measured, each twice: its step alone, on one batch that stays in memory, and end to end, fed by the
+loader that it comes with. ResNet-18 with the stock stem from random weights, on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import datasets, models, transforms
+
+from bench.peer_loaders import torchvision_v1
+from bench.peer_worker import Job, Stream
+from tidali.augment import Augment
+from tidali.config import make_recipe
+from tidali.contract import open_dataset
+from tidali.data import Data
+from tidali.device import plan_device
+from tidali.engine import make_train_state, train_step
+from tidali.metrics import Meter
+from tidali.models import build_resnet18
+
+TrainOn = Callable[[Tensor, Tensor], Tensor]
+"""One optimizer step on images and labels; gives the loss."""
+
+
+class Training:
+    """A loop's steps on batches that `next_batch` gives."""
+
+    def __init__(self, train_on: TrainOn, next_batch: Callable[[], Any], device: torch.device) -> None:
+        self.device, self._train_on, self._next_batch = device, train_on, next_batch
+
+    def step(self) -> int:
+        images, labels = self._next_batch()
+        self._train_on(images, labels)
+        return len(labels)
+
+    def check(self, batches: int | None) -> dict[str, Any]:
+        """Of the first step: its loss, and what went into it."""
+        images, labels = self._next_batch()
+        return {"loss": float(self._train_on(images, labels)), "images": len(labels), "shape": list(images.shape[1:])}
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _in_memory(job: Job, device: torch.device, memory_format: torch.memory_format) -> Callable[[], tuple[Tensor, Tensor]]:
+    images = torch.randn(job.batch_size, 3, job.res, job.res, device=device).to(memory_format=memory_format)
+    labels = torch.randint(job.classes, (job.batch_size,), device=device)
+    return lambda: (images, labels)
+
+
+# ---------------------------------------------------------------------------------------------------------- the original study
+
+
+def study_step(job: Job) -> Training:
+    device = _device()
+    return Training(_study(job, device), _in_memory(job, device, torch.contiguous_format), device)
+
+
+def study_loop(job: Job) -> Training:
+    device = _device()
+    steps = [transforms.Resize(job.res, transforms.InterpolationMode.BICUBIC), transforms.RandomHorizontalFlip()]
+    images = datasets.ImageFolder(job.folder, transforms.Compose([*steps, transforms.ToTensor()]))  # it does not normalise
+    loader = torch.utils.data.DataLoader(images, batch_size=job.batch_size, shuffle=True, num_workers=job.cores, drop_last=True)
+    return Training(_study(job, device), Stream(loader, job).next, device)
+
+
+def _study(job: Job, device: torch.device) -> TrainOn:
+    """float32, NCHW, eager, SGD without decay; loss and accuracy are read after each step."""
+    model = models.resnet18(num_classes=job.classes).to(device).train()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    running: dict[str, Any] = {"loss": 0.0, "corrects": 0}
+
+    def train_on(images: Tensor, labels: Tensor) -> Tensor:
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        outputs = model(images)
+        loss = criterion(outputs, labels)
+        loss.backward()
+        optimizer.step()
+        running["loss"] += loss.item() * len(images)
+        running["corrects"] += (outputs.argmax(1) == labels).sum()
+        return loss.detach()
+
+    return train_on
+
+
+# ------------------------------------------------------------------------------------------------------ torchvision's reference
+
+
+def torchvision_step(job: Job) -> Training:
+    device = _device()
+    return Training(_torchvision(job, device), _in_memory(job, device, torch.contiguous_format), device)
+
+
+def torchvision_loop(job: Job) -> Training:
+    device = _device()
+    return Training(_torchvision(job, device), Stream(torchvision_v1(job), job).next, device)
+
+
+def _torchvision(job: Job, device: torch.device) -> TrainOn:
+    """references/classification/train.py with ``--amp``: SGD 0.1, momentum 0.9, decay 1e-4, NCHW; loss, top-1 and top-5 are
+    read after each step. Its ``--amp`` is CUDA's autocast and scaler: on a CPU the step is float32."""
+    model = models.resnet18(num_classes=job.classes).to(device).train()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    amp = device.type == "cuda"
+    scaler = torch.amp.GradScaler("cuda", enabled=amp)
+
+    def train_on(images: Tensor, labels: Tensor) -> Tensor:
+        images, labels = images.to(device), labels.to(device)
+        with torch.amp.autocast("cuda", enabled=amp):
+            output = model(images)
+            loss = criterion(output, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        with torch.inference_mode():
+            correct = output.topk(min(5, job.classes)).indices == labels[:, None]
+            float(correct[:, 0].sum())
+            float(correct.sum())
+        return torch.tensor(loss.item())
+
+    return train_on
+
+
+# ------------------------------------------------------------------------------------------------------------------------ timm
+
+
+def timm_step(job: Job) -> Training:
+    device = _device()
+    return Training(_timm(job, device), _in_memory(job, device, torch.channels_last), device)
+
+
+def timm_loop(job: Job) -> Training:
+    """timm's loader, its crop, colour jitter and interpolation set so that it gives the same images as the others."""
+    from timm.data import ImageDataset, create_loader
+
+    device = _device()
+    loader = create_loader(
+        ImageDataset(job.folder),
+        input_size=(3, job.res, job.res),
+        batch_size=job.batch_size,
+        is_training=True,
+        scale=(1.0, 1.0),
+        ratio=(1.0, 1.0),
+        hflip=0.5,
+        color_jitter=None,
+        interpolation="bicubic",
+        mean=job.mean,
+        std=job.std,
+        num_workers=job.cores,
+        device=device,
+        use_prefetcher=device.type == "cuda",
+    )
+    return Training(_timm(job, device), Stream(loader, job).next, device)
+
+
+def _timm(job: Job, device: torch.device) -> TrainOn:
+    """train.py with ``--amp --amp-dtype bfloat16 --channels-last``: timm's model, its SGD with Nesterov momentum 0.9 and decay
+    2e-5, label smoothing 0.1."""
+    import timm
+    from timm.loss import LabelSmoothingCrossEntropy
+    from timm.optim import create_optimizer_v2
+
+    model = timm.create_model("resnet18", num_classes=job.classes)
+    model = model.to(device).to(memory_format=torch.channels_last).train()
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, momentum=0.9, weight_decay=2e-5)
+    criterion = LabelSmoothingCrossEntropy(0.1)
+
+    def train_on(images: Tensor, labels: Tensor) -> Tensor:
+        images, labels = images.to(device), labels.to(device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.amp.autocast(device.type, dtype=torch.bfloat16):
+            loss = criterion(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return train_on
+
+
+# ---------------------------------------------------------------------------------------------------------------------- tidali
+
+
+def tidali_step(job: Job) -> Training:
+    device = plan_device("auto", "auto", "auto").device
+    return Training(_tidali(job), _in_memory(job, device, torch.channels_last), device)
+
+
+def tidali_loop(job: Job) -> Training:
+    device = plan_device("auto", "auto", "auto").device
+    data = Data(open_dataset(Path(job.root)), ("train",), device, max_res=job.res)
+    settings: dict[str, Any] = dict(
+        res=job.res, batch_size=job.batch_size, mean=job.mean, std=job.std, train=True, augment=Augment(flip="random")
+    )
+    return Training(_tidali(job), Stream(data.batches("train", **settings), job).next, device)
+
+
+def _tidali(job: Job) -> TrainOn:
+    """The default recipe's step, averaged weights included, as ``tidali train`` takes it."""
+    recipe = make_recipe("modern")
+    plan = plan_device("auto", "auto", "auto")
+    state = make_train_state(
+        build_resnet18(job.classes, "imagenet"),
+        plan,
+        lambda step: 1e-3,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+        label_smoothing=recipe.label_smoothing,
+        grad_clip_norm=recipe.grad_clip_norm,
+        ema_decay=recipe.ema_decay,
+    )
+    state.model.train()
+    meter = Meter(plan.device)
+
+    def train_on(images: Tensor, labels: Tensor) -> Tensor:
+        logits = train_step(state, images, labels)
+        meter.update(logits, labels)
+        return meter.sums[1] / meter.sums[0]
+
+    return train_on

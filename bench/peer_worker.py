@@ -1,0 +1,179 @@
+"""A measured case's own process: it prepares its batches, then checks and measures itself whenever it is asked to.
+
+Every case, tidali's too, runs in one of these, so that all are measured alike: by their own clock, alone in their process. The
+protocol is a JSON object a line: questions on standard input, answers on what was standard output, which is pointed at standard
+error meanwhile, where the peers' own messages go.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a case is told. Plain values: it crosses to another Python as JSON."""
+
+    target: str
+    """``module:function``. The function takes the job and returns a `Subject`, or an iterable of batches: images
+    (N, 3, res, res), labels (N,), an epoch each time it is iterated over."""
+    package: str
+    """The distribution whose version is told."""
+    root: str
+    """The packed data set."""
+    folder: str
+    """Its train split as files, CLASS/KEY.jpg, the class a number."""
+    scratch: str
+    """This case's own, for the data in its own format; kept between resolutions."""
+    res: int
+    batch_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: int
+    samples: int
+    as_stored: bool
+    """Every image has the size asked for: no resize."""
+    cores: int
+
+    @staticmethod
+    def from_json(text: str) -> Job:
+        return Job(**json.loads(text))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+class Subject(Protocol):
+    """What is measured."""
+
+    device: Any
+    """torch's, to be drained before the clock is read; None for the host."""
+
+    def step(self) -> int:
+        """Do one batch; the images in it."""
+        ...
+
+    def check(self, batches: int | None) -> dict[str, Any]:
+        """What the parent judges the case by.
+
+        Args:
+            batches: at most so many; None: an epoch.
+        """
+        ...
+
+
+class Stream:
+    """Batches taken one after the other, epoch after epoch."""
+
+    device = None
+
+    def __init__(self, loader: Iterable[Any], job: Job) -> None:
+        self._loader, self._job = loader, job
+        self._batches: Iterator[Any] | None = None
+
+    def step(self) -> int:
+        return len(self.next()[1])
+
+    def next(self) -> Any:
+        batch = self._next_of_epoch()
+        if batch is None:
+            batch = self._next_of_epoch()
+        if batch is None:
+            raise RuntimeError("it gives no batch: fewer samples a worker than a batch takes?")
+        return batch
+
+    def _next_of_epoch(self) -> Any:
+        """None at an epoch's end. An iterator is not asked again after that: FFCV's would wait for ever."""
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        batch = next(self._batches, None)
+        if batch is None:
+            self._batches = None
+        return batch
+
+    def check(self, batches: int | None) -> dict[str, Any]:
+        """Over the batches: how many images of each label, and their pixels' mean of each label and channel, and deviation."""
+        import torch
+
+        classes = self._job.classes
+        counts = torch.zeros(classes, dtype=torch.int64)
+        sums = torch.zeros(classes, 3, dtype=torch.float64)
+        squares, wrong_labels, shapes, dtypes = 0.0, 0, set(), set()
+        for _ in range(batches) if batches is not None else itertools.count():
+            batch = self._next_of_epoch()
+            if batch is None:
+                break
+            images, labels = batch[0], torch.as_tensor(batch[1]).reshape(-1).long()
+            shapes.add(tuple(images.shape[1:]))
+            dtypes.add(str(images.dtype).removeprefix("torch."))
+            known = (labels >= 0) & (labels < classes)
+            wrong_labels += int((~known).sum())
+            counts += torch.bincount(labels[known], minlength=classes)
+            sums.index_add_(0, labels[known], images.double().mean(dim=(2, 3))[known])
+            squares += float(images.double().square().mean(dim=(1, 2, 3)).sum())
+        total = int(counts.sum())
+        mean = sums.sum() / max(3 * total, 1)
+        return {
+            "counts": counts.tolist(),
+            "unknown_labels": wrong_labels,
+            "class_means": (sums / counts.clamp(min=1)[:, None]).tolist(),
+            "mean": float(mean),
+            "std": max(squares / max(total, 1) - float(mean) ** 2, 0.0) ** 0.5,
+            "shapes": sorted(shapes),
+            "dtypes": sorted(dtypes),
+        }
+
+
+def serve(job: Job) -> None:
+    """Answer questions until standard input ends. ``check`` gives facts, ``measure`` an images_per_s."""
+    os.setpgid(0, 0)  # a group of its own, workers included, which the parent can hold still while others are measured
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    try:
+        subject = _open(job)
+        answer({"ready": True, "version": _version(job.package)})
+        for line in sys.stdin:
+            question = json.loads(line)
+            if question["do"] == "check":
+                answer(subject.check(question["batches"]))
+            else:
+                answer({"images_per_s": _measure(subject)})
+    except Exception as error:
+        traceback.print_exc()
+        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        answer({"error": f"{type(error).__name__}: {text}" if text else type(error).__name__})
+
+
+def _open(job: Job) -> Subject:
+    module, _, name = job.target.partition(":")
+    function: Callable[[Job], Any] = getattr(importlib.import_module(module), name)
+    found = function(job)
+    return found if hasattr(found, "step") else Stream(found, job)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # DALI has a distribution for each CUDA; tidali runs from a checkout too
+        return "unknown"
+
+
+def _measure(subject: Subject) -> float:
+    """By the protocol of every benchmark here: see `bench.measure`."""
+    from bench.measure import Case, measure
+
+    return measure([Case(name="", step=subject.step, device=subject.device)], repeats=1)[""].median
