@@ -31,7 +31,7 @@ def wrong_loader(facts: Mapping[str, Any], reference: Mapping[str, Any], job: Jo
     """
     counts, expected = facts["counts"], reference["counts"]
     given = sum(counts)
-    if not given:
+    if not facts["shapes"]:
         return "it gives no batch"
     if [list(shape) for shape in facts["shapes"]] != [[3, job.res, job.res]]:
         return f"its images are of {facts['shapes']}, not of (3, {job.res}, {job.res})"

@@ -7,6 +7,7 @@ tidali runs in, whose packages come after its own on the path. So a peer may hav
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -99,13 +100,15 @@ def parent_packages() -> list[str]:
 
 def _make(folder: Path, python: Path, environment: Environment, log: Path) -> None:
     with log.open("wb") as out:
-        _run([sys.executable, "-m", "venv", str(folder)], out, log, "")
+        _run([sys.executable, "-m", "venv", "--without-pip", str(folder)], out, log, "")
         own = next((folder / "lib").glob("python*")) / "site-packages"
         # The last of the .pth files, so that the parent's packages come after the peer's own.
         lines = [f"import site; site.addsitedir({path!r})" for path in parent_packages()]
         (own / "zz_tidali_parent.pth").write_text("\n".join(lines) + "\n")
         constraints = folder / "constraints.txt"
         constraints.write_text("".join(f"{line}\n" for line in _constraints()))
+        if importlib.util.find_spec("pip") is None:  # else it is among the parent's packages
+            _run([str(python), "-m", "ensurepip"], out, log, "")
         pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
         _run([*pip, "--constraint", str(constraints), *environment.requirements], out, log, environment.hint)
 
@@ -136,7 +139,7 @@ def what_failed(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     raised = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception")) and ": " in line]
     of_pip = [line for line in lines if line.startswith("ERROR: ")]
-    return (raised or of_pip or lines or ["no output"])[-1 if raised else 0].removeprefix("ERROR: ")
+    return (raised[-1:] or of_pip[:1] or lines[-1:] or ["no output"])[0].removeprefix("ERROR: ")
 
 
 def _constraints() -> list[str]:

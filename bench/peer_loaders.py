@@ -18,8 +18,9 @@ Batches = Iterable[Any]
 
 
 def files_of(job: Job) -> list[tuple[str, int]]:
-    """Every image's path and label, sorted by path."""
-    return [(str(path), int(path.parent.name)) for path in sorted(Path(job.folder).glob("*/*"))]
+    """Every image's path and label, in a random order, for loaders that shuffle less than all: tidali's shards are so too."""
+    files = [(str(path), int(path.parent.name)) for path in sorted(Path(job.folder).glob("*/*"))]
+    return random.Random(0).sample(files, len(files))
 
 
 def reference(job: Job) -> Batches:
@@ -234,7 +235,9 @@ def litdata(job: Job) -> Batches:
 
     chunks = Path(job.scratch) / "chunks"
     if not (chunks / "index.json").exists():
-        optimize(litdata_sample, files_of(job), output_dir=str(chunks), chunk_bytes="64MB", num_workers=job.cores)
+        settings: dict[str, Any] = {"chunk_bytes": "64MB", "num_workers": job.cores}
+        # By default it turns this process's later workers, the loader's, into spawned ones, which start slowly.
+        optimize(litdata_sample, files_of(job), output_dir=str(chunks), start_method="fork", **settings)
     transform = transform_v2(job, v2.RGB())  # a grey JPEG comes with one channel
 
     class Images(StreamingDataset):
@@ -243,7 +246,9 @@ def litdata(job: Job) -> Batches:
             return transform(sample["image"]), sample["label"]
 
     images = Images(str(chunks), shuffle=True, drop_last=True)
-    return StreamingDataLoader(images, batch_size=job.batch_size, num_workers=job.cores, drop_last=True)
+    return StreamingDataLoader(
+        images, batch_size=job.batch_size, num_workers=job.cores, drop_last=True, persistent_workers=True
+    )
 
 
 def litdata_sample(item: tuple[str, int]) -> dict[str, Any]:
@@ -260,9 +265,8 @@ def mosaic(job: Job) -> Batches:
 
     shards = Path(job.scratch) / "mds"
     if not (shards / "index.json").exists():
-        files = files_of(job)
         with MDSWriter(out=str(shards), columns={"image": "jpeg", "label": "int"}) as writer:
-            for path, label in random.Random(0).sample(files, len(files)):
+            for path, label in files_of(job):
                 with Image.open(path) as image:
                     writer.write({"image": image, "label": label})
     transform = transform_v1(job)

@@ -115,6 +115,8 @@ class Stream:
             images, labels = batch[0], torch.as_tensor(batch[1]).reshape(-1).long()
             shapes.add(tuple(images.shape[1:]))
             dtypes.add(str(images.dtype).removeprefix("torch."))
+            if images.shape[1:] != (3, self._job.res, self._job.res):
+                break
             known = (labels >= 0) & (labels < classes)
             wrong_labels += int((~known).sum())
             counts += torch.bincount(labels[known], minlength=classes)

@@ -1,0 +1,140 @@
+"""A case's process: its answers, its failures, and that it rests, workers included, while others are measured."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.peer_process import PeerFailed, PeerProcess
+from bench.peer_worker import Job
+
+FAKE = """
+import os, sys, time
+
+class Fake:
+    device = None
+
+    def __init__(self, job):
+        print("noise on standard output", flush=True)
+        os.system("echo and from a child")
+        self.worker = os.fork()
+        if not self.worker:
+            while True:
+                time.sleep(0.01)
+
+    def step(self):
+        time.sleep(0.2)
+        return 10
+
+    def check(self, batches):
+        if batches == 1:
+            raise ValueError("a reason\\nand more of it")
+        if batches == 2:
+            print("the last words", file=sys.stderr)
+            os._exit(3)
+        return {"worker": self.worker, "batches": batches}
+
+
+def fake(job):
+    return Fake(job)
+
+
+def broken(job):
+    raise OSError("no such library")
+"""
+
+
+@pytest.fixture
+def job(monkeypatch, tmp_path: Path) -> Job:
+    (tmp_path / "fake_case.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    return Job(
+        target="fake_case:fake",
+        package="torch",
+        root="",
+        folder="",
+        scratch=str(tmp_path / "scratch"),
+        res=8,
+        batch_size=10,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        classes=2,
+        samples=10,
+        as_stored=True,
+        cores=1,
+    )
+
+
+@pytest.fixture
+def process(job: Job, tmp_path: Path) -> Iterator[PeerProcess]:
+    process = PeerProcess(Path(sys.executable), job, tmp_path / "log")
+    yield process
+    process.stop()
+
+
+def state_of(pid: int) -> str:
+    """A letter of proc(5): R and S run, T is stopped; '' is gone, as is Z, dead and not yet collected."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+    return "" if letter == "Z" else letter
+
+
+def becomes(pid: int, states: str) -> bool:
+    """Signals arrive when the kernel delivers them: look for up to ten seconds."""
+    for _ in range(1000):
+        if state_of(pid) in list(states) or state_of(pid) == states:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_answers_and_rest(process: PeerProcess) -> None:
+    assert process.version  # the package's
+    facts: dict[str, Any] = process.check(None)
+    assert facts["batches"] is None
+    assert facts["worker"] > 0
+    assert becomes(facts["worker"], "T")
+    assert process.check(7)["batches"] == 7  # awake again
+    assert becomes(facts["worker"], "T")
+    process.stop()
+    assert becomes(facts["worker"], "")
+
+
+def test_it_measures_itself(process: PeerProcess) -> None:
+    assert 5 < process.measure() <= 51  # ten images in two tenths of a second, and never faster than it sleeps
+
+
+def test_a_failure_is_its_first_line(process: PeerProcess) -> None:
+    with pytest.raises(PeerFailed, match=r"^ValueError: a reason$"):
+        process.check(1)
+    with pytest.raises(PeerFailed, match=r"^its process ended with exit code 0"):  # and that was its end
+        process.check(3)
+
+
+def test_a_process_that_ends_is_told_with_its_last_words(process: PeerProcess) -> None:
+    worker = process.check(None)["worker"]
+    with pytest.raises(PeerFailed, match=r"^its process ended with exit code 3: the last words$"):
+        process.check(2)
+    process.stop()
+    assert becomes(worker, "")
+
+
+def test_a_process_that_does_not_start(job: Job, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    for target, reason in (
+        ("fake_case:broken", "OSError: no such library"),
+        ("fake_case:missing", "AttributeError: module 'fake_case' has no attribute 'missing'"),
+        ("no_such_module:any", "ModuleNotFoundError: No module named 'no_such_module'"),
+    ):
+        with pytest.raises(PeerFailed) as caught:
+            PeerProcess(Path(sys.executable), replace(job, target=target), tmp_path / "log")
+        assert str(caught.value) == reason

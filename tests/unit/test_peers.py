@@ -1,0 +1,301 @@
+"""``tidali bench peers``: which cases there are, how one that fails is told, and that a case doing other work is refused."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import peer_env, peers
+from bench.peer_check import wrong_loader, wrong_training
+from bench.peer_env import Environment, PeerMissing, python_of, what_failed
+from bench.peer_worker import Job, Stream
+from bench.peers import LOADERS, REFERENCE, TRAINING, Peer, chosen
+from tidali.contract import open_dataset
+from tidali.errors import UsageError
+
+# ------------------------------------------------------------------------------------------------------------------ the tables
+
+
+@pytest.mark.parametrize("table", [LOADERS, TRAINING])
+def test_every_case_has_a_function_and_an_environment(table: tuple[Peer, ...]) -> None:
+    assert len({peer.id for peer in table}) == len({peer.name for peer in table}) == len(table)
+    for peer in (*table, REFERENCE):
+        module, _, name = peer.target.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
+        assert peer.env is None or peer.env in peer_env.ENVIRONMENTS
+        assert peer.base is None or peer.base in {other.id for other in table}
+
+
+def test_a_name_chooses_a_case_or_a_family() -> None:
+    ids = [peer.id for peer in chosen(LOADERS, ["spdl", "ffcv", "torchvision-v2"])]
+    assert ids == ["torchvision-v2", "ffcv-raw", "ffcv-jpg", "spdl"]  # in the table's order
+    assert chosen(LOADERS, None) == LOADERS
+    assert [peer.id for peer in chosen(TRAINING, ["timm"])] == ["timm-step", "timm-loop"]
+
+
+@pytest.mark.parametrize("name", ["tensorflow", "", "torch", "ffcv-"])
+def test_an_unknown_name_lists_the_known(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"--peers {name}: choose from torchvision-v1, .*, tidali-cached-bf16"):
+        chosen(LOADERS, ["spdl", name])
+
+
+# ---------------------------------------------------------------------------------------------------------------- the check
+
+CLASSES, RES, BATCH, SAMPLES = 4, 8, 8, 60
+
+
+def make_job(**changes: Any) -> Job:
+    settings: dict[str, Any] = dict(
+        target="",
+        package="torch",
+        root="",
+        folder="",
+        scratch="",
+        res=RES,
+        batch_size=BATCH,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        classes=CLASSES,
+        samples=SAMPLES,
+        as_stored=True,
+        cores=1,
+    )
+    return Job(**{**settings, **changes})
+
+
+def make_batches(
+    change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = lambda x, y: (x, y),
+    samples: int = SAMPLES,
+    batch_size: int = BATCH,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Noise around a colour a class, of mean 0 and deviation about 1, in class order."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(samples) % CLASSES
+    colours = torch.tensor([[1.0, 0, -1], [-1, 1, 0], [0, -1, 1], [0, 0, 0]])
+    images = 0.8 * torch.randn(samples, 3, RES, RES, generator=generator) + colours[labels][:, :, None, None]
+    return [change(images[n : n + batch_size], labels[n : n + batch_size]) for n in range(0, samples, batch_size)]
+
+
+def facts_of(batches: list[Any], limit: int | None = None) -> dict[str, Any]:
+    return Stream(batches, make_job()).check(limit)
+
+
+REFERENCE_FACTS = facts_of(make_batches(samples=60))
+
+
+def verdict(facts: dict[str, Any], *, whole: bool = True, loose: int = 0) -> str | None:
+    return wrong_loader(facts, REFERENCE_FACTS, make_job(), whole=whole, loose=loose)
+
+
+def test_the_same_images_in_any_order_and_layout_pass() -> None:
+    assert verdict(REFERENCE_FACTS) is None
+    mirrored = make_batches(lambda x, y: (x.flip(3).to(memory_format=torch.channels_last), y[:, None].int()))
+    assert verdict(facts_of(mirrored[::-1])) is None
+    assert verdict(facts_of(make_batches(lambda x, y: (x.bfloat16(), y)))) is None
+
+
+def test_a_dropped_last_batch_passes_and_more_does_not() -> None:
+    batches = make_batches()
+    assert verdict(facts_of(batches[:-1])) is None  # 56 of 60
+    assert verdict(facts_of(batches[:-2])) == "an epoch has 48 of the 60 samples"
+    assert verdict(facts_of(batches[:-2]), whole=False) is None
+    assert verdict(facts_of([])) == "it gives no batch"
+
+
+def test_samples_of_the_next_epoch_pass_where_a_buffer_explains_them() -> None:
+    twice = facts_of([*make_batches(), make_batches()[0]])
+    assert verdict(twice) == "8 of its labels are not the train split's"
+    assert verdict(twice, loose=8) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x, y: (x, (y + 1) % CLASSES), "its labels are not those of its images"),
+        (lambda x, y: (x, torch.zeros_like(y)), "45 of its labels are not the train split's"),
+        (lambda x, y: (x, y + CLASSES), "60 of its labels are of no class"),
+        (lambda x, y: (x, torch.where(y == 0, -1, y)), "15 of its labels are of no class"),
+        (lambda x, y: (x.flip(1), y), "its labels are not those of its images"),  # BGR
+        (lambda x, y: (x + 0.5, y), "its pixels' mean is 0.49, not -0.01"),
+        (lambda x, y: (x / 0.25, y), "its pixels' deviation is"),
+        (lambda x, y: (x[:, :, :-1], y), r"its images are of \[\(3, 7, 8\)\], not of \(3, 8, 8\)"),
+        (lambda x, y: (x.permute(0, 2, 3, 1).contiguous(), y), r"its images are of \[\(8, 8, 3\)\]"),
+        (lambda x, y: ((x * 50).to(torch.uint8), y), "its images are uint8, not floating-point"),
+    ],
+)
+def test_other_work_is_refused(change: Callable[..., Any], reason: str) -> None:
+    said = verdict(facts_of(make_batches(change)))
+    assert said is not None
+    assert re.match(reason, said)
+
+
+def test_a_stream_goes_on_after_an_epoch_and_never_asks_an_iterator_that_has_ended() -> None:
+    class Once:
+        """FFCV's iterators wait for ever when they are asked again."""
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(OnceIterator())
+
+    class OnceIterator:
+        def __init__(self) -> None:
+            self.left, self.ended = [5, 3], False
+
+        def __iter__(self) -> OnceIterator:
+            return self
+
+        def __next__(self) -> Any:
+            assert not self.ended
+            if not self.left:
+                self.ended = True
+                raise StopIteration
+            count = self.left.pop(0)
+            return torch.zeros(count, 3, RES, RES), torch.zeros(count)
+
+    stream = Stream(Once(), make_job())
+    assert sum(stream.check(None)["counts"]) == 8
+    assert [stream.step() for _ in range(5)] == [5, 3, 5, 3, 5]
+    with pytest.raises(RuntimeError, match="gives no batch"):
+        Stream([], make_job()).step()
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"loss": 1.5, "images": BATCH, "shape": [3, RES, RES]}, None),
+        ({"loss": 2.5, "images": BATCH, "shape": [3, RES, RES]}, "its first loss is 2.50; guessing has 1.39"),
+        ({"loss": float("nan"), "images": BATCH, "shape": [3, RES, RES]}, "its first loss is nan; guessing has 1.39"),
+        ({"loss": 1.5, "images": 4, "shape": [3, RES, RES]}, "its batch is 4 images of [3, 8, 8]"),
+    ],
+)
+def test_a_training_step_starts_by_guessing(facts: dict[str, Any], reason: str | None) -> None:
+    assert wrong_training(facts, make_job()) == reason
+
+
+# -------------------------------------------------------------------------------------------------------------- environments
+
+
+@pytest.fixture
+def peers_home(monkeypatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tidali" / "peers"
+
+
+def write_wheel(folder: Path) -> Path:
+    """A distribution of one module, which needs torch, as pip takes it without a network."""
+    wheel = folder / "a_peer-1.0-py3-none-any.whl"
+    info = "a_peer-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as out:
+        out.writestr("a_peer.py", "import torch\nWHERE = torch.__file__\n")
+        out.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: a-peer\nVersion: 1.0\nRequires-Dist: torch\n")
+        out.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        out.writestr(f"{info}/RECORD", f"a_peer.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+    return wheel
+
+
+def test_an_environment_has_the_peer_and_this_torch_and_is_kept(peers_home: Path, monkeypatch, tmp_path: Path) -> None:
+    wheel = write_wheel(tmp_path)
+    monkeypatch.setitem(peer_env.ENVIRONMENTS, "a", Environment(requirements=(str(wheel),)))
+    python = python_of("a")
+    assert python.is_relative_to(peers_home)
+    assert list(peers_home.glob("**/torch")) == []
+    done = subprocess.run([python, "-c", "import a_peer; print(a_peer.WHERE)"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == torch.__file__
+
+    made = (peers_home / "a" / "made.json").stat().st_mtime_ns
+    assert python_of("a") == python
+    assert (peers_home / "a" / "made.json").stat().st_mtime_ns == made
+    monkeypatch.setitem(peer_env.ENVIRONMENTS, "a", Environment(requirements=(str(tmp_path / "gone-1.0-py3-none-any.whl"),)))
+    with pytest.raises(PeerMissing, match="cannot be installed"):  # asked for something else, it is made anew
+        python_of("a")
+
+
+def test_a_failed_installation_has_its_reason_and_the_way_out(peers_home: Path, monkeypatch, tmp_path: Path) -> None:
+    gone = tmp_path / "gone-1.0-py3-none-any.whl"
+    monkeypatch.setitem(peer_env.ENVIRONMENTS, "b", Environment(requirements=(str(gone),), hint="get it from the shelf"))
+    for _ in range(2):  # a failure is not taken for an environment
+        with pytest.raises(PeerMissing, match=r"cannot be installed: .*gone-1\.0.* \(log: .*b\.log\); get it from the shelf$"):
+            python_of("b")
+
+
+def test_what_failed_finds_the_exception_in_pips_output() -> None:
+    log = """
+      Traceback (most recent call last):
+        File "<string>", line 2, in <module>
+      ValueError: Could not find required package: opencv4.
+      [end of output]
+    note: This error originates from a subprocess, and is likely not a problem with pip.
+    ERROR: Failed to build ffcv
+    """
+    assert what_failed(log) == "ValueError: Could not find required package: opencv4."
+    assert what_failed("Looking\nERROR: No matching distribution found for x\nERROR: other") == (
+        "No matching distribution found for x"
+    )
+    assert what_failed("one\ntwo\n") == "two"
+    assert what_failed("") == "no output"
+
+
+# -------------------------------------------------------------------------------------------------------------- the whole run
+
+LIAR = """
+import torch
+from bench.peer_loaders import torchvision_v1
+
+
+class Shifted:
+    def __init__(self, job):
+        self.batches, self.classes = torchvision_v1(job), job.classes
+
+    def __iter__(self):
+        for images, labels in self.batches:
+            yield images, (labels + 1) % self.classes
+
+
+def shifted(job):
+    return Shifted(job)
+
+
+def absent(job):
+    import a_package_that_is_not_there
+"""
+
+
+@pytest.mark.slow
+def test_rows_of_cases_that_run_lie_or_cannot_be_had(monkeypatch, demo_data: Path, tmp_path: Path, peers_home: Path) -> None:
+    (tmp_path / "liar.py").write_text(LIAR)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setitem(peer_env.ENVIRONMENTS, "gone", Environment(requirements=(str(tmp_path / "gone-1-py3-none-any.whl"),)))
+    table = (
+        LOADERS[0],
+        Peer(id="shifted", name="shifted", target="liar:shifted", package="torch"),
+        Peer(id="absent", name="absent", target="liar:absent", package="torch", hint="find it"),
+        Peer(id="gone", name="gone", target="liar:shifted", package="torch", env="gone"),
+        Peer(id="tidali-cached", name="tidali cached", target="bench.peer_loaders:tidali_cached", package="tidali"),
+    )
+    monkeypatch.setattr(peers, "LOADERS", table)
+    document = peers.bench_peers(open_dataset(demo_data), resolutions=[32], batch_size=8, repeats=1, peers=None)
+    assert (document["benchmark"], document["repeats"], document["batch_size"]) == ("peers", 1, 8)
+    rows = {row["case"]: row for row in document["rows"]}
+    assert list(rows) == [peer.name for peer in table]
+    assert rows["torchvision v1"]["times_torchvision"] == 1.0
+    rate = rows["tidali cached"]["images_per_s"]
+    assert 0 < rate["min"] <= rate["median"] <= rate["max"]
+    base = rows["torchvision v1"]["images_per_s"]["median"]
+    assert rows["tidali cached"]["times_torchvision"] == pytest.approx(rate["median"] / base)
+    assert rows["shifted"] == {"res": 32, "case": "shifted", "not_run": "its labels are not those of its images"}
+    assert rows["absent"]["not_run"] == "ModuleNotFoundError: No module named 'a_package_that_is_not_there'; find it"
+    assert rows["gone"]["not_run"].startswith("cannot be installed: ")
+    assert document["peer_versions"]["torchvision"]
+
+
+def test_a_batch_larger_than_the_split_is_refused(demo_data: Path) -> None:
+    with pytest.raises(UsageError, match="--batch-size 161: the train split has 160 samples"):
+        peers.bench_peers(open_dataset(demo_data), resolutions=[32], batch_size=161, repeats=1, peers=["tidali"])
