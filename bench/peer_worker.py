@@ -11,7 +11,10 @@ import importlib
 import itertools
 import json
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -138,6 +141,7 @@ class Stream:
 def serve(job: Job) -> None:
     """Answer questions until standard input ends. ``check`` gives facts, ``measure`` an images_per_s."""
     os.setpgid(0, 0)  # a group of its own, workers included, which the parent can hold still while others are measured
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -158,6 +162,13 @@ def serve(job: Job) -> None:
         traceback.print_exc()
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         answer({"error": f"{type(error).__name__}: {text}" if text else type(error).__name__})
+
+
+def _end_with(parent: int) -> None:
+    """Should the parent be killed in the middle of a measurement, end the whole group."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _open(job: Job) -> Subject:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ class Fake:
         return 10
 
     def check(self, batches):
+        if batches == 0:
+            time.sleep(1000)
         if batches == 1:
             raise ValueError("a reason\\nand more of it")
         if batches == 2:
@@ -125,6 +128,37 @@ def test_a_process_that_ends_is_told_with_its_last_words(process: PeerProcess) -
         process.check(2)
     process.stop()
     assert becomes(worker, "")
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from bench.peer_process import PeerProcess
+from bench.peer_worker import Job
+process = PeerProcess(Path(sys.executable), Job.from_json(sys.argv[1]), Path(sys.argv[2]))
+print(process._process.pid, process.check(None)["worker"], flush=True)
+if sys.argv[3] == "busy":
+    process.check(0)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("doing", ["resting", "busy"])
+def test_nothing_outlives_a_killed_parent(job: Job, tmp_path: Path, doing: str) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, job.to_json(), str(tmp_path / "log"), doing],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with parent:
+        assert parent.stdout is not None
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        if doing == "resting":
+            assert becomes(pids[0], "T")
+        parent.kill()
+        assert all(becomes(pid, "") for pid in pids)
 
 
 def test_a_process_that_does_not_start(job: Job, tmp_path: Path) -> None:
