@@ -57,7 +57,9 @@ def comparison(runs: Sequence[Run], labels: Sequence[str]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(2 * WIDTH_IN, HEIGHT_IN + 0.4 + 0.22 * len(labels)))
+    names = [*labels, "evaluated", "train, as counted while training"]
+    columns = 2 if len(names) > 5 and max(len(name) for name in names) < 70 else 1  # a half holds 75 letters
+    figure = Figure(figsize=(2 * WIDTH_IN, HEIGHT_IN + 0.2 + 0.2 * -(-len(names) // columns)))
     accuracy, loss = figure.subplots(1, 2)
     _accuracy(accuracy, runs)
     _loss(loss, runs)
@@ -65,8 +67,7 @@ def comparison(runs: Sequence[Run], labels: Sequence[str]) -> Figure:
         Line2D([], [], color=series_colour(place), marker=series_marker(place), linestyle="-") for place in range(len(runs))
     ]
     lines += [Line2D([], [], color=MUTED, linestyle="-"), Line2D([], [], color=MUTED, linestyle="--", linewidth=1.2)]
-    names = [*labels, "evaluated", "train, as counted while training"]
-    legend = figure.legend(lines, [""] * len(lines), loc="outside lower left", fontsize=9)
+    legend = figure.legend(lines, [""] * len(lines), loc="outside lower left", fontsize=9, ncols=columns)
     for text, name in zip(legend.get_texts(), names, strict=True):  # given at once, names that begin with _ would be left out
         text.set_text(name)
     return figure
