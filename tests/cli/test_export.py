@@ -18,7 +18,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 
-from tidali import export, load_model, make_loader, open_data
+from tidali import export, load_model, make_loader, open_data, served
 from tidali.checkpoint import ModelCard, load_checkpoint, save_checkpoint
 from tidali.cli_model import parse_input_size
 from tidali.contract import ClassName
