@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tidali.console import say
+from tidali.console import warn
 from tidali.contract import LABEL_EXTENSION, Dataset, Shard, file_sha256, format_index, parse_index, read_record
 from tidali.device import cpu_count
 from tidali.errors import DatasetError
@@ -56,8 +56,8 @@ def leave_out_bad(dataset: Dataset, split: str, max_bad: int | None = None) -> D
             f"is {limit}; 'tidali verify' names them all, packing the source again mends them"
         )
     for image in bad:
-        say(f"left out, damaged: {image}")
-    say(f"{len(bad)} of the {samples} images of {split!r} are left out; packing the source again mends them")
+        warn(f"left out, damaged: {image}")
+    warn(f"{len(bad)} of the {samples} images of {split!r} are left out; packing the source again mends them")
     return without(dataset, split, bad)
 
 

@@ -5,18 +5,27 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tidali.cli_train import DeviceOption
 from tidali.errors import TidaliError
 
+if TYPE_CHECKING:
+    from tidali.contract import Dataset
+    from tidali.doctor import PackingTool
+    from tidali.findings import Finding
+    from tidali.parity import Row
+
 _MARKS = {"ok": "ok      ", "warning": "warning ", "failure": "FAILURE "}
 
 
 def doctor(
-    data: Annotated[str | None, typer.Option(help="A packed data set to look at too.")] = None,
+    data: Annotated[str | None, typer.Option(help="A packed data set to look at too, every hash of it.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="CKPT", help="A checkpoint to look at too, with --data whether its classes fit.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where run folders will be made.")] = Path("runs"),
     device: DeviceOption = "auto",
     parity: Annotated[
@@ -24,41 +33,74 @@ def doctor(
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of lines.")] = False,
 ) -> None:
-    """Look at what this machine can do, and say what to mend. Exits with 1 on any failure."""
-    from tidali.console import print_table, results
-    from tidali.doctor import examine, parity_rows
+    """Look at what this machine can do, and say what to mend. Exits with 1 on any failure.
+
+    It decodes, resizes, trains and evaluates small samples on the device, in every precision that it has, as this package's
+    tests do: about 20 s on a CPU, and longer on a GPU, where the model is compiled too.
+    """
+    from tidali.console import results
+    from tidali.doctor import Wishes, examine
 
     findings = []
-    for finding in examine(device, data, out):
+    for finding in examine(Wishes(device=device, out=out, data=data, checkpoint=checkpoint), _packing_tool()):
         findings.append(finding)
         if not json_:
             mend = f"; {finding.mend}" if finding.mend else ""
             results.print(f"{_MARKS[finding.status]}{finding.name}: {finding.text}{mend}", markup=False)
-    rows = parity_rows() if parity else []
+    rows = [row for finding in findings for row in finding.rows] if parity else []
     if json_:
-        document = {"findings": [asdict(finding) for finding in findings]}
-        if parity:
-            document["parity"] = [
-                {**asdict(row.comparison), "res": row.res, "largest": row.largest, "mean": row.mean} for row in rows
-            ]
-        print(json.dumps(document))
+        print(json.dumps(_document(findings, rows)))
     elif rows:
-        print_table(
-            "differences from 64 px, in grey levels of 0..255",
-            ("route", "against", "res", "largest", "allowed", "mean", "why that much"),
-            [
-                (
-                    row.comparison.route,
-                    row.comparison.against,
-                    row.res,
-                    f"{row.largest:.2f}",
-                    f"{row.comparison.largest_allowed:g}",
-                    f"{row.mean:.3f}",
-                    row.comparison.reason,
-                )
-                for row in rows
-            ],
-        )
+        _print_parity(rows)
     failed = [finding.name for finding in findings if finding.status == "failure"]
     if failed:
         raise TidaliError(f"{len(failed)} failure{'s' if len(failed) > 1 else ''}: {', '.join(failed)}")
+
+
+def _packing_tool() -> PackingTool:
+    from shards.demo import pack_demo
+    from shards.verify import verify
+    from tidali.contract import open_dataset
+    from tidali.doctor import PackingTool
+
+    def make_samples(folder: Path) -> Dataset:
+        pack_demo(folder, classes=4, per_class=20, workers=1)
+        return open_dataset(folder)
+
+    return PackingTool(make_samples=make_samples, verify=lambda folder: [str(fault) for fault in verify(folder).faults])
+
+
+def _document(findings: list[Finding], rows: list[Row]) -> dict[str, Any]:
+    from tidali.environment import versions
+
+    document: dict[str, Any] = {"versions": versions(), "findings": []}
+    for finding in findings:
+        entry = asdict(finding)
+        del entry["rows"]
+        document["findings"].append(entry)
+    if rows:
+        document["parity"] = [
+            {**asdict(row.comparison), "res": row.res, "largest": row.largest, "mean": row.mean} for row in rows
+        ]
+    return document
+
+
+def _print_parity(rows: list[Row]) -> None:
+    from tidali.console import print_table
+
+    print_table(
+        "differences from 64 px, in grey levels of 0..255",
+        ("route", "against", "res", "largest", "allowed", "mean", "why that much"),
+        [
+            (
+                row.comparison.route,
+                row.comparison.against,
+                row.res,
+                f"{row.largest:.2f}",
+                f"{row.comparison.largest_allowed:g}",
+                f"{row.mean:.3f}",
+                row.comparison.reason,
+            )
+            for row in rows
+        ],
+    )

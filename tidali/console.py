@@ -1,34 +1,90 @@
-"""What people see: messages and progress on standard error, results on standard output."""
+"""What people see: messages and progress on standard error, results on standard output.
+
+``tidali --quiet`` leaves out all messages but warnings, ``tidali --verbose`` adds details and the time that each line came at.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+
+from tidali.timing import now_s
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+Verbosity = Literal["quiet", "normal", "verbose"]
 
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
 results = Console(highlight=False, soft_wrap=True)
 _UNLIMITED_COLUMNS = 1000
 
+_verbosity: Verbosity = "normal"
+_start_s = now_s()
+
+
+def set_verbosity(verbosity: Verbosity) -> None:
+    """For the rest of this process."""
+    global _verbosity
+    _verbosity = verbosity
+
+
+def is_verbose() -> bool:
+    return _verbosity == "verbose"
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """As ``--quiet``, for as long as it is entered."""
+    before = _verbosity
+    set_verbosity("quiet")
+    try:
+        yield
+    finally:
+        set_verbosity(before)
+
 
 def say(text: str) -> None:
-    """One line on standard error, as it stands."""
-    messages.print(text, markup=False)
+    """One line on standard error, as it stands; not with ``--quiet``."""
+    if _verbosity != "quiet":
+        _print_message(text)
+
+
+def warn(text: str) -> None:
+    """One line on standard error that ``--quiet`` shows too: what is wrong, though the work goes on."""
+    _print_message(f"warning: {text}")
+
+
+def detail(text: str) -> None:
+    """One line on standard error, with ``--verbose`` alone."""
+    if is_verbose():
+        _print_message(text)
+
+
+def _print_message(text: str) -> None:
+    messages.print(f"{now_s() - _start_s:7.2f} s  {text}" if is_verbose() else text, markup=False)
 
 
 def progress_bar(*, note: bool = True, show: bool = True) -> Progress:
     """A bar on standard error, shown only where that is a terminal. Its field ``note`` holds running figures."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     if note:
         columns.append(TextColumn("{task.fields[note]}"))
-    return Progress(*columns, console=messages, transient=True, disable=not (show and messages.is_terminal))
+    # Asked of the file: rich takes anything for a terminal where FORCE_COLOR is set, as build servers do.
+    show = show and _verbosity != "quiet" and sys.stderr.isatty()
+    return Progress(*columns, console=messages, transient=True, disable=not show)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> None:
     """A table on standard output: the first ``left`` columns to the left, figures to the right."""
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", no_wrap=True)

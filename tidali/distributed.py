@@ -107,3 +107,21 @@ def joined_ranks(device_type: str) -> Iterator[Ranks]:
         yield ranks
     finally:
         distributed.destroy_process_group()
+
+
+def add_up(rank: int, backend: str, world_size: int, folder: str) -> None:
+    """Join a group of this many ranks that meet by a file in the folder, and add up their numbers over all of them.
+
+    Raises:
+        RuntimeError: the backend cannot work here, or gave another sum.
+    """
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    distributed.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    try:
+        number = torch.tensor([rank + 1.0], device="cuda" if backend == "nccl" else "cpu")
+        distributed.all_reduce(number)
+        if number.item() != world_size * (world_size + 1) / 2:
+            raise RuntimeError(f"the sum of 1 to {world_size} came out as {number.item()}")
+    finally:
+        distributed.destroy_process_group()

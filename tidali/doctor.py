@@ -2,125 +2,138 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import distributed
 
-from tidali import native
-from tidali.config import DeviceChoice
+from tidali import checks, doctor_files, native
+from tidali.config import CacheChoice, DeviceChoice
+from tidali.contract import Dataset
 from tidali.data import dali_is_installed, free_memory_bytes
 from tidali.device import DevicePlan, cpu_count, plan_device
-from tidali.engine import make_train_state, train_step
 from tidali.environment import versions
-from tidali.errors import TidaliError
-from tidali.models import build_resnet18
-from tidali.parity import Row, parity_table
-from tidali.timing import Stopwatch
+from tidali.errors import TidaliError, first_line
+from tidali.findings import REINSTALL, Finding, Status, guard, of_error, ok
+from tidali.gpu import driver_fault, driver_version, gpu_fault
+from tidali.parity import parity_table
+from tidali.source import open_data
 
-Status = Literal["ok", "warning", "failure"]
-
-MIN_FREE_DISK_MIB = 1024
-"""A run folder holds two sets of weights of 45 MB and a state of 134 MB, each written beside the old one first."""
-_WRITE_MIB = 64
-_MIN_DRIVER = 525
-"""CUDA 12's first driver branch (NVIDIA's CUDA compatibility guide), for which the DALI package is built."""
+MIN_TEMPORARY_MIB = 512
+"""A run of one epoch writes two sets of weights of 45 MB and a state of 134 MB, the last one beside the old one."""
+MIN_FREE_MEMORY_GIB = 2.0
+"""What a process takes that has torch and DALI imported and trains at 64 px: doctor itself peaked at 1.3 GiB on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One line of the report."""
+class Wishes:
+    """What to look at beside the machine."""
 
-    name: str
-    status: Status
-    text: str
-    mend: str = ""
-    """What to do about a warning or a failure."""
+    device: DeviceChoice = "auto"
+    out: Path = Path("runs")
+    """Where run folders will be made."""
+    data: str | None = None
+    """A packed data set."""
+    checkpoint: str | None = None
 
 
-def examine(device: DeviceChoice, data: str | None, out: Path) -> Iterator[Finding]:
-    """Every finding, as it is made.
+@dataclass(frozen=True, kw_only=True)
+class PackingTool:
+    """What the packing tool does here. It is handed in: the dependency points the other way."""
 
-    Args:
-        data: a packed data set to look at too.
-        out: where run folders will be made.
-    """
-    yield Finding(name="python", status="ok", text=f"{platform.python_version()} on {platform.platform()}, {cpu_count()} cores")
+    make_samples: Callable[[Path], Dataset]
+    """Make a small data set in a new folder, with the splits train and val."""
+    verify: Callable[[Path], Sequence[str]]
+    """Every fault of a data set, a line each."""
+
+
+def examine(wishes: Wishes, packing: PackingTool) -> Iterator[Finding]:
+    """Every finding, as it is made. One part's failure leaves the others to be looked at."""
     found = versions()
+    python = f"{platform.python_version()} on {platform.platform()}, {cpu_count()} cores; tidali {found['tidali']}"
+    yield Finding(name="python", status="ok", text=python)
     yield Finding(name="torch", status="ok", text=f"{found['torch']}, torchvision {found['torchvision']}")
-    yield from _gpu(device)
+    yield _gpu(wishes.device)
     try:
-        plan = plan_device(device, "auto", "auto")
-        yield Finding(name="device", status="ok", text=f"{plan.device}: {plan.name}")
+        plan = plan_device(wishes.device, "auto", "auto")
+        text = f"{plan.device}: {plan.name}; {plan.dtype_name} ({plan.amp_reason})"
+        text += f"; compile {'on' if plan.compile else 'off'} ({plan.compile_reason})"
+        yield Finding(name="device", status="ok", text=text)
     except TidaliError as error:
-        yield Finding(name="device", status="failure", text=str(error))
+        yield of_error("device", error, REINSTALL)
         plan = plan_device("cpu", "auto", "auto")
-    free_gib = free_memory_bytes(plan.device) / 2**30
-    yield Finding(name="memory", status="ok", text=f"{free_gib:.1f} GiB free for tidali on {plan.device.type}")
-    yield _guard("C compiler", _compiler)
-    yield _guard("DALI", lambda: _dali(found["nvidia-dali-cuda120"]))
+    yield guard("memory", lambda: _memory(plan.device))
+    yield guard("C compiler", _compiler)
+    yield guard("DALI", lambda: _dali(found["nvidia-dali-cuda120"]))
     if dali_is_installed():
-        yield _guard("resampling", _resampling)
-    yield _guard("training step", lambda: _step(plan))
-    yield _ranks(plan)
-    yield _guard("run folder", lambda: _run_folder(out))
-    if data is not None:
-        yield _guard("data", lambda: _data(data))
+        yield guard("resampling", _resampling)
+    yield from _checks(plan, packing)
+    yield guard("several ranks", lambda: _ranks(plan.device), "install torch's Linux build; one process can train without")
+    yield guard("run folder", lambda: doctor_files.run_folder(wishes.out))
+    dataset: Dataset | None = None
+    if wishes.data is not None:
+        location = wishes.data
+        try:
+            dataset = open_data(location)
+        except TidaliError as error:
+            yield of_error("data", error, "pack the source again: what is right is kept")
+        else:
+            there = dataset
+            yield guard("data", lambda: doctor_files.data(location, there, plan.device, packing.verify))
+    if wishes.checkpoint is not None:
+        given = wishes.checkpoint
+        mend = "give the best or last .safetensors of a run, or the run's folder; 'tidali train' makes one"
+        yield guard("checkpoint", lambda: doctor_files.checkpoint(given, dataset, plan), mend)
 
 
-def parity_rows() -> list[Row]:
-    """The table behind the line ``resampling``: how far each route to a network's input is from the DALI graph."""
-    return parity_table() if dali_is_installed() else []
+# --------------------------------------------------------------------------------------------------------------- the machine
 
 
-def _guard(name: str, look: Callable[[], Finding]) -> Finding:
-    """What was found, or what stopped the look: one part's failure leaves the others to be looked at."""
-    try:
-        return replace(look(), name=name)
-    except TidaliError as error:
-        return Finding(name=name, status="failure", text=str(error))
-    except Exception as error:  # anything a broken installation can do
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return Finding(name=name, status="failure", text=text, mend="install tidali anew in a new virtual environment")
-
-
-def _gpu(device: DeviceChoice) -> Iterator[Finding]:
-    driver = driver_version()
+def _gpu(device: DeviceChoice) -> Finding:
+    driver, cuda = driver_version(), torch.version.cuda
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-        yield Finding(name="GPU", status="ok", text=f"{names}; torch's CUDA {torch.version.cuda}, driver {driver or 'unknown'}")
-        if driver is not None and int(driver.partition(".")[0]) < _MIN_DRIVER:
-            text = f"driver {driver} is older than CUDA 12 needs"
-            yield Finding(name="driver", status="failure", text=text, mend=f"install driver {_MIN_DRIVER} or newer")
-    elif driver is None:
+        text = f"{names}; torch's CUDA {cuda}, driver {driver or 'unknown'}"
+        fault = driver_fault(driver, cuda) or gpu_fault(torch.cuda.get_device_capability(), torch.cuda.get_arch_list())
+        if fault is None:
+            return Finding(name="GPU", status="ok", text=text)
+        return Finding(name="GPU", status="failure", text=f"{text}: {fault[0]}", mend=fault[1])
+    if driver is None:
         status: Status = "failure" if device == "cuda" else "warning"
         text = "no NVIDIA driver is loaded: training runs on the CPU"
-        yield Finding(name="GPU", status=status, text=text, mend="for a GPU, install NVIDIA's driver")
-    elif torch.version.cuda is None:
+        mend = "for a GPU, install NVIDIA's driver; in a container, let it see the GPU (--gpus all)"
+        return Finding(name="GPU", status=status, text=text, mend=mend)
+    if cuda is None:
         text = f"driver {driver} is loaded, and this torch is built without CUDA: training runs on the CPU"
         mend = "install a CUDA build of torch (pytorch.org, 'Get started')"
-        yield Finding(name="GPU", status="failure", text=text, mend=mend)
-    else:
-        text = f"driver {driver} is loaded, and torch's CUDA {torch.version.cuda} cannot use it"
-        mend = f"install driver {_MIN_DRIVER} or newer, or let the container see the GPU (--gpus all)"
-        yield Finding(name="GPU", status="failure", text=text, mend=mend)
+        return Finding(name="GPU", status="failure", text=text, mend=mend)
+    text = f"driver {driver} is loaded, and torch's CUDA {cuda} cannot use it"
+    fault = driver_fault(driver, cuda)
+    if fault is None:
+        mend = "let the container see the GPU (--gpus all), and look at what nvidia-smi says"
+        return Finding(name="GPU", status="failure", text=text, mend=mend)
+    return Finding(name="GPU", status="failure", text=f"{text}: {fault[0]}", mend=fault[1])
 
 
-def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """Of the loaded NVIDIA kernel module, '550.54.15' for example; None where there is none."""
-    try:
-        first_line = path.read_text().splitlines()[0]
-    except (OSError, IndexError):
-        return None
-    return next((word for word in first_line.split() if word[0].isdigit() and "." in word), None)
+def _memory(device: torch.device) -> Finding:
+    free_gib = free_memory_bytes(device) / 2**30
+    text = f"{free_gib:.1f} GiB free for tidali on {device}"
+    if device.type == "cuda":
+        total_gib = torch.cuda.mem_get_info(device)[1] / 2**30
+        text += f", of {total_gib:.1f}"
+        if free_gib < 0.5 * total_gib:
+            mend = "end what else uses the GPU, nvidia-smi lists it"
+            return Finding(name="", status="warning", text=f"{text}: another program holds the rest", mend=mend)
+    if free_gib < MIN_FREE_MEMORY_GIB:
+        mend = f"{MIN_FREE_MEMORY_GIB:g} GiB are enough for 64 px: end other programs, and lower --batch-size"
+        return Finding(name="", status="warning", text=text, mend=mend)
+    return Finding(name="", status="ok", text=text)
 
 
 def _compiler() -> Finding:
@@ -141,78 +154,65 @@ def _dali(version: str) -> Finding:
 
 
 def _resampling() -> Finding:
-    rows = parity_rows()
+    rows = tuple(parity_table())
     worst = max((row for row in rows if row.comparison.route == "matrix"), key=lambda row: row.largest)
-    text = f"cached and streamed pixels differ by {worst.largest:.2f} of 255 grey levels at most, at {worst.res} px"
-    broken = [row for row in rows if not row.holds]
-    if not broken:
-        return Finding(name="", status="ok", text=text)
-    row = broken[0]
-    text = f"{row.comparison.route} and {row.comparison.against} differ by {row.largest:.2f} grey levels at {row.res} px"
-    mend = f"expected {row.comparison.largest_allowed:g} at most; report it with these versions"
-    return Finding(name="", status="failure", text=text, mend=mend)
+    broken = next((row for row in rows if not row.holds), None)
+    if broken is None:
+        text = f"the matrix route is {worst.largest:.2f} of 255 grey levels from the DALI graph at most, at {worst.res} px"
+        return Finding(name="", status="ok", text=text, rows=rows)
+    pair = broken.comparison
+    text = f"{pair.route} and {pair.against} differ by {broken.largest:.2f} grey levels at {broken.res} px"
+    mend = f"expected {pair.largest_allowed:g} at most: report it with these versions"
+    return Finding(name="", status="failure", text=text, mend=mend, rows=rows)
 
 
-def _step(plan: DevicePlan) -> Finding:
-    """One training step of the real network on a few random images."""
-    state = make_train_state(
-        build_resnet18(10, "imagenet"),
-        plan,
-        lambda step: 0.01,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=5e-4,
-        label_smoothing=0.1,
-    )
-    images = torch.randn(8, 3, 64, 64, device=plan.device).contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(8, device=plan.device)
-    watch = Stopwatch(plan.device)
-    logits = train_step(state, images, labels)
-    seconds = watch.elapsed_s()
-    how = f"{plan.dtype_name} ({plan.amp_reason}), compile {'on' if plan.compile else 'off'} ({plan.compile_reason})"
-    if not bool(torch.isfinite(logits).all()):
-        return Finding(name="", status="failure", text=f"{how}: not finite", mend="train with --amp off --compile off")
-    return Finding(name="", status="ok", text=f"{how}; the first took {seconds:.1f} s")
+def _ranks(device: torch.device) -> Finding:
+    kind = device.type
+    if not distributed.is_available():
+        raise TidaliError("this torch is built without torch.distributed")
+    return Finding(name="", status="ok", text=checks.ranks_can_talk(kind, torch.cuda.device_count() if kind == "cuda" else 1))
 
 
-def _ranks(plan: DevicePlan) -> Finding:
-    backends = [
-        name
-        for name, there in (("nccl", distributed.is_nccl_available), ("gloo", distributed.is_gloo_available))
-        if distributed.is_available() and there()
-    ]
-    needed = "nccl" if plan.device.type == "cuda" else "gloo"
-    if needed in backends:
-        return Finding(name="several ranks", status="ok", text=f"torchrun can use {' and '.join(backends)}")
-    text = f"this torch has no {needed}: one process only"
-    return Finding(name="several ranks", status="warning", text=text, mend="install torch's Linux build")
+# ------------------------------------------------------------------------------------------------------------ the work itself
 
 
-def _run_folder(out: Path) -> Finding:
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+def _checks(plan: DevicePlan, packing: PackingTool) -> Iterator[Finding]:
+    """The checks that the tests hold too, on a small data set made for them."""
+    device = plan.device
+    tried = checks.precisions(device, plan.amp_dtype)
+    mend = "train with --amp off --compile off, and report it with these versions"
+
+    def steps() -> Finding:
+        return ok("; ".join(checks.steps_lower_the_loss(device, amp) for amp in tried))
+
+    yield guard("training step", steps, mend)
+    if plan.compile:
+
+        def compiled() -> Finding:
+            return ok(f"{checks.compiled_is_eager(device)}; {checks.steps_lower_the_loss(device, 'auto', compile=True)}")
+
+        yield guard("compile", compiled, "train with --compile off")
     try:
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".tidali-doctor-") as file:
-            block = os.urandom(1 << 20)
-            watch = Stopwatch()
-            for _ in range(_WRITE_MIB):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            seconds = watch.elapsed_s()
-    except OSError as error:
-        text = f"{there}: cannot be written ({error.strerror})"
-        return Finding(name="", status="failure", text=text, mend="choose another --out, or make room")
-    free_mib = shutil.disk_usage(there).free / 2**20
-    text = f"{out}: {_WRITE_MIB / seconds:,.0f} MiB/s to disk, {free_mib / 1024:,.1f} GiB free"
-    if free_mib < MIN_FREE_DISK_MIB:
-        return Finding(name="", status="warning", text=text, mend=f"a run needs up to {MIN_FREE_DISK_MIB} MiB: make room")
-    return Finding(name="", status="ok", text=text)
+        with tempfile.TemporaryDirectory(prefix="tidali-doctor-") as folder:
+            free_mib = shutil.disk_usage(folder).free / 2**20
+            if free_mib < MIN_TEMPORARY_MIB:
+                raise TidaliError(f"{free_mib:.1f} MiB free in {Path(folder).parent}")
+            samples = packing.make_samples(Path(folder) / "samples")
+            yield from _checks_on(samples, device, Path(folder))
+    except (OSError, TidaliError) as error:
+        mend = f"the checks of the loader and of training need {MIN_TEMPORARY_MIB} MiB: make room, or name another by TMPDIR"
+        yield Finding(name="temporary folder", status="failure", text=first_line(error), mend=mend)
 
 
-def _data(data: str) -> Finding:
-    from tidali.source import open_data
+def _checks_on(samples: Dataset, device: torch.device, folder: Path) -> Iterator[Finding]:
+    mend = "report it with these versions"
+    if dali_is_installed():
+        yield guard("pixels", lambda: ok(checks.routes_agree(samples, device)), mend)
+    yield guard("epochs", lambda: ok(checks.epochs_are_whole(samples, device)), mend)
+    yield guard("evaluation", lambda: ok(checks.evaluation_is_whole(samples, device)), mend)
+    caches: list[CacheChoice] = ["device", "off"] if device.type == "cuda" and dali_is_installed() else ["device"]
 
-    dataset = open_data(data)
-    splits = ", ".join(f"{name} {split.samples:,}" for name, split in dataset.manifest.splits.items())
-    text = f"{data}: {len(dataset.manifest.classes)} classes; {splits}; every index fits its shard"
-    return Finding(name="", status="ok", text=text)
+    def runs() -> Finding:
+        return ok("; ".join(checks.training_is_evaluation(samples, device, cache, folder / cache) for cache in caches))
+
+    yield guard("training run", runs, mend)

@@ -2,61 +2,209 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tidali import doctor, native
-from tidali.doctor import Finding, driver_version, examine
+import tidali as package
+from tidali import doctor, doctor_files, native
+from tidali.checkpoint import find_checkpoint
+from tidali.cli_doctor import _packing_tool
+from tidali.device import DevicePlan, plan_device
+from tidali.doctor import Wishes, examine
 from tidali.errors import TidaliError
+from tidali.findings import Finding, guard
+from tidali.models import build_resnet18
+
+PARTS = {
+    *("python", "torch", "GPU", "device", "memory", "C compiler", "DALI", "resampling", "training step", "pixels", "epochs"),
+    *("evaluation", "training run", "several ranks", "run folder"),
+}
 
 
-def found(tmp_path: Path, device: str = "cpu", data: str | None = None, out: Path | None = None) -> dict[str, Finding]:
-    return {finding.name: finding for finding in examine(device, data, out or tmp_path / "runs")}  # type: ignore[arg-type]
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks that train, which have tests of their own, are left out."""
+    monkeypatch.setattr(doctor, "_checks", lambda *_: ())
 
 
-def test_a_machine_that_can_do_the_job(tidali, demo_data: Path, tmp_path: Path) -> None:
-    ended = tidali("doctor", "--device", "cpu", "--data", demo_data, "--out", tmp_path / "runs", "--json", "--parity")
-    assert ended.code == 0, ended.stderr
+def found(tmp_path: Path, **wishes: Any) -> dict[str, Finding]:
+    wished = Wishes(**{"device": "cpu", "out": tmp_path / "runs", **wishes})
+    return {finding.name: finding for finding in examine(wished, _packing_tool())}
+
+
+def test_a_machine_that_can_do_the_job(tidali, demo_data: Path, trained, tmp_path: Path) -> None:
+    ended = tidali(
+        *("doctor", "--device", "cpu", "--data", demo_data, "--checkpoint", trained[0]),
+        *("--out", tmp_path / "runs", "--json", "--parity"),
+    )
+    assert ended.code == 0, ended.stdout + ended.stderr
     document = json.loads(ended.stdout)
     status = {one["name"]: one["status"] for one in document["findings"]}
-    assert "failure" not in status.values()
-    names = {
-        "python",
-        "torch",
-        "device",
-        "memory",
-        "DALI",
-        "resampling",
-        "training step",
-        "several ranks",
-        "run folder",
-        "data",
-    }
-    assert {name for name in names if status[name] == "ok"} == names
+    assert status.keys() == PARTS | {"data", "checkpoint"}
+    assert {name for name in status if status[name] != "ok"} <= {"GPU", "C compiler"}
     assert all(one["mend"] for one in document["findings"] if one["status"] != "ok")
+    assert all("rows" not in one for one in document["findings"])
+    assert document["versions"]["tidali"] == package.__version__
     assert {row["res"] for row in document["parity"]} == {32, 64, 128, 224}
     assert all(row["largest"] <= row["largest_allowed"] for row in document["parity"])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_line_each_and_the_table(tidali, tmp_path: Path) -> None:
+def test_a_line_each_and_the_table_computed_once(
+    tidali, no_work: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    table, calls = doctor.parity_table, []
+    monkeypatch.setattr(doctor, "parity_table", lambda: calls.append(1) or table())
     ended = tidali("doctor", "--device", "cpu", "--parity", "--out", tmp_path)
     assert ended.code == 0, ended.stderr
-    assert "ok      training step: float32" in ended.stdout or "ok      training step: bfloat16" in ended.stdout
+    assert "ok      device: cpu" in ended.stdout
     assert "torch antialiased" in ended.stdout
+    assert calls == [1]
 
 
-def test_damaged_data(tidali, demo_copy: Path, tmp_path: Path) -> None:
-    shard = next(demo_copy.glob("train-*.tar"))
+# ---------------------------------------------------------------------------------------------------------------- its own files
+
+
+def damage_size(folder: Path) -> str:
+    shard = next(folder.glob("train-*.tar"))
     shard.write_bytes(shard.read_bytes()[:-2048])
+    return shard.name
+
+
+def damage_a_byte(folder: Path) -> str:
+    """Inside an image: nothing but a hash can tell."""
+    shard = next(folder.glob("val-*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    return shard.name
+
+
+def damage_the_manifest(folder: Path) -> str:
+    (folder / "dataset.json").write_text("{")
+    return "dataset.json"
+
+
+@pytest.mark.parametrize("damage", [damage_size, damage_a_byte, damage_the_manifest])
+def test_damaged_data(tidali, no_work: None, demo_copy: Path, tmp_path: Path, damage: Callable[[Path], str]) -> None:
+    name = damage(demo_copy)
     ended = tidali("doctor", "--device", "cpu", "--data", demo_copy, "--out", tmp_path)
     assert (ended.code, ended.stderr.strip()) == (1, "tidali: 1 failure: data")
     line = next(line for line in ended.stdout.splitlines() if line.startswith("FAILURE"))
-    assert shard.name in line
+    assert name in line
+    assert "pack the source again" in line
+
+
+def test_data_that_cannot_be_evaluated_on(no_work: None, write_photos, tmp_path: Path) -> None:
+    from shards.pack import pack
+    from shards.plan import PackSettings
+    from shards.scan import FileSource
+
+    source = write_photos(tmp_path / "photos", {"train/cat": 3, "train/dog": 3})
+    pack(FileSource(source, "folder"), tmp_path / "packed", PackSettings(), workers=1)
+    finding = found(tmp_path, data=str(tmp_path / "packed"))["data"]
+    assert finding.status == "failure"
+    assert "no split to evaluate on" in finding.text
+    assert "--val-fraction 0.1" in finding.mend
+
+
+def test_a_data_set_that_is_not_there(no_work: None, tmp_path: Path) -> None:
+    finding = found(tmp_path, data=str(tmp_path / "no"))["data"]
+    assert finding.status == "failure"
+    assert "tidali shard" in finding.mend
+
+
+def no_checkpoint(path: Path, good: Path) -> str:
+    return "no such checkpoint"
+
+
+def torchvisions(path: Path, good: Path) -> str:
+    torch.save(build_resnet18(4, "imagenet").state_dict(), path)
+    return "not a readable safetensors file"
+
+
+def half_of_one(path: Path, good: Path) -> str:
+    path.write_bytes(good.read_bytes()[:1_000_000])
+    return "not a readable safetensors file"
+
+
+def without_a_card(path: Path, good: Path) -> str:
+    from safetensors.torch import save_file
+
+    save_file(build_resnet18(4, "imagenet").state_dict(), path)
+    return "no tidali metadata"
+
+
+def not_finite(path: Path, good: Path) -> str:
+    from tidali.checkpoint import load_model, save_checkpoint
+
+    model, card = load_model(good)
+    with torch.no_grad():
+        model.fc.weight[0, 0] = float("nan")
+    save_checkpoint(path, model, card)
+    return "1 tensors are not finite, fc.weight is the first"
+
+
+@pytest.mark.parametrize("stage", [no_checkpoint, torchvisions, half_of_one, without_a_card, not_finite])
+def test_a_wrong_checkpoint(no_work: None, trained, tmp_path: Path, stage: Callable[[Path, Path], str]) -> None:
+    path = tmp_path / "x.safetensors"
+    says = stage(path, find_checkpoint(str(trained[0])))
+    finding = found(tmp_path, checkpoint=str(path))["checkpoint"]
+    assert finding.status == "failure"
+    assert str(path) in finding.text
+    assert says in finding.text
+    assert finding.mend
+
+
+def test_a_checkpoint_of_other_data(no_work: None, trained, tmp_path: Path) -> None:
+    from shards.demo import pack_demo
+
+    pack_demo(tmp_path / "other", classes=3, per_class=5, workers=1)
+    finding = found(tmp_path, data=str(tmp_path / "other"), checkpoint=str(trained[0]))["checkpoint"]
+    assert finding.status == "failure"
+    assert "a head of 4 classes" in finding.text
+    assert "evaluate it on its own data" in finding.mend
+
+
+def test_a_run_folder_that_cannot_be_written(no_work: None, tmp_path: Path) -> None:
+    finding = found(tmp_path, out=Path("/proc/runs"))["run folder"]  # not even root may make files there
+    assert finding.status == "failure"
+    assert "/proc: cannot be written" in finding.text
+    assert "--out" in finding.mend
+
+
+def test_a_run_folder_below_a_file(no_work: None, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    finding = found(tmp_path, out=tmp_path / "file" / "runs")["run folder"]
+    assert finding.status == "failure"
+    assert f"{tmp_path / 'file'}: cannot be written (Not a directory)" in finding.text
+    assert "--out" in finding.mend
+
+
+@pytest.mark.parametrize(("free_mib", "status"), [(100, "failure"), (500, "warning")])
+def test_a_small_disk(no_work: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_mib: int, status: str) -> None:
+    monkeypatch.setattr(doctor_files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free_mib << 20}))
+    finding = found(tmp_path)["run folder"]
+    assert (finding.status, "make room" in finding.mend) == (status, True)
+
+
+def test_a_disk_that_fills_up(no_work: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(doctor_files.os, "fsync", full)
+    finding = found(tmp_path)["run folder"]
+    assert (finding.status, "make room" in finding.mend) == ("failure", True)
+    assert "No space left" in finding.text
+
+
+# ------------------------------------------------------------------------------------------------------------------ the machine
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a usable GPU")
@@ -65,11 +213,13 @@ def test_damaged_data(tidali, demo_copy: Path, tmp_path: Path) -> None:
     [
         (None, "12.6", "no NVIDIA driver", "install NVIDIA's driver"),
         ("550.54.15", None, "built without CUDA", "CUDA build of torch"),
-        ("470.10", "12.6", "cannot use it", "driver 525 or newer"),
+        ("470.10", "12.6", "cannot use it: driver 470 is older than CUDA 12 needs", "driver 525 or newer"),
+        ("550.54.15", "13.0", "cannot use it: driver 550 is older than CUDA 13 needs", "a torch built for CUDA 12"),
+        ("580.65.06", "13.0", "cannot use it", "--gpus all"),
     ],
 )
 def test_a_gpu_that_cannot_be_used(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, driver: str | None, built: str | None, says: str, mend: str
+    no_work: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, driver: str | None, built: str | None, says: str, mend: str
 ) -> None:
     monkeypatch.setattr(doctor, "driver_version", lambda: driver)
     monkeypatch.setattr(torch.version, "cuda", built)
@@ -77,10 +227,13 @@ def test_a_gpu_that_cannot_be_used(
     assert findings["GPU"].status == findings["device"].status == "failure"
     assert says in findings["GPU"].text
     assert mend in findings["GPU"].mend
-    assert findings["training step"].status == "ok"  # the rest is looked at, on the CPU
+    assert findings["device"].mend.startswith("use --device cpu")
+    assert findings["several ranks"].text.startswith("gloo")  # the rest is looked at, on the CPU
 
 
-def test_no_driver_is_no_failure_where_no_gpu_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_driver_is_no_failure_without_a_wish_for_a_gpu(
+    no_work: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(doctor, "driver_version", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert found(tmp_path)["GPU"].status == "warning"
@@ -92,13 +245,6 @@ def no_dali(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "load", lambda: None)
-
-
-def broken_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("Triton is\nbroken")
-
-    monkeypatch.setattr(doctor, "train_step", fail)
 
 
 def other_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,11 +262,12 @@ def doctor_routes() -> dict[str, Callable]:
     [
         (no_dali, "DALI", "failure", "not installed", "pip install nvidia-dali-cuda120"),
         (no_compiler, "C compiler", "warning", "by torch", "install gcc"),
-        (broken_step, "training step", "failure", "RuntimeError: Triton is broken", "new virtual environment"),
         (other_pixels, "resampling", "failure", "matrix and DALI differ", "expected 1 at most"),
     ],
 )
-def test_staged_faults(monkeypatch, tmp_path: Path, stage: Callable, name: str, status: str, says: str, mend: str) -> None:
+def test_staged_faults(
+    no_work: None, monkeypatch, tmp_path: Path, stage: Callable, name: str, status: str, says: str, mend: str
+) -> None:
     stage(monkeypatch)
     finding = found(tmp_path)[name]
     assert finding.status == status
@@ -128,39 +275,51 @@ def test_staged_faults(monkeypatch, tmp_path: Path, stage: Callable, name: str, 
     assert mend in finding.mend
 
 
-def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    finding = found(tmp_path, out=Path("/proc/runs"))["run folder"]  # not even root may make files there
-    assert finding.status == "failure"
-    assert "/proc" in finding.text
-    assert "--out" in finding.mend
+def test_work_that_fails_leaves_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object) -> str:
+        raise RuntimeError("Triton is\nbroken")
+
+    for name in ("steps_lower_the_loss", "routes_agree", "training_is_evaluation"):
+        monkeypatch.setattr(doctor.checks, name, fail)
+    findings = found(tmp_path)
+    for name in ("training step", "pixels", "training run"):
+        assert (findings[name].status, findings[name].text) == ("failure", "RuntimeError: Triton is broken")
+        assert findings[name].mend
+    assert findings["epochs"].status == findings["evaluation"].status == "ok"
 
 
-def test_a_small_disk_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100 << 20}))
-    finding = found(tmp_path)["run folder"]
-    assert (finding.status, "make room" in finding.mend) == ("warning", True)
+def test_the_work_is_tried_in_each_precision_and_compiled_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = DevicePlan(device=torch.device("cuda", 0), name="", amp_dtype=None, amp_reason="", compile=True, compile_reason="")
+    tried: list[object] = []
+
+    def step(device: torch.device, amp: str, compile: bool = False) -> str:
+        tried.append((amp, compile))
+        return amp
+
+    monkeypatch.setattr(doctor.checks, "precisions", lambda *_: ("bf16", "fp16", "off"))
+    monkeypatch.setattr(doctor.checks, "steps_lower_the_loss", step)
+    monkeypatch.setattr(doctor.checks, "compiled_is_eager", lambda _: "the same")
+    monkeypatch.setattr(doctor.checks, "routes_agree", lambda *_: "")
+    monkeypatch.setattr(doctor.checks, "epochs_are_whole", lambda *_: "")
+    monkeypatch.setattr(doctor.checks, "evaluation_is_whole", lambda *_: "")
+    monkeypatch.setattr(doctor.checks, "training_is_evaluation", lambda _, __, cache, ___: cache)
+    findings = {finding.name: finding for finding in doctor._checks(plan, _packing_tool())}
+    assert tried == [("bf16", False), ("fp16", False), ("off", False), ("auto", True)]
+    assert findings["training run"].text == "device; off"
+    assert {finding.status for finding in findings.values()} == {"ok"}
 
 
-def test_a_data_set_that_is_not_there(tmp_path: Path) -> None:
-    assert found(tmp_path, data=str(tmp_path / "no"))["data"].status == "failure"
+def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor.checks, "steps_lower_the_loss", lambda *_: "")
+    monkeypatch.setattr(doctor.tempfile, "tempdir", str(tmp_path / "none"))
+    finding = next(finding for finding in doctor._checks(plan_device("cpu", "auto", "off"), _packing_tool()) if finding.mend)
+    assert (finding.name, finding.status) == ("temporary folder", "failure")
+    assert "TMPDIR" in finding.mend
 
 
-@pytest.mark.parametrize(
-    ("text", "version"),
-    [
-        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC", "550.54.15"),
-        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  575.57.08  Release Build\n", "575.57.08"),
-        ("", None),
-    ],
-)
-def test_the_drivers_version(tmp_path: Path, text: str, version: str | None) -> None:
-    (tmp_path / "version").write_text(text)
-    assert driver_version(tmp_path / "version") == version
-    assert driver_version(tmp_path / "none") is None
-
-
-def test_our_own_errors_keep_their_text(tmp_path: Path) -> None:
+def test_the_way_out_is_taken_from_our_own_errors() -> None:
     def fail() -> Finding:
-        raise TidaliError("shard 3 is gone; pack it again")
+        raise TidaliError("shard 3 is gone; pack it again; or not")
 
-    assert doctor._guard("data", fail) == Finding(name="data", status="failure", text="shard 3 is gone; pack it again")
+    expected = Finding(name="data", status="failure", text="shard 3 is gone", mend="pack it again; or not")
+    assert guard("data", fail) == expected

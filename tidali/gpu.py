@@ -1,0 +1,69 @@
+"""Do this GPU, its driver and this torch go together? Decided from described facts, so that it can be tested without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+_DALI_DRIVER = 525
+"""CUDA 12's first driver branch (NVIDIA's CUDA compatibility guide), for which the DALI package is built."""
+_CUDA_DRIVERS = {11: 450, 12: 525, 13: 580}
+"""CUDA major version -> the first driver branch that runs it, by the same guide."""
+
+
+def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Of the loaded NVIDIA kernel module, '550.54.15' for example; None where there is none."""
+    try:
+        first_line = path.read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+    return next((word for word in first_line.split() if word[0].isdigit() and "." in word), None)
+
+
+def driver_fault(driver: str | None, cuda: str | None) -> tuple[str, str] | None:
+    """What is wrong with a driver for this torch and DALI, and the mend; None where nothing is, or it is not known.
+
+    Args:
+        driver: '550.54.15'.
+        cuda: that torch was built for, '13.0'.
+    """
+    if driver is None or cuda is None:
+        return None
+    branch, major = int(driver.partition(".")[0]), int(cuda.partition(".")[0])
+    needed = max(_DALI_DRIVER, _CUDA_DRIVERS.get(major, 0))
+    if branch >= needed:
+        return None
+    mend = f"install driver {needed} or newer"
+    if branch >= _CUDA_DRIVERS[12] and major > 12:
+        mend += ", or a torch built for CUDA 12 (pytorch.org, 'Get started')"
+    return f"driver {branch} is older than CUDA {max(major, 12)} needs", mend
+
+
+def gpu_fault(capability: tuple[int, int], built_for: Sequence[str]) -> tuple[str, str] | None:
+    """Why this torch has no code for a GPU, and the mend; None where it has.
+
+    Code for 8.0 runs on 8.x, and ``compute_80`` is compiled for anything newer when it is loaded (CUDA programming guide,
+    binary and PTX compatibility).
+
+    Args:
+        built_for: torch's list, such as ``["sm_75", "sm_80", "compute_80"]``.
+    """
+    major, minor = capability
+    for entry in built_for:
+        kind, _, digits = entry.partition("_")
+        number = digits.rstrip("af")  # sm_90a and the like are for that capability alone
+        if not number.isdecimal():
+            continue
+        built = (int(number[:-1]), int(number[-1]))
+        if kind == "sm" and (built == capability or (number == digits and built[0] == major and built[1] <= minor)):
+            return None
+        if kind == "compute" and number == digits and built <= capability:
+            return None
+    text = f"this torch has no code for compute capability {major}.{minor} (it has {', '.join(built_for) or 'none'})"
+    age = "a newer" if all(_older(entry, capability) for entry in built_for) else "an older"
+    return text, f"install {age} torch, or one built for another CUDA (pytorch.org, 'Get started')"
+
+
+def _older(entry: str, capability: tuple[int, int]) -> bool:
+    number = entry.partition("_")[2].rstrip("af")
+    return number.isdecimal() and (int(number[:-1]), int(number[-1])) < capability
