@@ -4,39 +4,48 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
-from tidali import __version__, cli_bench, cli_data, cli_doctor, cli_model, cli_report, cli_study, cli_train
-from tidali.errors import TidaliError
+from tidali import __version__, cli_bench, cli_data, cli_doctor, cli_model, cli_report, cli_study, cli_train, console
+from tidali.cli_examples import CommandWithExamples, ProgramWithExamples
+from tidali.errors import TidaliError, UsageError
 
 app = typer.Typer(
     name="tidali",
     help="From a folder of labelled images to a trained, measured ResNet-18.",
+    cls=ProgramWithExamples,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 DATA = "Data"
 MODEL = "Model"
 MEASURE = "Measure"
 
-app.command(rich_help_panel=DATA)(cli_data.shard)
-app.command(rich_help_panel=DATA)(cli_data.demo)
-app.command(rich_help_panel=DATA)(cli_data.verify)
-app.command(rich_help_panel=DATA)(cli_data.info)
-app.command(rich_help_panel=DATA)(cli_data.download)
-app.command(rich_help_panel=MODEL)(cli_train.train)
-app.command(rich_help_panel=MODEL)(cli_study.study)
-app.command("eval", rich_help_panel=MODEL)(cli_train.eval_)
-app.command(rich_help_panel=MODEL)(cli_model.predict)
-app.command(rich_help_panel=MODEL)(cli_model.export)
-app.command(rich_help_panel=MODEL)(cli_report.plot)
-app.command(rich_help_panel=MODEL)(cli_report.report)
-app.command(rich_help_panel=MEASURE)(cli_bench.bench)
-app.command(rich_help_panel=MEASURE)(cli_doctor.doctor)
+
+def _add(function: Callable[..., Any], panel: str, name: str | None = None) -> None:
+    app.command(name, cls=CommandWithExamples, rich_help_panel=panel)(function)
+
+
+_add(cli_data.shard, DATA)
+_add(cli_data.demo, DATA)
+_add(cli_data.verify, DATA)
+_add(cli_data.info, DATA)
+_add(cli_data.download, DATA)
+_add(cli_train.train, MODEL)
+_add(cli_study.study, MODEL)
+_add(cli_train.eval_, MODEL, "eval")
+_add(cli_model.predict, MODEL)
+_add(cli_model.export, MODEL)
+_add(cli_report.plot, MODEL)
+_add(cli_report.report, MODEL)
+_add(cli_bench.bench, MEASURE)
+_add(cli_doctor.doctor, MEASURE)
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,9 +60,18 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Before a command: results, warnings and errors alone.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Before a command: more messages, when each came, and where an error arose.")
+    ] = False,
 ) -> None:
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose: give one of them")
+    console.set_verbosity("quiet" if quiet else "verbose" if verbose else "normal")
     if context.invoked_subcommand is None:
         print(context.get_help())
+    else:
+        console.detail(f"tidali {__version__}, Python {sys.version.partition(' ')[0]}, process {os.getpid()}")
 
 
 def main() -> None:
@@ -64,6 +82,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except TidaliError as error:
+        if console.is_verbose():
+            _print_traceback(error)
         sys.exit(_fail(str(error), error.exit_code))
     except BrokenPipeError:  # the reader of our output has gone, as `tidali info DATA | head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,8 +92,16 @@ def main() -> None:
         # click's own complaints about flags and values, as typer carries them, differ by where typer takes its click from.
         if not hasattr(error, "format_message"):
             raise
-        sys.exit(_fail(f"{error.format_message()} See 'tidali --help'.", getattr(error, "exit_code", 2)))
+        context = getattr(error, "ctx", None)
+        command = f"{context.info_name} " if context is not None and context.parent is not None else ""
+        sys.exit(_fail(f"{error.format_message()} See 'tidali {command}--help'.", getattr(error, "exit_code", 2)))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_traceback(error: BaseException) -> None:
+    import traceback
+
+    traceback.print_exception(error)
 
 
 def _fail(message: str, exit_code: int) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tidali.config import change, check_res, make_recipe
-from tidali.console import print_table, progress_bar, results, say
+from tidali.console import print_table, progress_bar, results, say, warn
 from tidali.errors import TidaliError, UsageError
 
 if TYPE_CHECKING:
@@ -21,33 +21,64 @@ if TYPE_CHECKING:
 _SIZE_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _LISTED_FILES = 10
 
+# Groups of options in the help.
+WHICH = "Which images"
+STORED = "How they are stored"
+SHEET = "Contact sheet"
+RUNNING = "How to run"
+
 Dest = Annotated[str, typer.Argument(help="Folder to make the data set in, or a URL such as s3://bucket/data.")]
 Data = Annotated[str, typer.Argument(help="A packed data set: a folder or a URL.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="enough for all cores; one for small jobs")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the data set in DEST, where it is another one.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes.", show_default="enough for all cores; one for small jobs", rich_help_panel=RUNNING),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the data set in DEST, where it is another one.", rich_help_panel=RUNNING)
+]
 
 
 def shard(
     source: Annotated[Path, typer.Argument(help="Tiny-ImageNet, SPLIT/CLASS/*.jpg or CLASS/*.jpg: a folder or a zip of it.")],
     dest: Dest,
     layout: Annotated[
-        Literal["auto", "tiny-imagenet", "folder"], typer.Option(help="How SOURCE is laid out; auto looks for wnids.txt.")
+        Literal["auto", "tiny-imagenet", "folder"],
+        typer.Option(help="How SOURCE is laid out; auto looks for wnids.txt.", rich_help_panel=WHICH),
     ] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of train's order and of the held-out split.")] = 0,
-    shard_samples: Annotated[int | None, typer.Option(help="Samples a shard.", show_default="1000")] = None,
-    shard_size: Annotated[str | None, typer.Option(help="Or its largest size, such as 64MB or 256MiB.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of train's order and of the held-out split.", rich_help_panel=STORED)] = 0,
+    shard_samples: Annotated[
+        int | None, typer.Option(help="Samples a shard.", show_default="1000", rich_help_panel=STORED)
+    ] = None,
+    shard_size: Annotated[
+        str | None, typer.Option(help="Or its largest size, such as 64MB or 256MiB.", rich_help_panel=STORED)
+    ] = None,
     val_fraction: Annotated[
-        float, typer.Option(help="Share of each class of train to hold out, as val, or as heldout where SOURCE has a val.")
+        float,
+        typer.Option(
+            help="Share of each class of train to hold out, as val, or as heldout where SOURCE has a val.",
+            rich_help_panel=WHICH,
+        ),
     ] = 0.0,
-    classes: Annotated[str | None, typer.Option(help="The first N classes, or a FILE with one class id a line.")] = None,
-    size: Annotated[int | None, typer.Option(help="Resize to PX x PX (bicubic) and encode as JPEG.", metavar="PX")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="The first N classes, or a FILE with one class id a line.", rich_help_panel=WHICH)
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Resize to PX x PX (bicubic) and encode as JPEG.", metavar="PX", rich_help_panel=STORED)
+    ] = None,
     kernel: Annotated[
-        Literal["pil", "opencv"], typer.Option(help="Of --size. pil: a = -0.5, antialiased; opencv: a = -0.75, not.")
+        Literal["pil", "opencv"],
+        typer.Option(help="Of --size. pil: a = -0.5, antialiased; opencv: a = -0.75, not.", rich_help_panel=STORED),
     ] = "pil",
-    max_pixels: Annotated[int, typer.Option(help="Images that declare more are quarantined undecoded.")] = 1 << 26,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if any file was quarantined.")] = False,
+    max_pixels: Annotated[
+        int, typer.Option(help="Images that declare more are quarantined undecoded.", rich_help_panel=WHICH)
+    ] = 1 << 26,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 if any file was quarantined.", rich_help_panel=RUNNING)
+    ] = False,
     workers: Workers = None,
-    executor: Annotated[Literal["local", "ray"], typer.Option(help="Where to pack; ray needs the extra 'ray'.")] = "local",
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="Where to pack; ray needs the extra 'ray'.", rich_help_panel=RUNNING)
+    ] = "local",
     overwrite: Overwrite = False,
 ) -> None:
     """Pack labelled images into shards: WebDataset tars with DALI indexes and a manifest.
@@ -129,21 +160,31 @@ def verify(
 def info(
     data: Data,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
-    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of random samples to this PNG.")] = None,
-    split: Annotated[str, typer.Option(help="Of the contact sheet.")] = "train",
-    seed: Annotated[int, typer.Option(min=0, help="Of the contact sheet's choice.")] = 0,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Write a contact sheet of random samples to this PNG.", rich_help_panel=SHEET)
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of the contact sheet.", rich_help_panel=SHEET)] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="Of the contact sheet's choice.", rich_help_panel=SHEET)] = 0,
     recipe: Annotated[
         Literal["seed", "modern"] | None,
         typer.Option(
-            help="The contact sheet shows what the network sees in training by this recipe.", show_default="as stored"
+            help="The contact sheet shows what the network sees in training by this recipe.",
+            show_default="as stored",
+            rich_help_panel=SHEET,
         ),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="As in 'tidali train', such as augment.erase=0.5; repeatable."),
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="As in 'tidali train', such as augment.erase=0.5; repeatable.",
+            rich_help_panel=SHEET,
+        ),
     ] = None,
     res: Annotated[
-        int | None, typer.Option(help="With --recipe: input side in pixels.", show_default="as in 'tidali train'")
+        int | None,
+        typer.Option(help="With --recipe: input side in pixels.", show_default="as in 'tidali train'", rich_help_panel=SHEET),
     ] = None,
 ) -> None:
     """Show what a packed data set holds."""
@@ -248,11 +289,11 @@ def _print_pack(report: PackReport) -> None:
     if report.ignored_files:
         say(f"{report.ignored_files} files of the source are no images by their names and were left out")
     if manifest.quarantine:
-        say(f"warning: {len(manifest.quarantine)} files are no usable images; their bytes are in {report.location}/quarantine")
+        warn(f"{len(manifest.quarantine)} files are no usable images; their bytes are in {report.location}/quarantine")
         for entry in manifest.quarantine[:_LISTED_FILES]:
-            say(f"  {entry.source!r}: {entry.reason}")
+            warn(f"{entry.source!r}: {entry.reason}")
         if len(manifest.quarantine) > _LISTED_FILES:
-            say(f"  and {len(manifest.quarantine) - _LISTED_FILES} more, see 'tidali info {report.location} --json'")
+            warn(f"and {len(manifest.quarantine) - _LISTED_FILES} more, see 'tidali info {report.location} --json'")
 
 
 def _print_splits(title: str, manifest: Manifest) -> None:

@@ -1,0 +1,86 @@
+"""What the commands are used for: shown below the help of each, kept right by a test that parses every line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+from tidali.console import results
+
+EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "": (
+        ("tidali doctor", "is this machine ready?"),
+        ("tidali train --res 64 --epochs 5", "the main job, on built-in demo data"),
+        ("tidali shard pets data/pets --val-fraction 0.1", "your own images"),
+        ("tidali train --data data/pets", "and a model of them"),
+    ),
+    "shard": (
+        ("tidali shard tiny-imagenet-200.zip data/tiny", "the zip is read without extracting it"),
+        ("tidali shard pets data/pets --val-fraction 0.1", "pets/CLASS/*.jpg; a tenth of each class becomes val"),
+        ("tidali shard photos.zip data/small --size 64 --classes 20", "64 x 64, the first 20 classes"),
+        ("tidali shard pets s3://bucket/pets", "straight to an object store"),
+    ),
+    "demo": (
+        ("tidali demo data/demo", "10 classes of 250 images"),
+        ("tidali demo data/hard --classes 200 --per-class 500", "as large as Tiny-ImageNet"),
+    ),
+    "verify": (
+        ("tidali verify data/pets", "every hash, index entry, header, label and count"),
+        ("tidali verify data/pets --decode", "and every image"),
+    ),
+    "info": (
+        ("tidali info data/pets", "splits, classes, sizes"),
+        ("tidali info data/pets --sheet sheet.png", "look at random samples"),
+        ("tidali info data/pets --sheet seen.png --recipe modern --set augment.shift_px=4", "look at what the network sees"),
+        ("tidali info data/pets --json | jq .splits", "for a program"),
+    ),
+    "download": (("tidali download data/", "then: tidali shard data/tiny-imagenet-200.zip data/tiny"),),
+    "train": (
+        ("tidali train --data data/pets", "at the images' own size, by the recipe 'modern'"),
+        ("tidali train --data data/pets --res 224 --init imagenet --epochs 5", "start from ImageNet's weights"),
+        ("tidali train --data data/pets --set lr=0.1 --set augment.shift_px=4", "change the recipe"),
+        ("tidali train --resume runs/NAME", "go on after a stop, mid-epoch too"),
+        ("torchrun --nproc-per-node 4 -m tidali train --data data/pets", "four GPUs"),
+    ),
+    "eval": (
+        ("tidali eval runs/NAME --data data/pets", "the best epoch's weights on val"),
+        ("tidali eval runs/NAME/last --data data/pets --res 64,128,224", "the last ones at three resolutions"),
+        ("tidali eval runs/NAME --data data/pets --json", "for a program"),
+    ),
+    "bench": (
+        ("tidali bench", "where a training step's time goes on this machine"),
+        ("tidali bench loader --data data/pets --res 224", "beside the loaders that people use"),
+        ("tidali bench --json result.json", "keep the result, with versions and hardware"),
+    ),
+    "doctor": (
+        ("tidali doctor", "what this machine can do, and what to mend"),
+        ("tidali doctor --data data/pets --checkpoint runs/NAME", "and these files"),
+        ("tidali doctor --json", "for a program, or for a report of a fault"),
+    ),
+}
+
+
+class CommandWithExamples(TyperCommand):
+    """Prints the command's examples below its help: as they are typed, so that they can be copied, whatever the width."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        _print_examples(self.name or "")
+
+
+class ProgramWithExamples(TyperGroup):
+    """The same for the program as a whole."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        _print_examples("")
+
+
+def _print_examples(command: str) -> None:
+    examples = EXAMPLES.get(command)
+    if examples:
+        results.print(" Examples\n", style="bold")
+        for line, what in examples:
+            results.print(f"   # {what}", style="dim", markup=False)
+            results.print(f"   {line}\n", markup=False)
