@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -19,7 +21,7 @@ app = typer.Typer(
     cls=ProgramWithExamples,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="rich",  # markdown takes the stars of CLASS/*.jpg for emphasis
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -29,7 +31,8 @@ MEASURE = "Measure"
 
 
 def _add(function: Callable[..., Any], panel: str, name: str | None = None) -> None:
-    app.command(name, cls=CommandWithExamples, rich_help_panel=panel)(function)
+    help_ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")  # a paragraph is as wide as the terminal
+    app.command(name, cls=CommandWithExamples, rich_help_panel=panel, help=help_)(function)
 
 
 _add(cli_data.shard, DATA)
