@@ -1,0 +1,136 @@
+"""The documents are true: what is made from the program is fresh, links lead somewhere, and the commands run."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import typer
+
+from tidali.cli import app
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+DOCUMENTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+COMMANDS = typer.main.get_command(app).commands
+
+
+class Block(NamedTuple):
+    """A fenced block of code."""
+
+    runnable: bool
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    found = re.findall(r"^(<!-- run -->\n)?```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [Block(bool(mark), language, text) for mark, language, text in found]
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """Every line of a block that begins with the command, or that torchrun does."""
+    lines = [line for block in blocks(page) for line in block.text.splitlines()]
+    words = [
+        shlex.split(line, comments=True) for line in lines if re.match(r"(\.venv/bin/)?tidali \w|torchrun .*-m tidali", line)
+    ]
+    return [line[next(n for n, word in enumerate(line) if word.endswith("tidali")) + 1 :] for line in words]
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_are_fresh(generate: ModuleType) -> None:
+    stale = [path.name for path, text in generate.pages().items() if path.read_text() != text]
+    assert stale == [], "run python docs/generate.py"
+
+
+def test_every_command_option_and_field_is_in_the_reference(generate: ModuleType) -> None:
+    text = generate.command_line()
+    for name, command in COMMANDS.items():
+        section = text.partition(f"## tidali {name}\n")[2].partition("\n## ")[0]
+        options = {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
+        assert {option for option in options - {"-h", "--help"} if f"`{option}`" not in section} == set(), name
+
+
+def test_a_stale_page_is_noticed(generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "cli.md").write_text("old")
+    monkeypatch.setattr(generate, "pages", lambda: {tmp_path / "cli.md": "new"})
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--check"])
+    with pytest.raises(SystemExit):
+        generate.main()
+    assert "stale" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    generate.main()
+    assert (tmp_path / "cli.md").read_text() == "new"
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", target):
+            path, _, anchor = target.partition("#")
+            there = (page.parent / path) if path else page
+            assert there.exists(), target
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w]+", "-", heading.lower()).strip("-") for heading in headings}, target
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_every_command_can_be_given(page: Path) -> None:
+    for words in command_lines(page):
+        COMMANDS[words[0]].make_context(words[0], words[1:])  # refuses what is unknown, missing, or of the wrong kind
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(block.runnable for block in blocks(page))], ids=lambda p: p.name
+)
+def test_the_commands_run(page: Path, tidali, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for block in (block for block in blocks(page) if block.runnable):
+        if block.language == "python":
+            done = subprocess.run([sys.executable, "-c", block.text], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            continue
+        for line in block.text.splitlines():
+            command, _, file = line.partition(" > ")
+            program, *words = shlex.split(command, comments=True)
+            assert program == "tidali", line
+            ended = tidali(*words)
+            assert ended.code == 0, f"{line}\n{ended.stderr}"
+            if file:
+                Path(file).write_text(ended.stdout)
+
+
+def test_the_site_builds_and_asks_for_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the extra 'docs' is not installed")
+    pytest.importorskip("material", reason="the extra 'docs' is not installed")
+    pytest.importorskip("mkdocstrings", reason="the extra 'docs' is not installed")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(build, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) >= len(PAGES)
+    assert not (tmp_path / "site" / "generate.py").exists()
+    for page in pages:
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]* src=\"?([^\"\s>]+)", page.read_text())
+        loaded += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|preconnect|icon)[^>]* href=\"?([^\"\s>]+)", page.read_text())
+        assert [address for address in loaded if re.match(r"(https?:)?//", address)] == [], page
