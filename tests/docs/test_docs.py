@@ -37,12 +37,11 @@ def blocks(page: Path) -> list[Block]:
 
 
 def command_lines(page: Path) -> list[list[str]]:
-    """Every line of a block that begins with the command, or that torchrun does."""
-    lines = [line for block in blocks(page) for line in block.text.splitlines()]
-    words = [
-        shlex.split(line, comments=True) for line in lines if re.match(r"(\.venv/bin/)?tidali \w|torchrun .*-m tidali", line)
-    ]
-    return [line[next(n for n, word in enumerate(line) if word.endswith("tidali")) + 1 :] for line in words]
+    """The words after the program's name of every line in a block that begins with it, or with torchrun."""
+    lines = [line for block in blocks(page) for line in block.text.splitlines() if not line.endswith("[OPTIONS]")]
+    lines = [re.split(r" [>|] ", line)[0] for line in lines if re.match(r"tidali \w|torchrun .*-m tidali ", line)]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[line.index("tidali") + 1 :] for line in words]
 
 
 @pytest.fixture(scope="module")
