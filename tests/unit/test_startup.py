@@ -7,7 +7,20 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "torchvision", "nvidia", "numpy", "PIL", "safetensors", "simplejpeg", "fsspec", "ray", "matplotlib")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "nvidia",
+    "numpy",
+    "PIL",
+    "safetensors",
+    "simplejpeg",
+    "fsspec",
+    "ray",
+    "matplotlib",
+    "webdataset",
+    "rich.progress",
+)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], ["train", "--res", "31"]])
