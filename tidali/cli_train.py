@@ -13,20 +13,37 @@ import typer
 from tidali.config import TrainSettings, change, check_res, make_recipe
 from tidali.errors import UsageError
 
+# Groups of options in the help.
+DATA = "Data"
+MODEL = "Model"
+RECIPE = "Recipe"
+MACHINE = "Machine"
+RUN = "Run"
+
 DataOption = Annotated[str, typer.Option(help="A packed data set (made by 'tidali shard' or 'tidali demo').")]
 DeviceOption = Annotated[
-    Literal["auto", "cpu", "cuda"], typer.Option(help="Where to run; auto takes a GPU where there is one.")
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="Where to run; auto takes a GPU where there is one.", rich_help_panel=MACHINE),
 ]
 CacheOption = Annotated[
     Literal["auto", "device", "off"],
-    typer.Option(help="Decode once into the device's memory, or stream; auto caches what takes less than half of it."),
+    typer.Option(
+        help="Decode once into the device's memory, or stream; auto caches what takes less than half of it.",
+        rich_help_panel=MACHINE,
+    ),
 ]
 MaxBadOption = Annotated[
     int | None,
-    typer.Option(min=0, help="Damaged images of a split that are left out before a run fails.", show_default="0.1 % of it"),
+    typer.Option(
+        min=0,
+        help="Damaged images of a split that are left out before a run fails.",
+        show_default="0.1 % of it",
+        rich_help_panel=DATA,
+    ),
 ]
 AmpOption = Annotated[
-    Literal["auto", "bf16", "fp16", "off"], typer.Option(help="Mixed precision; auto decides by device and says why.")
+    Literal["auto", "bf16", "fp16", "off"],
+    typer.Option(help="Mixed precision; auto decides by device and says why.", rich_help_panel=MACHINE),
 ]
 
 
@@ -49,56 +66,98 @@ def train(
     context: typer.Context,
     data: Annotated[
         str | None,
-        typer.Option(help="A packed data set (made by 'tidali shard'); without it the built-in demo data is made and used."),
+        typer.Option(
+            help="A packed data set (made by 'tidali shard'); without it the built-in demo data is made and used.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     res: Annotated[
         int | None,
-        typer.Option(help="Input side in pixels.", show_default="the images' own where they all agree, else 224"),
+        typer.Option(
+            help="Input side in pixels.", show_default="the images' own where they all agree, else 224", rich_help_panel=DATA
+        ),
     ] = None,
     stem: Annotated[
         Literal["imagenet", "small"],
-        typer.Option(help="imagenet: 7x7/2 and max-pool; small: 3x3/1 without pooling, for small images."),
+        typer.Option(
+            help="imagenet: 7x7/2 and max-pool; small: 3x3/1 without pooling, for small images.", rich_help_panel=MODEL
+        ),
     ] = "imagenet",
     init: Annotated[
-        str, typer.Option(help="Starting weights: none, imagenet, or a checkpoint (.safetensors, .pth, or runs/NAME/best).")
+        str,
+        typer.Option(
+            help="Starting weights: none, imagenet, or a checkpoint (.safetensors, .pth, or runs/NAME/best).",
+            rich_help_panel=MODEL,
+        ),
     ] = "none",
     stem_init: Annotated[
         Literal["fresh", "resample"],
-        typer.Option(help="7x7 kernels for the small stem: leave it random, or bring them to 3x3."),
+        typer.Option(help="7x7 kernels for the small stem: leave it random, or bring them to 3x3.", rich_help_panel=MODEL),
     ] = "fresh",
     recipe: Annotated[
         Literal["seed", "modern"],
-        typer.Option(help="seed: the original study's; modern: normalised, label smoothing, Nesterov, warm-up and cosine."),
+        typer.Option(
+            help="seed: the original study's; modern: normalised, label smoothing, Nesterov, warm-up and cosine.",
+            rich_help_panel=RECIPE,
+        ),
     ] = "modern",
-    epochs: Annotated[int | None, typer.Option(help="Passes over train.", show_default="the recipe's")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a step.", show_default="the recipe's")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="the recipe's")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over train.", show_default="the recipe's", rich_help_panel=RECIPE)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images a step.", show_default="the recipe's", rich_help_panel=RECIPE)
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate.", show_default="the recipe's", rich_help_panel=RECIPE)
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="FIELD=VALUE", help="Change one of the recipe's values, such as augment.shift_px=4; repeatable."
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Change one of the recipe's values, such as augment.shift_px=4; repeatable.",
+            rich_help_panel=RECIPE,
         ),
     ] = None,
     config: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Replay the config.json of another run; only --set and --out change it.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Replay the config.json of another run; only --set and --out change it.", rich_help_panel=RUN
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of weights, order and augmentation.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of weights, order and augmentation.", rich_help_panel=RECIPE)
+    ] = 0,
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
     compile: Annotated[
-        Literal["auto", "on", "max-autotune", "off"], typer.Option(help="torch.compile; auto decides by device and says why.")
+        Literal["auto", "on", "max-autotune", "off"],
+        typer.Option(help="torch.compile; auto decides by device and says why.", rich_help_panel=MACHINE),
     ] = "auto",
     cache: CacheOption = "auto",
     max_bad: MaxBadOption = None,
-    deterministic: Annotated[bool, typer.Option("--deterministic", help="Two runs give the same weights, to the bit.")] = False,
-    sync_bn: Annotated[bool, typer.Option("--sync-bn", help="Several GPUs: batch norm over the batches of all.")] = False,
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Also write TensorBoard events to the run folder (extra 'tensorboard').")
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Two runs give the same weights, to the bit.", rich_help_panel=MACHINE)
     ] = False,
-    out: Annotated[str | None, typer.Option(help="Run folder.", show_default="runs/DATA-RES-RECIPE-TIME")] = None,
+    sync_bn: Annotated[
+        bool, typer.Option("--sync-bn", help="Several GPUs: batch norm over the batches of all.", rich_help_panel=MACHINE)
+    ] = False,
+    tensorboard: Annotated[
+        bool,
+        typer.Option(
+            "--tensorboard", help="Also write TensorBoard events to the run folder (extra 'tensorboard').", rich_help_panel=RUN
+        ),
+    ] = False,
+    out: Annotated[
+        str | None, typer.Option(help="Run folder.", show_default="runs/DATA-RES-RECIPE-TIME", rich_help_panel=RUN)
+    ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="RUN", help="Go on with a stopped or killed run; takes its settings, so no other option."),
+        typer.Option(
+            metavar="RUN",
+            help="Go on with a stopped or killed run; takes its settings, so no other option.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
 ) -> None:
     """Train a ResNet-18 and measure it after each epoch.
