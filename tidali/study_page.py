@@ -15,8 +15,11 @@ from tidali.figures import Point, ResolutionLine, accuracy_against_gmacs, accura
 from tidali.history import Run, read_runs
 from tidali.insight import Insight, inspect_checkpoint
 from tidali.page import BEST_FLATTERS, drawn, insight_part, render
+from tidali.pretrained import IMAGENET_NAME
 
 PAGE_NAME = "study.html"
+_TORCHVISIONS_SHA256 = "f37072fd"
+"""How the hash of ResNet18_Weights.IMAGENET1K_V1 begins: torchvision has it in the file's name, resnet18-f37072fd.pth."""
 
 
 def write_study_page(study: Mapping[str, Any], folder: Path, dataset: Dataset) -> None:
@@ -36,7 +39,8 @@ def write_study_page(study: Mapping[str, Any], folder: Path, dataset: Dataset) -
     best = _best_row(done)
     lines = [_resolution_line(row) for row in done if len(row["at_resolution"]) > 1]
     weights = folder / best["runs"][0]["folder"] / f"last{SUFFIX}"
-    insight = inspect_checkpoint(str(weights), dataset, split=study["data"]["evaluated_on"], res=best["network_px"])
+    split, device = study["data"]["evaluated_on"], study["device"]["type"]
+    insight = inspect_checkpoint(str(weights), dataset, split=split, res=best["network_px"], device=device)
     page = render(
         "study.html",
         study=study,
@@ -125,14 +129,14 @@ def _notes(study: Mapping[str, Any], insight: Insight) -> list[str]:
     share = insight.top1_percent / 100
     error_percent = 100 * sqrt(share * (1 - share) / len(insight.labels))
     notes = []
-    if weights is None:
+    if weights is None and any(row["status"] != "done" for row in study["rows"]):
         notes.append("There were no ImageNet weights, so the rows that start from them were not run.")
-    elif "IMAGENET1K" in weights["name"]:
+    elif weights is not None and (weights["name"] == IMAGENET_NAME or weights["sha256"].startswith(_TORCHVISIONS_SHA256)):
         notes.append(
             f"“ImageNet” is {weights['name']} (SHA-256 {weights['sha256'][:16]}…). If the classes are among ImageNet's, as "
             f"Tiny-ImageNet's are, the accuracy says little about other data."
         )
-    else:
+    elif weights is not None:
         notes.append(
             f"“ImageNet” is not ImageNet here: {weights['name']} (SHA-256 {weights['sha256'][:16]}…) stood in for its weights."
         )

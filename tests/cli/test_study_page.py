@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ def write_example(folder: Path, dataset: Dataset, run: Path, *, name: str = "pho
                     "best": {"mean": last + 0.3, "deviation": 0.2},
                     "flip": {"mean": last + 0.8, "deviation": None} if row in "78" else None,
                 },
-                "images_per_s": 321.4 if runs else None,
+                "images_per_s": 1321.4 if runs else None,
                 "minutes": 1.2,
                 "epochs": epochs,
                 "at_resolution": at if row in "38" else [],
@@ -144,11 +145,11 @@ def test_the_table(page, study) -> None:
     for cells, row in zip(rows, study[0]["rows"], strict=True):
         assert cells[1] == f"{row['title']} {row['setting']}"
         assert cells[2] == ("-" if row["published_top1_percent"] is None else f"{row['published_top1_percent']:.1f}")
-        assert cells[3] == f"{row['top1_percent']['last']['mean']:.1f}"
-        assert cells[4] == f"{row['top1_percent']['best']['mean']:.1f} ± 0.2"
-        assert cells[5] == (f"{row['top1_percent']['flip']['mean']:.1f}" if row["top1_percent"]["flip"] else "-")
+        assert cells[3] == f"{row['top1_percent']['last']['mean']:.2f}"
+        assert cells[4] == f"{row['top1_percent']['best']['mean']:.2f} ± 0.20"
+        assert cells[5] == (f"{row['top1_percent']['flip']['mean']:.2f}" if row["top1_percent"]["flip"] else "-")
         assert cells[6] == f"{row['gmacs']:.3f}"
-        assert cells[8] == ("321" if row["runs"] else "-")
+        assert cells[8] == ("1,321" if row["runs"] else "-")
 
 
 def test_figures(page, study) -> None:
@@ -192,7 +193,7 @@ def test_rows_that_were_not_run_say_why(study, read_page) -> None:
     assert page.unclosed == []
     rows = {cells[0].split()[-1]: cells for cells in page.tables[0][1:]}
     assert rows["3"][3] == "not run: needs ImageNet weights: give --imagenet-weights PATH"
-    assert rows["7"][3] == "66.5"
+    assert rows["7"][3] == "66.50"
     assert "no ImageNet weights" in page.text
     assert "Accuracy against resolution" not in page.text
     assert "What row 7 gets right and wrong" in page.text
@@ -211,6 +212,19 @@ def test_seeds_and_the_real_weights(study, read_page) -> None:
     assert "one seed" not in page.text
     assert "a quick look" not in page.text
     assert "Row 1 stock stem" not in page.text  # its curves are gone, its figures are not
+
+
+@pytest.mark.parametrize(("sha256", "rows", "told"), [("f37072fd" + "0" * 56, 9, "If the classes are among"), (None, 1, "")])
+def test_where_the_weights_came_from(study, sha256: str | None, rows: int, told: str) -> None:
+    from tidali.study_page import _notes
+
+    document = study[0]
+    weights = {"name": "copies/resnet18.pth", "sha256": sha256} if sha256 is not None else None
+    insight = SimpleNamespace(top1_percent=50.0, labels=range(100))
+    (first, *_) = _notes({**document, "initial_weights": weights, "rows": document["rows"][:rows]}, insight)
+    assert told in first
+    assert "ImageNet weights, so the rows" not in first  # the one row that was asked for needs none
+    assert "stood in" not in first
 
 
 def test_a_study_without_a_run(study) -> None:
