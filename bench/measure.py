@@ -5,11 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from tidali.timing import Stopwatch
+from bench.idle import IdleTimer
+from tidali.device import cpu_count
+from tidali.timing import Stopwatch, WaitTimer
 
 MIN_SECONDS = 1.0
 """Each measurement goes on for at least this long, so that a fast case counts many batches and not one. So does the warm-up
@@ -22,32 +25,58 @@ WARMUP_STEPS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Something that gives images."""
+    """Something that gives images, or moves bytes, or does arithmetic."""
 
     name: str
-    step: Callable[[], int]
-    """Does one batch and returns the images in it."""
+    step: Callable[[], float]
+    """Does one batch and returns the images in it; of a ceiling, the bytes or the floating-point operations."""
     device: torch.device | None = None
     """Drained before the clock is read; None for work on the host."""
+    wait: WaitTimer | None = None
+    """Running while the step waits for its data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
     """All measurements of one case."""
 
-    images_per_s: tuple[float, ...]
+    per_s: tuple[float, ...]
+    first_step_s: float = 0.0
+    """The case's very first step: compilation, start-up and first allocations. Part of the warm-up, so in no rate."""
+    warmup_steps: int = 0
+    warmup_s: float = 0.0
+    steps: int = 0
+    seconds: float = 0.0
+    wait_share: float | None = None
+    """Part of the measured time that the step waited for its data, 0..1; None where it takes none."""
+    idle_share: float | None = None
+    """Part of the cores' time that nobody used while this was measured, 0..1; None where the kernel does not say."""
 
     @property
     def median(self) -> float:
-        return statistics.median(self.images_per_s)
+        return statistics.median(self.per_s)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and the third, by linear interpolation; of one measurement, itself."""
+        if len(self.per_s) == 1:
+            return self.per_s[0], self.per_s[0]
+        first, _, third = statistics.quantiles(self.per_s, n=4, method="inclusive")
+        return first, third
 
     @property
     def spread_percent(self) -> float:
         """Largest minus smallest, as a share of the median."""
-        return 100.0 * (max(self.images_per_s) - min(self.images_per_s)) / self.median
+        return 100.0 * (max(self.per_s) - min(self.per_s)) / self.median
 
     def to_dict(self) -> dict[str, float]:
-        return {"median": self.median, "min": min(self.images_per_s), "max": max(self.images_per_s)}
+        first, third = self.quartiles
+        return {"median": self.median, "min": min(self.per_s), "max": max(self.per_s), "q1": first, "q3": third}
+
+    def measured(self) -> dict[str, float | int]:
+        """What went into the rate and what was kept out of it."""
+        names = ("first_step_s", "warmup_steps", "warmup_s", "steps", "seconds")
+        return {name: getattr(self, name) for name in names}
 
 
 def measure(
@@ -64,25 +93,59 @@ def measure(
         settle_s: idle time before each measurement, for cases whose own processes go on filling their queues.
         on_done: called with a case's name after each of its measurements.
     """
-    rates: dict[str, list[float]] = {case.name: [] for case in cases}
+    tallies = {case.name: _Tally() for case in cases}
     for _ in range(repeats):
         for case in cases:
             time.sleep(settle_s)
-            rates[case.name].append(_measure_once(case, min_seconds))
+            tallies[case.name].add(case, min_seconds)
             if on_done is not None:
                 on_done(case.name)
-    return {name: Rates(images_per_s=tuple(values)) for name, values in rates.items()}
+    return {case.name: tallies[case.name].rates(case) for case in cases}
 
 
-def _measure_once(case: Case, min_seconds: float) -> float:
-    _images_per_s(case, WARMUP_STEPS, min_seconds)
-    return _images_per_s(case, MIN_STEPS, min_seconds)
+@dataclass
+class _Tally:
+    """The measurements of one case so far."""
 
+    per_s: list[float] = field(default_factory=list)
+    sums: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(("warmup_steps", "warmup_s", "steps", "seconds"), 0))
+    first_step_s: float | None = None
+    wait_s: float = 0.0
+    idle_s: float | None = 0.0
 
-def _images_per_s(case: Case, min_steps: int, min_seconds: float) -> float:
-    watch = Stopwatch(case.device)
-    images = steps = 0
-    while steps < min_steps or watch.peek_s() < min_seconds:
-        images += case.step()
-        steps += 1
-    return images / watch.elapsed_s()
+    def add(self, case: Case, min_seconds: float) -> None:
+        warm = Stopwatch(case.device)
+        steps = 0
+        while steps < WARMUP_STEPS or warm.peek_s() < min_seconds:
+            case.step()
+            steps += 1
+            if self.first_step_s is None:
+                self.first_step_s = warm.elapsed_s()
+        self._count(warmup_steps=steps, warmup_s=warm.elapsed_s())
+
+        waited_s = case.wait.total_s if case.wait is not None else 0.0
+        idle, watch = IdleTimer(), Stopwatch(case.device)
+        done, steps = 0.0, 0
+        while steps < MIN_STEPS or watch.peek_s() < min_seconds:
+            done += case.step()
+            steps += 1
+        seconds = watch.elapsed_s()
+        idle_s = idle.elapsed_s()
+        self.idle_s = None if idle_s is None or self.idle_s is None else self.idle_s + idle_s
+        self.wait_s += case.wait.total_s - waited_s if case.wait is not None else 0.0
+        self._count(steps=steps, seconds=seconds)
+        self.per_s.append(done / seconds)
+
+    def _count(self, **amounts: float) -> None:
+        for name, amount in amounts.items():
+            self.sums[name] += amount
+
+    def rates(self, case: Case) -> Rates:
+        seconds = self.sums["seconds"]
+        return Rates(
+            per_s=tuple(self.per_s),
+            first_step_s=self.first_step_s or 0.0,
+            wait_share=self.wait_s / seconds if case.wait is not None else None,
+            idle_share=None if self.idle_s is None else min(self.idle_s / (seconds * cpu_count()), 1.0),
+            **self.sums,
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import statistics
 import subprocess
@@ -15,8 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.fingerprint import environment
 from shards.demo import DemoSource
 from shards.scan import FileSource, Source
+from tidali.device import cpu_count, plan_device
 from tidali.errors import TidaliError
 from tidali.timing import Stopwatch
 
@@ -48,7 +49,7 @@ def run(
     Returns:
         ``rows``, one a case: seconds and images_per_s (median, min, max) and peak_rss_mib, the largest process's peak.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = cpu_count()
     with tempfile.TemporaryDirectory(prefix="tidali-bench-") as name:
         folder = Path(name)
         archive, files = _make_sources(folder, images, source)
@@ -68,6 +69,7 @@ def run(
     fastest_peer = max((row["images_per_s"]["median"] for row in rows[1:]), default=None)
     return {
         "benchmark": "pack",
+        **environment(plan_device("cpu", "off", "off")),
         "images": images,
         "workers": workers or cores,
         "repeats": repeats,

@@ -3,93 +3,99 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from datetime import date
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.fingerprint import environment as environment  # the other modules' name for it
+from tidali.checkpoint import write_atomically
 from tidali.console import print_table
-from tidali.device import DevicePlan, cpu_count
-from tidali.environment import versions
-from tidali.errors import TidaliError
 
-SCHEMA_VERSION = 1
+WHERE = ("res", "stem", "batch_size", "threads", "samples", "ranks")
+"""A row's fields that tell it from others of the same case."""
 
-
-def environment(plan: DevicePlan) -> dict[str, Any]:
-    """What a figure is worth nothing without."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "versions": versions(),
-        "device": {"type": plan.device.type, "name": plan.name},
-        "cores": cpu_count(),
-        "dtype": plan.dtype_name,
-        "compile": plan.compile,
-    }
+_CEILING_UNITS = {"images": ("images/s", 1.0), "bytes": ("GB/s", 1e9), "flop": ("TFLOP/s", 1e12)}
 
 
-def commit() -> str | None:
-    """The commit of the checkout that the program runs from, with ``-dirty`` where it was changed; None where installed."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+def parts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The documents in one of ``tidali bench all``; another is its own only part."""
+    return list(document["parts"]) if document["benchmark"] == "all" else [dict(document)]
 
 
-def show(document: dict[str, Any]) -> None:
-    """The table, on standard output."""
-    about = [f"median of {document['repeats']} (lowest to highest)"]
-    if "device" in document:
-        about += [
-            document["device"]["name"],
-            f"{document['cores']} cores",
-            document["dtype"],
-            f"batch {document['batch_size']}",
-        ]
+def label(row: Mapping[str, Any]) -> str:
+    """Where a row was measured, for people: '64 px, small stem'."""
+    words = {"res": "{} px", "stem": "{} stem", "batch_size": "batch {}", "threads": "{} threads", "samples": "{:,} samples"}
+    words["ranks"] = "{} ranks"
+    return ", ".join(words[name].format(row[name]) for name in WHERE if row.get(name) is not None)
+
+
+def show(document: Mapping[str, Any]) -> None:
+    """The tables, on standard output."""
+    for part in parts(document):
+        _show_rows(part)
+        _show_ceilings(part)
+        _show_memory(part)
+
+
+def _show_rows(document: Mapping[str, Any]) -> None:
+    about = [f"median of {document['repeats']} (lowest to highest)", document["device"]["name"], f"{document['cores']} cores"]
+    about += [document["dtype"]] if document["benchmark"] in ("train", "step") else []
+    about += [f"batch {document['batch_size']}"] if "batch_size" in document else []
     rows = document["rows"]
-    extra = [name for name in ("times_torchvision", "peak_rss_mib") if any(name in row for row in rows)]
+    ratios = sorted({name for row in rows for name in row if name.startswith("times_")})
+    extra = [*ratios, *(name for name in ("gmacs", "peak_rss_mib") if any(name in row for row in rows))]
+    bound = any("ceiling" in row for row in rows)
+    columns = ["case", "where", "images/s", "spread", *(name.replace("_", " ") for name in extra)]
+    columns += ["of the ceiling", "which is"] if bound else []
+    print_table(f"{document['benchmark']}: images/s, {', '.join(about)}", columns, [_cells(row, extra, bound) for row in rows])
+
+
+def _cells(row: Mapping[str, Any], extra: list[str], bound: bool) -> list[str]:
+    cells = [row["case"], label(row)]
+    if "not_run" in row:
+        return [*cells, "not run", row["not_run"], *([""] * (len(extra) + 2 * bound))]
+    rate, ceiling = row["images_per_s"], row.get("ceiling")
+    cells += [number(rate["median"]), f"{number(rate['min'])} to {number(rate['max'])}"]
+    cells += [f"{row[name]:,.{3 if name == 'gmacs' else 1}f}" if row.get(name) is not None else "" for name in extra]
+    if bound:
+        cells += [f"{100 * ceiling['share']:.0f} %", ceiling["name"]] if ceiling else ["", ""]
+    return cells
+
+
+def number(value: float) -> str:
+    """Three figures at least: 8.8, 67.8, 9,596."""
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _show_ceilings(document: Mapping[str, Any]) -> None:
+    rows = []
+    for row in document.get("ceilings", ()):
+        unit, scale = _CEILING_UNITS[row["unit"]]
+        median, low, high = (row["per_s"][name] / scale for name in ("median", "min", "max"))
+        digits = 0 if scale == 1 else 3 if scale == 1e12 else 1
+        rows.append((row["ceiling"], label(row), f"{median:,.{digits}f}", unit, f"{low:,.{digits}f} to {high:,.{digits}f}"))
+    if rows:
+        print_table("this machine's ceilings, measured in between", ("ceiling", "beside", "rate", "", "spread"), rows)
+
+
+def _show_memory(document: Mapping[str, Any]) -> None:
+    if "memory" not in document:
+        return
     print_table(
-        f"images/s, {', '.join(about)}",
-        ("case", "res", "images/s", "spread", *(name.replace("_", " ") for name in extra)),
+        "memory of a process that takes batches from the cache, MiB",
+        ("res", "cached pixels", "imports alone", "peak", "(peak - imports) / pixels"),
         [
             (
-                row["case"],
-                row.get("res", ""),
-                f"{rate['median']:,.0f}",
-                f"{rate['min']:,.0f} to {rate['max']:,.0f}",
-                *(f"{row[name]:,.1f}" for name in extra),
+                row["res"],
+                *(f"{row[name]:,.0f}" for name in ("pixels_mib", "idle_rss_mib", "peak_rss_mib")),
+                f"{row['times_pixels']:.2f}",
             )
-            for row in rows
-            for rate in (row["images_per_s"],)
+            for row in document["memory"]
         ],
     )
-    if "memory" in document:
-        print_table(
-            "memory of a process that takes batches from the cache, MiB",
-            ("res", "cached pixels", "imports alone", "peak", "(peak - imports) / pixels"),
-            [
-                (
-                    row["res"],
-                    *(f"{row[name]:,.0f}" for name in ("pixels_mib", "idle_rss_mib", "peak_rss_mib")),
-                    f"{row['times_pixels']:.2f}",
-                )
-                for row in document["memory"]
-            ],
-        )
 
 
-def write_json(document: dict[str, Any], target: str) -> None:
+def write_json(document: Mapping[str, Any], target: str) -> None:
     """Write the document to a file, or to standard output where the target is '-'.
 
     Raises:
@@ -98,8 +104,5 @@ def write_json(document: dict[str, Any], target: str) -> None:
     text = json.dumps(document, indent=1 if target != "-" else None)
     if target == "-":
         print(text)
-        return
-    try:
-        Path(target).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise TidaliError(f"--json {target}: cannot be written ({error.strerror})") from None
+    else:
+        write_atomically(Path(target), f"{text}\n".encode())

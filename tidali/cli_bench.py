@@ -3,77 +3,181 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from tidali.cli_train import AmpOption, CacheOption, DeviceOption, demo_data, parse_resolutions
-from tidali.errors import UsageError
+from tidali.errors import TidaliError, UsageError
+
+if TYPE_CHECKING:
+    from bench.compare import Comparison
+    from tidali.contract import Dataset
+
+PLOT_SUFFIXES = (".png", ".svg", ".html")
 
 
 def bench(
     case: Annotated[
-        Literal["stages", "loader", "pack"],
-        typer.Argument(help="stages: where a training step's time goes; loader and pack: beside the tools people use today."),
-    ] = "stages",
+        Literal["train", "step", "loader", "pack", "peers", "all"],
+        typer.Argument(help="What to measure; all: train, step, loader and pack in turn."),
+    ] = "train",
     res: Annotated[str, typer.Option(help="Input sides in pixels, such as 64,224.")] = "64,224",
     data: Annotated[str | None, typer.Option(help="A packed data set.", show_default="the built-in demo data")] = None,
-    stem: Annotated[Literal["imagenet", "small"], typer.Option(help="The model's stem.")] = "imagenet",
+    stem: Annotated[Literal["imagenet", "small"], typer.Option(help="train: the model's stem.")] = "imagenet",
     batch_size: Annotated[
-        int | None, typer.Option(help="Images a step.", min=2, show_default="256 on CUDA, 32 on a CPU")
+        int | None,
+        typer.Option(
+            help="Images a step.", min=2, show_default="train: 256 on CUDA, 32 on a CPU; step: 100; loader, peers: 256"
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Measurements of each row, interleaved.", min=1)] = 5,
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
     cache: CacheOption = "auto",
+    peers: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="peers: these alone, such as torchvision,ffcv.", show_default="all")
+    ] = None,
+    training: Annotated[bool, typer.Option("--training", help="peers: whole training loops instead of loaders.")] = False,
     ffcv_python: Annotated[
-        str | None, typer.Option(metavar="PYTHON", help="loader, pack: a Python that has FFCV, to measure it too.")
+        str | None, typer.Option(metavar="PYTHON", help="pack: a Python that has FFCV, to measure it too.")
     ] = None,
     json_: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Also write one JSON document; '-' prints it.")
     ] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw it, as .png, .svg or .html.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="OLD.json", help="Print new/old of each case; exits 1 where one became slower.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(metavar="PERCENT", min=0, help="compare: what counts as slower.")] = 10.0,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="train, step: also a torch profiler trace, beside --json, and its summary.")
+    ] = False,
 ) -> None:
-    """Measure images/s.
+    """Measure images/s, and say what holds this machine back.
 
-    stages: decoding, loading, the training step on synthetic data, and training end to end. loader: batches from tidali,
-    torchvision, DALI as documented, and FFCV. pack: packing 110,000 images by tidali, webdataset and FFCV.
+    train: decoding, loading, the training step on synthetic data, and training end to end. step: tidali's training step beside
+    the original study's loop. loader: tidali's routes from shards to batches, and how they grow. pack: packing 110,000 images
+    by tidali, webdataset and FFCV. peers: the loaders that people use today, on the same images to the same batches.
     """
     resolutions = parse_resolutions(res)
-    if json_ is not None and not Path(json_).parent.is_dir():
-        raise UsageError(f"--json {json_}: there is no folder {Path(json_).parent}")
+    for flag, name in (("--json", json_), ("--plot", plot)):
+        if name is not None and not Path(name).parent.is_dir():
+            raise UsageError(f"{flag} {name}: there is no folder {Path(name).parent}")
+    if plot is not None and Path(plot).suffix not in PLOT_SUFFIXES:
+        raise UsageError(f"--plot {plot}: end its name in {', '.join(PLOT_SUFFIXES)}")
     if ffcv_python is not None and not Path(ffcv_python).is_file():
         raise UsageError(f"--ffcv-python {ffcv_python}: no such file")
+    if profile and case not in ("train", "step"):
+        raise UsageError(f"--profile: of the training step; use it with 'bench step' or 'bench train', not {case}")
+    if case != "peers" and (peers is not None or training):
+        raise UsageError("--peers and --training go with 'bench peers'")
 
+    from bench.compare import load
     from bench.report import show, write_json
+    from tidali.console import say
 
-    if case == "pack":
-        from bench import pack
+    old = load(Path(compare), case) if compare is not None else None
+    trace = _trace_path(json_) if profile else None
 
-        document = pack.run(repeats=repeats, ffcv_python=ffcv_python)
-    else:
+    def dataset() -> Dataset:
         from tidali.source import open_data
 
-        dataset = open_data(data if data is not None else str(demo_data()))
-        if case == "loader":
-            from bench.loaders import bench_loaders
+        return open_data(data if data is not None else str(demo_data()))
 
-            document = bench_loaders(
-                dataset, resolutions=resolutions, batch_size=batch_size or 256, repeats=repeats, ffcv_python=ffcv_python
-            )
-        else:
-            from bench.stages import bench_stages
+    def run_train() -> dict[str, Any]:
+        from bench.train import bench_train
 
-            document = bench_stages(
-                dataset,
-                resolutions=resolutions,
-                stem=stem,
-                batch_size=batch_size,
-                repeats=repeats,
-                device=device,
-                amp=amp,
-                cache=cache,
-            )
+        return bench_train(
+            dataset(),
+            resolutions=resolutions,
+            stem=stem,
+            batch_size=batch_size,
+            repeats=repeats,
+            device=device,
+            amp=amp,
+            cache=cache,
+            profile=trace,
+        )
+
+    def run_step() -> dict[str, Any]:
+        from bench.step import BATCH_SIZE, bench_step
+
+        return bench_step(
+            resolutions=resolutions,
+            batch_size=batch_size or BATCH_SIZE,
+            repeats=repeats,
+            device=device,
+            amp=amp,
+            profile=trace,
+        )
+
+    def run_loader() -> dict[str, Any]:
+        from bench.loading import bench_loader
+
+        return bench_loader(dataset(), resolutions=resolutions, batch_size=batch_size or 256, repeats=repeats)
+
+    def run_pack() -> dict[str, Any]:
+        from bench import pack
+
+        return pack.run(repeats=repeats, ffcv_python=ffcv_python)
+
+    def run_peers() -> dict[str, Any]:
+        from bench.peers import bench_peers, bench_training_peers
+
+        return (bench_training_peers if training else bench_peers)(
+            dataset(),
+            resolutions=resolutions,
+            batch_size=batch_size or 256,
+            repeats=repeats,
+            peers=peers.split(",") if peers is not None else None,
+        )
+
+    benchmarks = {"train": run_train, "step": run_step, "loader": run_loader, "pack": run_pack}
+    if case == "all":
+        from bench.all import bench_all
+
+        document = bench_all(benchmarks)
+    else:
+        document = {**benchmarks, "peers": run_peers}[case]()
+
     if json_ != "-":
         show(document)
     if json_ is not None:
         write_json(document, json_)
+    if plot is not None:
+        from bench.plot import write_plot
+
+        write_plot(document, Path(plot))
+        say(f"plot: {plot}")
+    if old is not None:
+        from bench.compare import compare as compare_documents
+
+        _tell(compare_documents(document, old, tolerance), on_stdout=json_ != "-")
+
+
+def _trace_path(json_: str | None) -> Path:
+    """What the traces' names begin with."""
+    if json_ is None or json_ == "-":
+        return Path("bench-profile.json")
+    return Path(json_).with_name(f"{Path(json_).stem}-profile.json")
+
+
+def _tell(comparison: Comparison, *, on_stdout: bool) -> None:
+    """Print a comparison.
+
+    Raises:
+        TidaliError: something became slower.
+    """
+    from tidali.console import print_table, say
+
+    for line in comparison.warnings:
+        say(f"warning: {line}")
+    if on_stdout:
+        print_table(*comparison.table())
+    else:
+        for row in comparison.table()[2]:
+            say("  ".join(row))
+    if comparison.slower:
+        names = "; ".join(f"{change.case} {change.where}".strip() for change in comparison.slower)
+        raise TidaliError(f"slower than the old document by more than {comparison.tolerance_percent:g} %: {names}")

@@ -1,69 +1,72 @@
-"""``tidali bench``: how a rate is measured, and what is written down of it. No test asserts a rate."""
+"""``tidali bench``: what is printed, drawn and written down, and that a planted slowdown is found. No test asserts a rate."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from bench import measure
-from bench.measure import Case, Rates
-from bench.stages import DECODE, END_TO_END, LOADER, STEP
+from bench import ceilings, growth, loading, measure, pack
+from bench import train as bench_train
+from bench.all import bench_all
+from bench.fingerprint import environment
+from bench.routes import ROUTES
+from bench.train import CASES
+from tidali import cache, engine
+from tidali.device import plan_device
 
-REQUIRED = {
-    "schema_version",
-    "benchmark",
-    "date",
-    "commit",
-    "versions",
-    "device",
-    "cores",
-    "dtype",
-    "compile",
-    "data",
-    "stem",
-    "batch_size",
-    "repeats",
-    "rows",
-}
+SCHEMA = json.loads((Path(measure.__file__).parent / "schema.json").read_text())
 
 
-def check_document(document: dict, resolutions: list[int], repeats: int) -> None:
-    assert document.keys() >= REQUIRED
-    assert (document["schema_version"], document["benchmark"]) == (1, "stages")
-    assert document["device"].keys() >= {"type", "name"}
-    assert document["versions"].keys() >= {"tidali", "python", "torch", "torchvision", "nvidia-dali-cuda120", "numpy"}
-    assert document["repeats"] == repeats
-    cases = [(row["res"], row["case"]) for row in document["rows"]]
-    assert cases == [(res, case) for res in resolutions for case in (DECODE, LOADER, STEP, END_TO_END)]
-    for row in document["rows"]:
-        rate = row["images_per_s"]
-        assert rate.keys() == {"median", "min", "max"}
-        assert 0 < rate["min"] <= rate["median"] <= rate["max"]
+def check(document: dict[str, Any]) -> None:
+    """Against the published schema, read back as a consumer reads it."""
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    errors = list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(json.loads(json.dumps(document))))
+    assert [jsonschema.exceptions.best_match([error]).message for error in errors] == []
 
 
 @pytest.fixture
-def quick(monkeypatch) -> None:
-    """One step a measurement, after none to warm up."""
-    monkeypatch.setattr(measure, "WARMUP_STEPS", 0)
+def quick(monkeypatch) -> Iterator[None]:
+    """One step a measurement, after one to warm up, and small ceilings. On one thread: where other processes take the cores,
+    threads that wait for each other take seconds over a step of 8 images."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(measure, "WARMUP_STEPS", 1)
     monkeypatch.setattr(measure, "MIN_STEPS", 1)
     monkeypatch.setattr(measure.measure, "__kwdefaults__", {**measure.measure.__kwdefaults__, "min_seconds": 0.0})
+    monkeypatch.setattr(ceilings, "_PRODUCT_SIDE", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(ceilings, "_COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(ceilings, "_DECODE_STEP", 8)
+    yield
+    torch.set_num_threads(threads)
 
 
-def test_table_and_file(tidali, quick, demo_data: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def small(demo_data: Path) -> tuple[object, ...]:
+    """Options of a tiny measurement."""
+    return ("--data", demo_data, "--res", 32, "--batch-size", 8, "--device", "cpu")
+
+
+def test_train_as_a_table_and_a_file(tidali, quick, small, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    ended = tidali(
-        "bench", "--data", demo_data, "--res", 32, "--repeats", 1, "--batch-size", 8, "--device", "cpu", "--json", out
-    )
+    ended = tidali("bench", *small, "--repeats", 1, "--json", out)
     assert ended.code == 0, ended.stderr
     document = json.loads(out.read_text())
-    check_document(document, [32], repeats=1)
-    assert (document["batch_size"], document["data"]["train_samples"]) == (8, 160)
+    check(document)
+    assert (document["benchmark"], document["batch_size"], document["data"]["train_samples"]) == ("train", 8, 160)
+    assert [(row["res"], row["case"]) for row in document["rows"]] == [(32, case) for case in CASES]
     for row in document["rows"]:
-        line = next(line for line in ended.stdout.splitlines() if row["case"] in line)
-        assert f"{row['images_per_s']['median']:,.0f}" in line
-    assert "32 px: end to end runs at" in ended.stderr
+        assert any(row["case"] in line and f"{row['ceiling']['share']:.0%}"[:-1] in line for line in ended.stdout.splitlines())
+    (found,) = document["diagnosis"]
+    assert found["line"] in ended.stderr
+    named = {row["ceiling"] for row in document["ceilings"]}
+    assert {ceilings.DECODE, ceilings.COPY, "float32 matrix-product"} <= named
 
 
 def test_json_alone_on_standard_output(tidali, quick, demo_data: Path) -> None:
@@ -72,69 +75,171 @@ def test_json_alone_on_standard_output(tidali, quick, demo_data: Path) -> None:
     )
     assert ended.code == 0, ended.stderr
     assert len(ended.stdout.splitlines()) == 1
-    check_document(json.loads(ended.stdout), [32, 64], repeats=2)
+    document = json.loads(ended.stdout)
+    check(document)
+    assert document["repeats"] == 2
+    assert [row["res"] for row in document["rows"]] == [32] * 4 + [64] * 4
 
 
-# ------------------------------------------------------------------------------------------------------------------- measure()
+def test_step_beside_the_original_loop_with_a_profile(tidali, quick, tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    ended = tidali(
+        "bench", "step", "--res", 32, "--batch-size", 4, "--repeats", 2, "--device", "cpu", "--json", out, "--profile"
+    )
+    assert ended.code == 0, ended.stderr
+    document = json.loads(out.read_text())
+    check(document)
+    rows = document["rows"]
+    assert [(row["stem"], row["case"]) for row in rows] == [
+        (stem, case) for stem in ("imagenet", "small") for case in ("original study's loop", "tidali")
+    ]
+    for original, ours in (rows[:2], rows[2:]):
+        assert original["times_original"] == 1
+        assert ours["times_original"] == ours["images_per_s"]["median"] / original["images_per_s"]["median"]
+        assert original["ceiling"]["name"] == "float32 matrix-product"
+        # Of images/s and of operations a second: the same share, worked out the other way round.
+        ceiling = next(
+            row["per_s"]["median"]
+            for row in document["ceilings"]
+            if (row["stem"], row["ceiling"]) == (ours["stem"], ours["ceiling"]["name"])
+        )
+        assert ours["ceiling"]["share"] == pytest.approx(ours["images_per_s"]["median"] * 6e9 * ours["gmacs"] / ceiling)
+    for stem in ("imagenet", "small"):
+        trace = json.loads((tmp_path / f"step-profile-32-{stem}.json").read_text())
+        assert any(event.get("name") == "aten::convolution_backward" for event in trace["traceEvents"])
+    summary = [line for line in ended.stderr.splitlines() if " calls  " in line]
+    assert len(summary) == 16
+    assert any("convolution_backward" in line for line in summary)
 
 
-class Bed:
-    """A clock that cases turn: `case` makes one whose steps take the given seconds."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.now_s = 0.0
-        self.calls: list[str] = []
-        monkeypatch.setattr("tidali.timing.now_s", lambda: self.now_s)
-
-    def case(self, name: str, images: int, *step_s: float) -> Case:
-        left = list(step_s)
-
-        def step() -> int:
-            self.calls.append(name)
-            self.now_s += left.pop(0) if len(left) > 1 else left[0]
-            return images
-
-        return Case(name=name, step=step)
+def test_loader_with_its_growth(tidali, quick, small, monkeypatch) -> None:
+    monkeypatch.setattr(growth, "BATCHES", (4, 16, 1024))
+    monkeypatch.setattr(loading, "cache_memory", lambda root, **_: memory)
+    memory = {"res": 32, "pixels_mib": 1.0, "idle_rss_mib": 5.0, "peak_rss_mib": 7.0, "times_pixels": 2.0}
+    ended = tidali("bench", "loader", *small, "--repeats", 1, "--json", "-")
+    assert ended.code == 0, ended.stderr
+    document = json.loads(ended.stdout)
+    check(document)
+    assert [row["case"] for row in document["rows"]] == list(ROUTES)
+    varied = [(row["varied"], row[row["varied"]]) for row in document["growth"] if row["case"] == "cached"]
+    assert {("batch_size", 4), ("batch_size", 16), ("threads", 1), ("samples", 160), ("samples", 40)} <= set(varied)
+    assert ("batch_size", 1024) not in varied  # the split has 160
 
 
-def test_cases_take_turns_and_warm_up_uncounted(monkeypatch) -> None:
-    bed, done = Bed(monkeypatch), []
-    # The first two steps of `a` are slow: they fill queues, or compile, and must not count.
-    cases = [bed.case("a", 10, 50.0, 50.0, 0.5), bed.case("b", 3, 0.25)]
-    rates = measure.measure(cases, repeats=3, on_done=done.append, min_seconds=2.0)
-    assert done == ["a", "b"] * 3
-    first, later = [*"aa", *"aaaa"], [*"aaaa", *"aaaa"]  # at least two steps and two seconds to warm up, then two seconds
-    assert bed.calls == [*first, *16 * "b", *later, *16 * "b", *later, *16 * "b"]
-    assert rates["a"].images_per_s == (20.0, 20.0, 20.0)
-    assert rates["b"].images_per_s == (12.0, 12.0, 12.0)
+def test_pack_and_all(monkeypatch) -> None:
+    monkeypatch.setattr(pack, "_peers", lambda ffcv_python: [])
+    document = pack.run(images=220, repeats=1, workers=1)
+    check(document)
+    assert document["rows"][0]["case"] == "tidali"
+    together = bench_all({"pack": lambda: document, "again": lambda: document})
+    check(together)
+    assert len(together["parts"]) == 2
 
 
-def test_a_slow_case_takes_no_fewer_than_three_steps(monkeypatch) -> None:
-    bed = Bed(monkeypatch)
-    rates = measure.measure([bed.case("a", 4, 8.0)], repeats=1, min_seconds=1.0)
-    assert len(bed.calls) == measure.WARMUP_STEPS + measure.MIN_STEPS == 5
-    assert rates["a"].images_per_s == (0.5,)
+def test_what_the_schema_refuses() -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    rate = {"median": 2.0, "min": 1.0, "max": 3.0}
+    rows = [{"case": "a", "images_per_s": rate, "times_torchvision": 1.5}, {"case": "b", "not_run": "no wheel"}]
+    head = environment(plan_device("cpu", "off", "off"))
+    document = {"benchmark": "peers", **head, "batch_size": 8, "repeats": 3, "rows": rows}
+    check(document)
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    for wrong in (
+        {**document, "schema_version": 1},
+        {**document, "benchmark": "stages"},
+        {name: value for name, value in document.items() if name != "machine"},
+        {**document, "rows": [{"case": "a"}]},
+        {**document, "rows": [{"case": "a", "images_per_s": {**rate, "median": 0}}]},
+        {**document, "rows": [{"case": "a", "images_per_s": rate, "not_run": "both"}]},
+    ):
+        assert not validator.is_valid(wrong)
 
 
-def test_the_device_is_drained_before_the_clock_is_read(monkeypatch) -> None:
-    """Steps only queue work here; what they queue takes its time when the device is waited for."""
-    bed, queued = Bed(monkeypatch), []
-
-    def drain(device: object) -> None:
-        bed.now_s += sum(queued)
-        queued.clear()
-
-    def step() -> int:
-        queued.append(1.0)
-        return 5
-
-    monkeypatch.setattr("tidali.timing.synchronize", drain)
-    rates = measure.measure([Case(name="a", step=step)], repeats=2, min_seconds=0.0)
-    assert rates["a"].images_per_s == (5.0, 5.0)
+# ---------------------------------------------------------------------------------------------------------- planted slowdowns
 
 
-def test_median_and_spread() -> None:
-    rates = Rates(images_per_s=(90.0, 130.0, 100.0, 110.0))
-    assert rates.median == 105.0
-    assert rates.spread_percent == pytest.approx(100 * 40 / 105)
-    assert rates.to_dict() == {"median": 105.0, "min": 90.0, "max": 130.0}
+PLANTED_S = 0.5
+"""Ten times what a step of 8 images of 32 px takes on two busy cores."""
+
+
+def slowed(function: Any) -> Any:
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(PLANTED_S)
+        return function(*args, **kwargs)
+
+    return slow
+
+
+def test_a_sleep_in_the_loader_is_found(tidali, quick, small, monkeypatch, tmp_path: Path) -> None:
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    assert tidali("bench", *small, "--repeats", 3, "--json", before).code == 0
+    monkeypatch.setattr(cache.CachedBatches, "_images", slowed(cache.CachedBatches._images))
+    ended = tidali("bench", *small, "--repeats", 3, "--json", after, "--compare", before, "--tolerance", 60)
+    assert ended.code == 1
+    (found,) = json.loads(after.read_text())["diagnosis"]
+    assert found["culprit"] == "the loader"
+    assert found["data_wait_share"] > 0.5
+    assert "the loader is what binds" in found["line"]
+    (message,) = (line for line in ended.stderr.splitlines() if line.startswith("tidali:"))
+    assert "slower than the old document by more than 60 %" in message
+    assert "loader only" in message
+    assert "end to end" in message
+
+
+def test_a_wait_in_the_step_is_found(tidali, quick, small, monkeypatch, tmp_path: Path) -> None:
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    assert tidali("bench", *small, "--repeats", 3, "--json", before).code == 0
+    monkeypatch.setattr(engine, "train_step", slowed(engine.train_step))
+    ended = tidali("bench", *small, "--repeats", 3, "--json", after, "--compare", before, "--tolerance", 60)
+    assert ended.code == 1
+    (found,) = json.loads(after.read_text())["diagnosis"]
+    assert found["culprit"] == "the step"
+    assert found["data_wait_share"] < 0.15
+    assert "the step is what binds" in found["line"]
+    (message,) = (line for line in ended.stderr.splitlines() if line.startswith("tidali:"))
+    assert "step, synthetic" in message
+
+
+def test_a_wait_around_the_step_is_found(tidali, quick, small, monkeypatch) -> None:
+    monkeypatch.setattr(bench_train.Meter, "update", slowed(bench_train.Meter.update))
+    ended = tidali("bench", *small, "--repeats", 3, "--json", "-")
+    (found,) = json.loads(ended.stdout)["diagnosis"]
+    assert found["culprit"] == "the loop around the step"
+
+
+# ---------------------------------------------------------------------------------------------------------- wrong use
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--plot", "out.pdf"], "--plot out.pdf: end its name in .png, .svg, .html"),
+        (["--plot", "nowhere/out.png"], "--plot nowhere/out.png: there is no folder nowhere"),
+        (["pack", "--profile"], "--profile: of the training step"),
+        (["step", "--peers", "ffcv"], "--peers and --training go with 'bench peers'"),
+        (["--compare", "nowhere.json"], "--compare nowhere.json: cannot be read"),
+        (["--tolerance", "-1"], "--tolerance"),
+        (["stages"], "stages"),
+    ],
+)
+def test_wrong_use(tidali, argv: list[str], message: str) -> None:
+    ended = tidali("bench", *argv)
+    assert (ended.code, ended.stdout) == (2, "")
+    assert message in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON document"),
+        ("[1]", "is no document of 'tidali bench --json'"),
+        ('{"benchmark": "step", "schema_version": 2}', "is of 'tidali bench step', this is 'tidali bench train'"),
+        ('{"benchmark": "train", "schema_version": 1}', "has schema 1, this tidali writes 2; record it anew"),
+    ],
+)
+def test_an_old_document_that_does_not_fit(tidali, tmp_path: Path, content: str, message: str) -> None:
+    old = tmp_path / "old.json"
+    old.write_text(content)
+    ended = tidali("bench", "train", "--compare", old)
+    assert ended.code == 2
+    assert message in ended.stderr

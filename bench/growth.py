@@ -1,0 +1,97 @@
+"""How a loader's rate grows with the batch, the threads and the number of samples, one of them varied at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.measure import Case, measure
+from bench.routes import CACHED, STREAMING, batch_settings, counting
+from tidali.cache import CachedBatches, PixelCache
+from tidali.console import progress_bar
+from tidali.contract import Dataset
+from tidali.data import Data, fill
+from tidali.device import cpu_count
+from tidali.loader import StreamBatches
+
+BATCHES = (16, 64, 256, 1024)
+SAMPLES_SHARES = (1 / 16, 1 / 4, 1)
+MAX_REPEATS = 3
+"""The curve's shape is what is looked for; the rates themselves are the table's."""
+
+
+class Point(NamedTuple):
+    route: str
+    varied: str
+    value: int
+    step: Callable[[], int]
+
+
+def bench_growth(dataset: Dataset, *, res: int, batch_size: int, repeats: int) -> list[dict[str, Any]]:
+    """Rows of the document: the streaming and the cached route at one resolution, on the CPU.
+
+    The samples are those of the cached route alone: a stream is as long as its shards.
+    """
+    points = growth_points(dataset, res, batch_size)
+    cases = [Case(name=f"{point.route}, {point.varied} {point.value}", step=point.step) for point in points]
+    with progress_bar() as bar:
+        repeats = min(repeats, MAX_REPEATS)
+        task = bar.add_task("growth", total=len(cases) * repeats, note="")
+        rates = measure(cases, repeats=repeats, on_done=lambda name: bar.update(task, advance=1, note=name))
+    return [
+        {
+            "res": res,
+            "case": point.route,
+            "varied": point.varied,
+            point.varied: point.value,
+            "images_per_s": rates[case.name].to_dict(),
+        }
+        for point, case in zip(points, cases, strict=True)
+    ]
+
+
+def growth_points(dataset: Dataset, res: int, batch_size: int) -> list[Point]:
+    """What is measured, the batch first."""
+    samples, device = dataset.split("train").samples, torch.device("cpu")
+    square = Data(dataset, ("train",), device, cache="device", max_res=res).route.square
+    cache = fill(dataset, "train", device, square)
+    settings = batch_settings(dataset, res, batch_size)
+    flips = settings.pop("augment")
+
+    def streaming(batch: int, threads: int) -> Iterable[tuple[Tensor, Tensor]]:
+        return StreamBatches(dataset, "train", **{**settings, "batch_size": batch}, flip=True, num_threads=threads)
+
+    def cached(batch: int, share: float = 1) -> Iterable[tuple[Tensor, Tensor]]:
+        count = int(samples * share)
+        part = PixelCache(pixels=cache.pixels[:count], labels=cache.labels[:count], identity=cache.identity)
+        return CachedBatches(part, **{**settings, "batch_size": batch}, augment=flips)
+
+    cores = cpu_count()
+    points = []
+    for batch in (batch for batch in BATCHES if batch <= samples):
+        points.append(Point(STREAMING, "batch_size", batch, counting(streaming(batch, cores))))
+        points.append(Point(CACHED, "batch_size", batch, counting(cached(batch))))
+    for threads in sorted({2**power for power in range(cores.bit_length()) if 2**power <= cores} | {cores}):
+        points.append(Point(STREAMING, "threads", threads, on_threads(threads, counting(streaming(batch_size, threads)))))
+        points.append(Point(CACHED, "threads", threads, on_threads(threads, counting(cached(batch_size)))))
+    for share in SAMPLES_SHARES:
+        if samples * share >= batch_size:
+            points.append(Point(CACHED, "samples", int(samples * share), counting(cached(batch_size, share))))
+    return points
+
+
+def on_threads(threads: int, step: Callable[[], int]) -> Callable[[], int]:
+    """The step with torch's threads set for it, and set back after it: tidali's compiled loops use as many."""
+
+    def limited() -> int:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return step()
+        finally:
+            torch.set_num_threads(before)
+
+    return limited

@@ -1,0 +1,51 @@
+"""The original study's training loop, as a peer: float32, NCHW, eager, the optimizer as torch makes it by default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from tidali.config import Stem
+from tidali.models import build_resnet18
+
+
+def original_step(
+    num_classes: int, stem: Stem, device: torch.device, next_batch: Callable[[], tuple[Tensor, Tensor]]
+) -> Callable[[], int]:
+    """A training step on the next batch, with the running loss and accuracy that the study's loop reads after each.
+
+    Args:
+        next_batch: images (N, 3, H, W) float32, contiguous, and labels (N,) int64, on the device.
+
+    Returns:
+        What does one step and returns the images in it.
+    """
+    model = build_resnet18(num_classes, stem, stem_bias=stem == "small").to(device)
+    model.train()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    running = {"loss": 0.0, "correct": 0}
+
+    def step() -> int:
+        with _torch_defaults(device):
+            images, labels = next_batch()
+            optimizer.zero_grad()
+            outputs = model(images)
+            loss = criterion(outputs, labels)
+            loss.backward()
+            optimizer.step()
+            running["loss"] += loss.item() * len(labels)
+            running["correct"] += int((outputs.argmax(1) == labels).sum().item())
+        return len(labels)
+
+    return step
+
+
+def _torch_defaults(device: torch.device) -> AbstractContextManager[None]:
+    """cuDNN as a program that sets nothing has it, whatever tidali set for its own steps."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=True)

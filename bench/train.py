@@ -1,0 +1,163 @@
+"""Four rates a resolution: decoding alone, the loader alone, the step on synthetic data, and training end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import TaskID
+
+from bench.ceilings import COPY, DECODE, Bound, binding, ceiling_cases, ceiling_rows, sample_jpegs
+from bench.diagnosis import diagnose
+from bench.fingerprint import environment
+from bench.measure import Case, Rates, measure
+from bench.profile import profile_step
+from bench.routes import batch_bytes, batch_settings, endless
+from bench.step import forward_gmacs, make_state, step_bound
+from tidali import engine
+from tidali.config import AmpChoice, CacheChoice, DeviceChoice, Stem
+from tidali.console import progress_bar, say
+from tidali.contract import Dataset
+from tidali.data import Data
+from tidali.device import DevicePlan, plan_device
+from tidali.errors import UsageError
+from tidali.loader import decoded_forever
+from tidali.metrics import Meter
+from tidali.timing import WaitTimer
+from tidali.train import set_numerics
+
+DECODED, LOADER, STEP, END_TO_END = "decode only", "loader only", "step, synthetic", "end to end"
+CASES = (DECODED, LOADER, STEP, END_TO_END)
+
+
+def bench_train(
+    dataset: Dataset,
+    *,
+    resolutions: Sequence[int],
+    stem: Stem = "imagenet",
+    batch_size: int | None = None,
+    repeats: int = 5,
+    device: DeviceChoice = "auto",
+    amp: AmpChoice = "auto",
+    cache: CacheChoice = "auto",
+    profile: Path | None = None,
+) -> dict[str, Any]:
+    """Measure, and return the JSON document.
+
+    Args:
+        batch_size: images a step; by default 256 on CUDA and 32 on a CPU, where a step of 256 at 224 px takes ten seconds.
+        profile: where a trace of the end-to-end step is written, one for each resolution.
+
+    Raises:
+        UsageError: a batch larger than the train split.
+        TidaliError, DatasetError: the data or the device cannot be used.
+    """
+    plan = plan_device(device, amp, "auto")
+    set_numerics(deterministic=False)
+    if batch_size is None:
+        batch_size = 256 if plan.device.type == "cuda" else 32
+    samples = dataset.split("train").samples
+    if batch_size > samples:
+        raise UsageError(f"--batch-size {batch_size}: the train split has {samples} samples; measure with at most that many")
+    data = Data(dataset, ("train",), plan.device, cache=cache, max_res=max(resolutions))
+    say(f"cache {'on' if data.route.cached else 'off'}: {data.route.reason}")
+    limits = ceiling_cases(plan, jpegs=sample_jpegs(dataset))
+    rows, ceilings, diagnoses = [], [], []
+    with progress_bar() as bar:
+        for res in resolutions:
+            cases = train_cases(dataset, data, plan, res=res, stem=stem, batch_size=batch_size)
+            task = bar.add_task(f"training at {res}", total=(len(cases) + len(limits)) * repeats, note="")
+
+            def on_done(name: str, task: TaskID = task) -> None:
+                bar.update(task, advance=1, note=name)
+
+            rates = measure(cases + limits, repeats=repeats, on_done=on_done)
+            bounds = train_bounds(rates, data, plan, stem=stem, res=res)
+            rows += [row(case, rates[case], bounds[case], res) for case in CASES]
+            ceilings += ceiling_rows(rates, res=res)
+            found = diagnose(
+                res,
+                loader=rates[LOADER],
+                step=rates[STEP],
+                end_to_end=rates[END_TO_END],
+                loader_bound=bounds[LOADER],
+                step_bound=bounds[STEP],
+                step_on_host=plan.device.type == "cpu",
+            )
+            diagnoses.append(found.to_dict())
+            say(found.line)
+            if profile is not None:
+                path = profile.with_name(f"{profile.stem}-{res}-{stem}.json")
+                for line in profile_step(cases[-1].step, plan.device, path):
+                    say(line)
+    return {
+        "benchmark": "train",
+        **environment(plan),
+        "data": {"name": dataset.root.name, "train_samples": samples},
+        "cached": data.route.cached,
+        "stem": stem,
+        "batch_size": batch_size,
+        "repeats": repeats,
+        "rows": rows,
+        "ceilings": ceilings,
+        "diagnosis": diagnoses,
+    }
+
+
+def row(case: str, rates: Rates, bound: Bound | None, res: int) -> dict[str, Any]:
+    """One case for the document."""
+    shares = {"data_wait_share": rates.wait_share, "idle_share": rates.idle_share}
+    return {
+        "res": res,
+        "case": case,
+        "images_per_s": rates.to_dict(),
+        **{name: share for name, share in shares.items() if share is not None},
+        "measured": rates.measured(),
+        **(bound.fields(rates) if bound is not None else {}),
+    }
+
+
+def train_cases(dataset: Dataset, data: Data, plan: DevicePlan, *, res: int, stem: Stem, batch_size: int) -> list[Case]:
+    """The four cases of one resolution; the two that train share one model, whose weights do not matter here."""
+    classes = len(dataset.manifest.classes)
+    decoded = decoded_forever(dataset, "train", batch_size=batch_size, device=plan.device)
+    settings = batch_settings(dataset, res, batch_size)
+    alone, fed = (endless(data.batches("train", **settings)) for _ in range(2))
+    state = make_state(classes, plan, stem)
+    state.model.train()
+    images = torch.randn(batch_size, 3, res, res, device=plan.device).to(memory_format=torch.channels_last)
+    labels = torch.randint(classes, (batch_size,), device=plan.device)
+    meter, wait = Meter(plan.device), WaitTimer()
+
+    def step_synthetic() -> int:
+        engine.train_step(state, images, labels)
+        return batch_size
+
+    def step_end_to_end() -> int:
+        with wait:
+            real_images, real_labels = next(fed)
+        meter.update(engine.train_step(state, real_images, real_labels), real_labels)
+        return len(real_labels)
+
+    return [
+        Case(name=DECODED, step=lambda: len(next(decoded)[0]), device=plan.device),
+        Case(name=LOADER, step=lambda: len(next(alone)[1]), device=plan.device),
+        Case(name=STEP, step=step_synthetic, device=plan.device),
+        Case(name=END_TO_END, step=step_end_to_end, device=plan.device, wait=wait),
+    ]
+
+
+def train_bounds(rates: dict[str, Rates], data: Data, plan: DevicePlan, *, stem: Stem, res: int) -> dict[str, Bound | None]:
+    """What each case stands under. A loader on a GPU stands under the copy to it, and under no memory copy of the host's."""
+    on_gpu = plan.device.type == "cuda"
+    moved = {} if on_gpu else {COPY: batch_bytes(data, res)}
+    decoding = {} if data.route.cached else {DECODE: 1.0}
+    step = step_bound(rates, plan.amp_dtype, forward_gmacs(stem, res))
+    return {
+        DECODED: binding(rates, {} if on_gpu else {DECODE: 1.0}),
+        LOADER: binding(rates, {**moved, **decoding} if not on_gpu else {}),
+        STEP: step,
+        END_TO_END: step,
+    }

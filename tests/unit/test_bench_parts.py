@@ -1,0 +1,205 @@
+"""What is made of measured rates: shares of ceilings, the diagnosis, comparisons and plots."""
+
+from __future__ import annotations
+
+import copy
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import plot
+from bench.ceilings import COPY, DECODE, Bound, binding, ceiling_rows
+from bench.compare import compare
+from bench.diagnosis import diagnose
+from bench.fingerprint import environment
+from bench.measure import Rates
+from bench.step import forward_gmacs
+from tidali.device import plan_device
+from tidali.errors import UsageError
+
+
+def rates(value: float, **more: float) -> Rates:
+    return Rates(per_s=(value,), **more)
+
+
+def test_forward_gmacs_are_the_published_ones() -> None:
+    """Of ResNet-18: 1.814 at 224 px (torchvision's table gives 1.81); at 64 px 0.148 with the stock stem and 2.222 with the
+    small one, less what the head differs by for another number of classes."""
+    found = [forward_gmacs("imagenet", 224), forward_gmacs("imagenet", 64), forward_gmacs("small", 64)]
+    assert found == pytest.approx([1.814, 0.148, 2.222], abs=6e-4)
+
+
+def test_the_lowest_ceiling_binds() -> None:
+    measured = {"case": rates(90.0), DECODE: rates(1000.0), COPY: rates(6000.0)}
+    bound = binding(measured, {DECODE: 1.0, COPY: 50.0})
+    assert bound == Bound(ceiling=COPY, images_per_s=120.0)
+    assert bound.share(measured["case"]) == 0.75
+    assert binding(measured, {DECODE: 1.0, "not measured": 1e9}) == Bound(ceiling=DECODE, images_per_s=1000.0)
+    assert binding(measured, {}) is None
+    assert [row["ceiling"] for row in ceiling_rows(measured)] == [DECODE, COPY]
+
+
+# ------------------------------------------------------------------------------------------------------------------ diagnosis
+
+
+def found(*, loader: float, step: float, both: float, wait: float, idle: float | None = 0.0, on_host: bool = True) -> Any:
+    return diagnose(
+        64,
+        loader=rates(loader),
+        step=rates(step, idle_share=idle),
+        end_to_end=rates(both, wait_share=wait),
+        loader_bound=Bound(ceiling=DECODE, images_per_s=2000.0),
+        step_bound=Bound(ceiling="bf16 matrix-product", images_per_s=100.0),
+        step_on_host=on_host,
+    )
+
+
+def test_the_step_binds() -> None:
+    diagnosis = found(loader=5000, step=87, both=86, wait=0.004)
+    assert diagnosis.culprit == "the step"
+    assert diagnosis.line == (
+        "64 px: waiting for data 0.4 %: the step is what binds, at 87 % of this machine's bf16 matrix-product rate"
+    )
+
+
+@pytest.mark.parametrize(
+    ("idle", "on_host", "said"), [(0.9, True, True), (0.1, True, False), (None, True, False), (0.9, False, False)]
+)
+def test_a_step_that_leaves_its_own_cores_idle_waits(idle: float | None, on_host: bool, said: bool) -> None:
+    line = found(loader=5000, step=9, both=9, wait=0.0, idle=idle, on_host=on_host).line
+    assert ("the cores are idle for 90 % of it: something in it waits" in line) == said
+
+
+def test_the_loader_binds() -> None:
+    diagnosis = found(loader=50, step=90, both=40, wait=0.6)
+    assert diagnosis.culprit == "the loader"
+    assert diagnosis.line == (
+        "64 px: waiting for data 60.0 %: the loader is what binds, with 50 images/s for a step that takes 90, "
+        "at 2 % of this machine's JPEG decoding rate"
+    )
+
+
+def test_a_loader_that_works_ahead_on_the_same_cores_is_named_too() -> None:
+    assert found(loader=200, step=90, both=60, wait=0.01).culprit == "the loader"
+
+
+def test_neither_of_them() -> None:
+    diagnosis = found(loader=5000, step=90, both=45, wait=0.01)
+    assert diagnosis.culprit == "the loop around the step"
+    assert "end to end runs at 50 % of the step" in diagnosis.line
+
+
+# ----------------------------------------------------------------------------------------------------------------- comparison
+
+
+def document(*medians: float, **more: Any) -> dict[str, Any]:
+    rows = [
+        {"res": 64, "case": f"case {number}", "images_per_s": {"median": value, "min": 0.9 * value, "max": 1.1 * value}}
+        for number, value in enumerate(medians)
+    ]
+    return {"benchmark": "train", **environment(plan_device("cpu", "off", "off")), "repeats": 3, "rows": rows, **more}
+
+
+def test_only_what_is_slower_beyond_the_tolerance_fails() -> None:
+    comparison = compare(document(100, 89, 91, 120), document(100, 100, 100, 100), 10)
+    assert [change.ratio for change in comparison.changes] == [1.0, 0.89, 0.91, 1.2]
+    assert [comparison.verdict(change) for change in comparison.changes] == ["", "SLOWER", "", "faster"]
+    assert [change.case for change in comparison.slower] == ["case 1"]
+    assert comparison.warnings == ()
+    _, columns, rows = comparison.table()
+    assert all(len(row) == len(columns) for row in rows)
+    assert rows[1][4:6] == ("0.89", "0.90-1.10, 0.80-0.98")
+
+
+def test_rows_are_matched_by_what_they_measure_and_not_by_their_place() -> None:
+    old, new = document(100, 50), document(100, 50)
+    new["rows"].reverse()
+    new["rows"][0]["batch_size"] = 8  # another case now
+    comparison = compare(new, old, 10)
+    assert [(change.case, change.ratio) for change in comparison.changes] == [("case 0", 1.0)]
+    assert set(comparison.warnings) == {
+        "only now: train: case 1 64 px, batch 8",
+        "only in the old document: train: case 1 64 px",
+    }
+
+
+def test_other_hardware_and_settings_are_said() -> None:
+    new, old = document(100, batch_size=8), document(100, batch_size=32)
+    old["machine"] = {**old["machine"], "cpu": "abacus"}
+    old["versions"] = {**old["versions"], "torch": "0.1"}
+    warnings = compare(new, old, 10).warnings
+    assert warnings[0].startswith("train: other hardware: cpu was abacus, is ")
+    assert warnings[1] == "train: measured otherwise: batch_size was 32, is 8"
+    assert warnings[2].startswith("train: torch was 0.1, is ")
+    assert len(warnings) == 3
+
+
+def test_nothing_in_common() -> None:
+    other = copy.deepcopy(document(100))
+    other["rows"][0]["res"] = 224
+    with pytest.raises(UsageError, match="no case in common"):
+        compare(document(100), other, 10)
+
+
+def test_documents_of_all_are_compared_part_by_part() -> None:
+    def together(*medians: float) -> dict[str, Any]:
+        return {
+            "benchmark": "all",
+            "schema_version": 2,
+            "parts": [document(medians[0]), document(medians[1], benchmark="step")],
+        }
+
+    comparison = compare(together(100, 50), together(100, 100), 10)
+    assert [(change.benchmark, change.ratio) for change in comparison.changes] == [("train", 1.0), ("step", 0.5)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- plot
+
+
+def plotted() -> dict[str, Any]:
+    drawn = document(100, 2.5, batch_size=8)
+    drawn["rows"][0]["ceiling"] = {"name": "memory copy", "images_per_s": 400.0, "share": 0.25}
+    drawn["rows"].append({"res": 64, "case": "FFCV <raw>", "not_run": "it has no wheel for this Python & machine"})
+    drawn["growth"] = [
+        {
+            "res": 64,
+            "case": "cached",
+            "varied": "threads",
+            "threads": n,
+            "images_per_s": {"median": n, "min": n / 2, "max": 2 * n},
+        }
+        for n in (1, 2, 4)
+    ]
+    return drawn
+
+
+def test_bars_and_curves_show_the_figures() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    figure = plot.draw(plotted())
+    bars, curves = figure.axes
+    assert [patch.get_width() for patch in bars.patches] == [100, 2.5]
+    assert bars.get_xscale() == "log"  # 400 is over 20 times 2.25
+    texts = [text.get_text() for text in bars.texts]
+    assert texts[0] == "100, 25 % of memory copy"
+    assert texts[-1].startswith("not run: it has no wheel")
+    assert list(curves.lines[0].get_ydata()) == [1, 2, 4]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".html"])
+def test_files(tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    path = tmp_path / f"out{suffix}"
+    plot.write_plot(plotted(), path)
+    content = path.read_bytes()
+    if suffix == ".png":
+        assert content.startswith(b"\x89PNG")
+        return
+    text = content.decode()
+    start, end = text.index("<svg"), text.index("</svg>") + len("</svg>")
+    ElementTree.fromstring(text[start:end])
+    if suffix == ".html":
+        assert "FFCV &lt;raw&gt;" in text
+        assert "FFCV <raw>" not in text
+        assert [word for word in ("src=", "<script", "@import", "url(http") if word in text] == []
