@@ -1,4 +1,4 @@
-"""How a loader's rate grows with the batch, the threads and the number of samples, one of them varied at a time."""
+"""How a loader's rate grows with the batch, the resolution, the threads, the samples and the ranks, one varied at a time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import Case, measure
+from bench.ranks import rank_rates
 from bench.routes import CACHED, STREAMING, batch_settings, counting
 from tidali.cache import CachedBatches, PixelCache
 from tidali.console import progress_bar
@@ -18,6 +19,7 @@ from tidali.device import cpu_count
 from tidali.loader import StreamBatches
 
 BATCHES = (16, 64, 256, 1024)
+RESOLUTIONS = (32, 64, 128, 224)
 SAMPLES_SHARES = (1 / 16, 1 / 4, 1)
 MAX_REPEATS = 3
 """The curve's shape is what is looked for; the rates themselves are the table's."""
@@ -36,21 +38,36 @@ def bench_growth(dataset: Dataset, *, res: int, batch_size: int, repeats: int) -
     The samples are those of the cached route alone: a stream is as long as its shards.
     """
     points = growth_points(dataset, res, batch_size)
+    counts = powers_of_two(cpu_count())
     cases = [Case(name=f"{point.route}, {point.varied} {point.value}", step=point.step) for point in points]
     with progress_bar() as bar:
         repeats = min(repeats, MAX_REPEATS)
-        task = bar.add_task("growth", total=len(cases) * repeats, note="")
-        rates = measure(cases, repeats=repeats, on_done=lambda name: bar.update(task, advance=1, note=name))
+        task = bar.add_task("growth", total=(len(cases) + 2 * len(counts)) * repeats, note="")
+
+        def on_done(name: str) -> None:
+            bar.update(task, advance=1, note=name)
+
+        rates = measure(cases, repeats=repeats, on_done=on_done)
+        together = rank_rates(
+            dataset.root,
+            routes=(STREAMING, CACHED),
+            ranks=counts,
+            res=res,
+            batch_size=batch_size,
+            repeats=repeats,
+            on_done=on_done,
+        )
+    found = [(point.route, point.varied, point.value, rates[case.name]) for point, case in zip(points, cases, strict=True)]
+    found += [(route, "ranks", ranks, rate) for (route, ranks), rate in together.items()]
     return [
-        {
-            "res": res,
-            "case": point.route,
-            "varied": point.varied,
-            point.varied: point.value,
-            "images_per_s": rates[case.name].to_dict(),
-        }
-        for point, case in zip(points, cases, strict=True)
+        {"res": res, "case": route, "varied": varied, varied: value, "images_per_s": rate.to_dict()}
+        for route, varied, value, rate in found
     ]
+
+
+def powers_of_two(cores: int) -> list[int]:
+    """Up to the cores, which come last whatever their number."""
+    return sorted({2**power for power in range(cores.bit_length()) if 2**power <= cores} | {cores})
 
 
 def growth_points(dataset: Dataset, res: int, batch_size: int) -> list[Point]:
@@ -61,25 +78,27 @@ def growth_points(dataset: Dataset, res: int, batch_size: int) -> list[Point]:
     settings = batch_settings(dataset, res, batch_size)
     flips = settings.pop("augment")
 
-    def streaming(batch: int, threads: int) -> Iterable[tuple[Tensor, Tensor]]:
-        return StreamBatches(dataset, "train", **{**settings, "batch_size": batch}, flip=True, num_threads=threads)
+    def streaming(threads: int | None = None, **changed: int) -> Iterable[tuple[Tensor, Tensor]]:
+        return StreamBatches(dataset, "train", **{**settings, **changed}, flip=True, num_threads=threads)
 
-    def cached(batch: int, share: float = 1) -> Iterable[tuple[Tensor, Tensor]]:
+    def cached(share: float = 1, **changed: int) -> Iterable[tuple[Tensor, Tensor]]:
         count = int(samples * share)
         part = PixelCache(pixels=cache.pixels[:count], labels=cache.labels[:count], identity=cache.identity)
-        return CachedBatches(part, **{**settings, "batch_size": batch}, augment=flips)
+        return CachedBatches(part, **{**settings, **changed}, augment=flips)
 
-    cores = cpu_count()
     points = []
     for batch in (batch for batch in BATCHES if batch <= samples):
-        points.append(Point(STREAMING, "batch_size", batch, counting(streaming(batch, cores))))
-        points.append(Point(CACHED, "batch_size", batch, counting(cached(batch))))
-    for threads in sorted({2**power for power in range(cores.bit_length()) if 2**power <= cores} | {cores}):
-        points.append(Point(STREAMING, "threads", threads, on_threads(threads, counting(streaming(batch_size, threads)))))
-        points.append(Point(CACHED, "threads", threads, on_threads(threads, counting(cached(batch_size)))))
+        points.append(Point(STREAMING, "batch_size", batch, counting(streaming(batch_size=batch))))
+        points.append(Point(CACHED, "batch_size", batch, counting(cached(batch_size=batch))))
+    for side in RESOLUTIONS:
+        points.append(Point(STREAMING, "res", side, counting(streaming(res=side))))
+        points.append(Point(CACHED, "res", side, counting(cached(res=side))))
+    for threads in powers_of_two(cpu_count()):
+        points.append(Point(STREAMING, "threads", threads, on_threads(threads, counting(streaming(threads)))))
+        points.append(Point(CACHED, "threads", threads, on_threads(threads, counting(cached()))))
     for share in SAMPLES_SHARES:
         if samples * share >= batch_size:
-            points.append(Point(CACHED, "samples", int(samples * share), counting(cached(batch_size, share))))
+            points.append(Point(CACHED, "samples", int(samples * share), counting(cached(share))))
     return points
 
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.report import label, number, parts
+from bench.report import against, label, number, parts, spread
 from tidali.checkpoint import write_atomically
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def draw(document: Mapping[str, Any]) -> Figure:
     from matplotlib.figure import Figure
 
     panels = [panel for part in parts(document) for panel in _panels(part)]
-    heights = [_PANEL_INCHES + _BAR_INCHES * max(len(rows), 5) for _, _, rows in panels]
+    heights = [_PANEL_INCHES + _BAR_INCHES * (len(rows) if kind == "bars" else 6) for _, kind, rows in panels]
     figure = Figure(figsize=(_WIDTH_INCHES, sum(heights) + 0.5), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (title, kind, rows) in zip(axes, panels, strict=True):
@@ -59,8 +59,9 @@ def about(document: Mapping[str, Any]) -> str:
     hardware += [f"batch {document['batch_size']}"] if "batch_size" in document else []
     software = [f"{name} {version}" for name, version in versions.items() if name in ("tidali", "torch", "nvidia-dali-cuda120")]
     software += [f"commit {document['commit']}"] if document["commit"] else []
-    spread = f"median of {document['repeats']}, whiskers from lowest to highest"
-    return f"{', '.join(hardware)}; {spread}\n{', '.join(software)}, {document['date']}"
+    legend = f"median of {document['repeats']}, whiskers from lowest to highest"
+    legend += ", orange: the ceiling" if document.get("ceilings") else ""
+    return f"{', '.join(hardware)}; {legend}\n{', '.join(software)}, {document['date']}"
 
 
 def _panels(document: Mapping[str, Any]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
@@ -72,7 +73,8 @@ def _panels(document: Mapping[str, Any]) -> list[tuple[str, str, list[Mapping[st
     growth = sorted(document.get("growth", ()), key=lambda row: row["varied"])
     for varied, rows in groupby(growth, key=lambda row: row["varied"]):
         curves = list(rows)
-        panels.append((f"{name} at {curves[0]['res']} px against {varied.replace('_', ' ')}", "curves", curves))
+        where = "" if varied == "res" else f" at {curves[0]['res']} px"
+        panels.append((f"{name}{where} against {against(varied)}", "curves", curves))
     return panels
 
 
@@ -84,9 +86,9 @@ def _bars(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     logarithmic = highest > LOG_ABOVE * lowest
     if logarithmic:
         ax.set_xscale("log")
-        ax.set_xlim(10 ** _floor_log10(lowest), highest * 4)
+        ax.set_xlim(10 ** _floor_log10(lowest), highest * 1.5)
     else:
-        ax.set_xlim(0, highest * 1.25)
+        ax.set_xlim(0, highest * 1.05)
     for place, row in enumerate(rows):
         if "images_per_s" not in row:
             ax.text(
@@ -97,15 +99,14 @@ def _bars(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         colour = OURS if is_ours(row["case"], rows) else THEIRS
         ax.barh(place, rate["median"], color=colour, height=0.7)
         ax.plot([rate["min"], rate["max"]], [place, place], color="black", linewidth=1.2, marker="|", markersize=6)
-        text, right = number(rate["median"]), rate["max"]
+        text = number(rate["median"])
         if "ceiling" in row:
             ceiling = row["ceiling"]
             ax.plot([ceiling["images_per_s"]] * 2, [place - 0.4, place + 0.4], color=CEILING, linewidth=2)
             text += f", {100 * ceiling['share']:.0f} % of {ceiling['name']}"
-            right = max(right, ceiling["images_per_s"]) if ceiling["images_per_s"] < 1.6 * right else right
-        ax.annotate(text, (right, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+        ax.text(1.01, place, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8)  # beside the axes
     ax.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
-    ax.invert_yaxis()
+    ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlabel(f"images/s{', logarithmic' if logarithmic else ''}", fontsize=8)
     ax.tick_params(axis="x", labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
@@ -120,18 +121,21 @@ def _curves(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         points = sorted((row[varied], row["images_per_s"]) for row in rows if row["case"] == case)
         x, rates = [value for value, _ in points], [rate for _, rate in points]
         middle = [rate["median"] for rate in rates]
-        spread = [[rate["median"] - rate["min"] for rate in rates], [rate["max"] - rate["median"] for rate in rates]]
+        whiskers = [[rate["median"] - rate["min"] for rate in rates], [rate["max"] - rate["median"] for rate in rates]]
         ax.errorbar(
-            x, middle, yerr=spread, color=styled[0], marker=styled[1], markersize=4, capsize=3, linewidth=1.2, label=case
+            x, middle, yerr=whiskers, color=styled[0], marker=styled[1], markersize=4, capsize=3, linewidth=1.2, label=case
         )
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(values, [f"{value:,}" for value in values])
     ax.minorticks_off()
     low, high = ax.get_ylim()
+    widen = max((5 / (high / low)) ** 0.5, 1)  # to show at least two of the marks below
+    low, high = low / widen, high * widen
+    ax.set_ylim(low, high)
     ticks = [factor * 10**power for power in range(1, 9) for factor in (1, 2, 5) if low <= factor * 10**power <= high]
     ax.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
-    ax.set_xlabel(varied.replace("_", " "), fontsize=8)
+    ax.set_xlabel(against(varied), fontsize=8)
     ax.set_ylabel("images/s", fontsize=8)
     ax.tick_params(labelsize=8)
     ax.grid(alpha=0.3)
@@ -161,21 +165,20 @@ def _page(document: Mapping[str, Any], svg: str) -> str:
     for part in parts(document):
         rows = []
         for row in part["rows"]:
-            rate = row.get("images_per_s")
+            rate, ceiling = row.get("images_per_s"), row.get("ceiling")
             cells = [row["case"], label(row)]
-            cells += (
-                [number(rate["median"]), f"{number(rate['min'])} to {number(rate['max'])}"]
-                if rate
-                else ["not run", row["not_run"]]
-            )
-            ceiling = row.get("ceiling")
+            if rate is None:
+                cells += ["not run", row["not_run"]]
+            else:
+                cells += [number(rate["median"]), spread(rate)]
             cells.append(f"{100 * ceiling['share']:.0f} % of {ceiling['name']}" if ceiling else "")
             rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
         head = "".join(f"<th>{name}</th>" for name in ("case", "where", "images/s", "spread", "ceiling"))
         lines = "".join(f"<p>{html.escape(found['line'])}</p>" for found in part.get("diagnosis", ()))
+        small = "<br>".join(html.escape(line) for line in about(part).splitlines())
         tables.append(
             f"<h2>{html.escape(part['benchmark'])}</h2>{lines}<table><tr>{head}</tr>{''.join(rows)}</table>"
-            f"<p class=small>{html.escape(about(part))}<br><code>{html.escape(part['command'])}</code></p>"
+            f"<p class=small>{small}<br><code>{html.escape(part['command'])}</code></p>"
         )
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><title>tidali bench</title><style>"

@@ -34,6 +34,7 @@ def show(document: Mapping[str, Any]) -> None:
     for part in parts(document):
         _show_rows(part)
         _show_ceilings(part)
+        _show_growth(part)
         _show_memory(part)
 
 
@@ -55,7 +56,7 @@ def _cells(row: Mapping[str, Any], extra: list[str], bound: bool) -> list[str]:
     if "not_run" in row:
         return [*cells, "not run", row["not_run"], *([""] * (len(extra) + 2 * bound))]
     rate, ceiling = row["images_per_s"], row.get("ceiling")
-    cells += [number(rate["median"]), f"{number(rate['min'])} to {number(rate['max'])}"]
+    cells += [number(rate["median"]), spread(rate)]
     cells += [f"{row[name]:,.{3 if name == 'gmacs' else 1}f}" if row.get(name) is not None else "" for name in extra]
     if bound:
         cells += [f"{100 * ceiling['share']:.0f} %", ceiling["name"]] if ceiling else ["", ""]
@@ -67,6 +68,10 @@ def number(value: float) -> str:
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
+def spread(rate: Mapping[str, float]) -> str:
+    return f"{number(rate['min'])} to {number(rate['max'])}"
+
+
 def _show_ceilings(document: Mapping[str, Any]) -> None:
     rows = []
     for row in document.get("ceilings", ()):
@@ -76,6 +81,21 @@ def _show_ceilings(document: Mapping[str, Any]) -> None:
         rows.append((row["ceiling"], label(row), f"{median:,.{digits}f}", unit, f"{low:,.{digits}f} to {high:,.{digits}f}"))
     if rows:
         print_table("this machine's ceilings, measured in between", ("ceiling", "beside", "rate", "", "spread"), rows)
+
+
+def against(varied: str) -> str:
+    """What was varied, for people."""
+    return {"res": "side in pixels", "batch_size": "batch size"}.get(varied, varied)
+
+
+def _show_growth(document: Mapping[str, Any]) -> None:
+    rows = [
+        (row["case"], against(row["varied"]), f"{row[row['varied']]:,}", number(rate["median"]), spread(rate))
+        for row in document.get("growth", ())
+        for rate in (row["images_per_s"],)
+    ]
+    if rows:
+        print_table("how it grows, one thing varied at a time", ("case", "against", "value", "images/s", "spread"), rows)
 
 
 def _show_memory(document: Mapping[str, Any]) -> None:

@@ -77,7 +77,7 @@ def bench(
     from bench.report import show, write_json
     from tidali.console import say
 
-    old = load(Path(compare), case) if compare is not None else None
+    old = load(Path(compare), "training peers" if training else case) if compare is not None else None
     trace = _trace_path(json_) if profile else None
 
     def dataset() -> Dataset:
