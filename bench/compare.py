@@ -146,9 +146,10 @@ def _differences(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[str
                 if was.get(name) != is_.get(name):
                     what = "other hardware" if room == "machine" else "measured otherwise"
                     yield f"{part['benchmark']}: {what}: {name} was {_plain(was.get(name))}, is {_plain(is_.get(name))}"
-        for package, version in part["versions"].items():
-            if other["versions"].get(package) != version:
-                yield f"{part['benchmark']}: {package} was {other['versions'].get(package)}, is {version}"
+        was, is_ = ({**document["versions"], **document.get("peer_versions", {})} for document in (other, part))
+        for package in is_:
+            if was.get(package) != is_[package]:
+                yield f"{part['benchmark']}: {package} was {was.get(package, 'not there')}, is {is_[package]}"
 
 
 def _plain(value: Any) -> str:

@@ -23,7 +23,7 @@ def original_step(
     Returns:
         What does one step and returns the images in it.
     """
-    model = build_resnet18(num_classes, stem, stem_bias=stem == "small").to(device)
+    model = build_resnet18(num_classes, stem).to(device)
     model.train()
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def profile_step(step: Callable[[], object], device: torch.device, path: Path) -
     Raises:
         TidaliError: the trace cannot be written.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes of its own doings, and of GPUs that are not there
     step()
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,24 @@ WHERE = ("res", "stem", "batch_size", "threads", "samples", "ranks")
 """A row's fields that tell it from others of the same case."""
 
 _CEILING_UNITS = {"images": ("images/s", 1.0), "bytes": ("GB/s", 1e9), "flop": ("TFLOP/s", 1e12)}
+
+
+def number(value: float) -> str:
+    """Three figures at least: 8.8, 67.8, 9,596."""
+    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def ratio(value: float) -> str:
+    """0.85, 1.96, 12.3, 1,090."""
+    return f"{value:.2f}" if value < 10 else number(value)
+
+
+_FORMATS: dict[str, Callable[[float], str]] = {
+    "gmacs": lambda value: f"{value:.3f}",
+    "times_original": ratio,
+    "times_torchvision": ratio,
+    "first_step_s": lambda value: f"{value:.1f}",
+}
 
 
 def parts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -45,6 +63,9 @@ def _show_rows(document: Mapping[str, Any]) -> None:
     rows = document["rows"]
     ratios = sorted({name for row in rows for name in row if name.startswith("times_")})
     extra = [*ratios, *(name for name in ("gmacs", "peak_rss_mib") if any(name in row for row in rows))]
+    if document["compile"]:  # the first step's seconds are the compiler's, nearly all
+        rows = [{**row, "first_step_s": row.get("measured", {}).get("first_step_s")} for row in rows]
+        extra.append("first_step_s")
     bound = any("ceiling" in row for row in rows)
     columns = ["case", "where", "images/s", "spread", *(name.replace("_", " ") for name in extra)]
     columns += ["of the ceiling", "which is"] if bound else []
@@ -57,15 +78,10 @@ def _cells(row: Mapping[str, Any], extra: list[str], bound: bool) -> list[str]:
         return [*cells, "not run", row["not_run"], *([""] * (len(extra) + 2 * bound))]
     rate, ceiling = row["images_per_s"], row.get("ceiling")
     cells += [number(rate["median"]), spread(rate)]
-    cells += [f"{row[name]:,.{3 if name == 'gmacs' else 1}f}" if row.get(name) is not None else "" for name in extra]
+    cells += [_FORMATS.get(name, number)(row[name]) if row.get(name) is not None else "" for name in extra]
     if bound:
         cells += [f"{100 * ceiling['share']:.0f} %", ceiling["name"]] if ceiling else ["", ""]
     return cells
-
-
-def number(value: float) -> str:
-    """Three figures at least: 8.8, 67.8, 9,596."""
-    return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def spread(rate: Mapping[str, float]) -> str:

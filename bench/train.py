@@ -17,7 +17,7 @@ from bench.profile import profile_step
 from bench.routes import batch_bytes, batch_settings, endless
 from bench.step import forward_gmacs, make_state, step_bound
 from tidali import engine
-from tidali.config import AmpChoice, CacheChoice, DeviceChoice, Stem
+from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, Stem
 from tidali.console import progress_bar, say
 from tidali.contract import Dataset
 from tidali.data import Data
@@ -41,6 +41,7 @@ def bench_train(
     repeats: int = 5,
     device: DeviceChoice = "auto",
     amp: AmpChoice = "auto",
+    compile: CompileChoice = "auto",
     cache: CacheChoice = "auto",
     profile: Path | None = None,
 ) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def bench_train(
         UsageError: a batch larger than the train split.
         TidaliError, DatasetError: the data or the device cannot be used.
     """
-    plan = plan_device(device, amp, "auto")
+    plan = plan_device(device, amp, compile)
     set_numerics(deterministic=False)
     if batch_size is None:
         batch_size = 256 if plan.device.type == "cuda" else 32

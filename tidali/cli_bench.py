@@ -34,6 +34,9 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Measurements of each row, interleaved.", min=1)] = 5,
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
+    compile: Annotated[
+        Literal["auto", "on", "max-autotune", "off"], typer.Option(help="train, step: torch.compile; auto decides by device.")
+    ] = "auto",
     cache: CacheOption = "auto",
     peers: Annotated[
         str | None, typer.Option(metavar="NAMES", help="peers: these alone, such as torchvision,ffcv.", show_default="all")
@@ -96,6 +99,7 @@ def bench(
             repeats=repeats,
             device=device,
             amp=amp,
+            compile=compile,
             cache=cache,
             profile=trace,
         )
@@ -109,6 +113,7 @@ def bench(
             repeats=repeats,
             device=device,
             amp=amp,
+            compile=compile,
             profile=trace,
         )
 
