@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from typer.models import OptionInfo
 
+import tidali
 from tidali import config
 from tidali.cli import app, root
 from tidali.cli_examples import EXAMPLES
@@ -93,7 +94,7 @@ def _tables(function: Callable[..., Any]) -> list[str]:
 
 
 def _argument_name(parameter: Parameter) -> str:
-    name = (parameter.info.metavar or parameter.name).upper()
+    name = (parameter.info.metavar or parameter.name).upper().removesuffix("...")
     name += "..." if get_origin(parameter.type) is list else ""
     return name if parameter.required else f"[{name}]"
 
@@ -175,6 +176,39 @@ def _pairs(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
             yield field.target.id, ast.literal_eval(below.value)
 
 
+# ---------------------------------------------------------------------------------------------------------------------- Python
+
+
+def python_names() -> str:
+    """The page on the package's names: its docstring, with the examples as code, and each name's own reference."""
+    parts = []
+    for paragraph in (inspect.getdoc(tidali) or "").split("\n\n")[1:]:
+        text = re.sub(r"``([^`]+)``", r"`\1`", paragraph)
+        parts.append(f"```python\n{paragraph}\n```" if paragraph.startswith(">>>") else text)
+    names = [f"{tidali._HOMES[name]}.{name}" for name in tidali.__all__]  # without importing torch for it
+    lines = ["# Python", "", *("\n\n".join(parts)).splitlines(), ""]
+    for title, members in (("The ten names", names), ("What they give and take", BESIDES)):
+        lines += [f"## {title}", ""]
+        for member in members:
+            lines += [f"::: {member}", ""]
+    return "\n".join(lines)
+
+
+BESIDES = (
+    "tidali.predict.Classifier",
+    "tidali.predict.ClassScore",
+    "tidali.data.Batches",
+    "tidali.config.Recipe",
+    "tidali.config.Augment",
+    "tidali.contract.Dataset",
+    "tidali.contract.Manifest",
+    "tidali.checkpoint.ModelCard",
+    "tidali.evaluation.ResolutionScore",
+    "tidali.metrics.Score",
+    "tidali.run_folder.RunResult",
+)
+
+
 # ----------------------------------------------------------------------------------------------------------------------- pages
 
 
@@ -183,6 +217,7 @@ def pages() -> dict[Path, str]:
     recipes = DOCS / "recipes.md"
     return {
         DOCS / "cli.md": command_line(),
+        DOCS / "api.md": python_names(),
         recipes: replace_part(recipes.read_text(encoding="utf-8"), "recipe fields", recipe_table()),
     }
 

@@ -43,6 +43,26 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("tidali train --resume runs/NAME", "go on after a stop, mid-epoch too"),
         ("torchrun --nproc-per-node 4 -m tidali train --data data/pets", "four GPUs"),
     ),
+    "study": (
+        ("tidali study --data data/tiny", "every row of the table"),
+        ("tidali study --data data/tiny --rows 1,7 --epochs-scale 0.2", "a quick look at two rows"),
+        ("tidali study --data data/tiny --seeds 3", "a mean and a deviation of each row"),
+    ),
+    "predict": (
+        ("tidali predict runs/NAME photo.jpg", "the five likeliest classes"),
+        ("tidali predict runs/NAME holiday/ --top 1 --csv > classes.csv", "a folder, for a spreadsheet"),
+        ("tidali predict runs/NAME 'holiday/*.jpg' --json", "a pattern, for a program"),
+    ),
+    "export": (
+        ("tidali export runs/NAME", "best.onnx beside the checkpoint; serve it by examples/serve_onnx.py"),
+        ("tidali export runs/NAME --format pt2 --out model.pt2", "torch.export's program"),
+        ("tidali export runs/NAME --input-size 480x640", "for frames of a camera"),
+    ),
+    "plot": (("tidali plot runs/A runs/B --out curves.svg", "the curves of two runs in one picture"),),
+    "report": (
+        ("tidali report runs/NAME", "curves, confusion and the hardest samples in one page"),
+        ("tidali report runs/A runs/B -o compared.html", "two runs side by side"),
+    ),
     "eval": (
         ("tidali eval runs/NAME --data data/pets", "the best epoch's weights on val"),
         ("tidali eval runs/NAME/last --data data/pets --res 64,128,224", "the last ones at three resolutions"),

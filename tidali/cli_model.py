@@ -48,7 +48,7 @@ def predict(
         raise UsageError("--json and --csv: give one of them")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # on damaged metadata, which does not matter here
 
-    from tidali.console import print_table, progress_bar, say
+    from tidali.console import print_table, progress_bar, warn
     from tidali.image_files import find_images
     from tidali.predict import load_model
 
@@ -58,7 +58,7 @@ def predict(
 
     def skip(error: ImageError) -> None:
         skipped.append(error)
-        say(f"skipped: {error}")
+        warn(f"skipped: {error}")
 
     found = []
     with progress_bar(note=False) as bar:

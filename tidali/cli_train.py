@@ -20,7 +20,9 @@ RECIPE = "Recipe"
 MACHINE = "Machine"
 RUN = "Run"
 
-DataOption = Annotated[str, typer.Option(help="A packed data set (made by 'tidali shard' or 'tidali demo').")]
+DataOption = Annotated[
+    str, typer.Option(help="A packed data set (made by 'tidali shard' or 'tidali demo').", rich_help_panel=DATA)
+]
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"],
     typer.Option(help="Where to run; auto takes a GPU where there is one.", rich_help_panel=MACHINE),
