@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.progress import TaskID
 
-from bench.peer_check import CHECK_BATCHES, wrong_loader, wrong_training
+from bench.peer_check import CHECK_SAMPLES, wrong_loader, wrong_training
 from bench.peer_env import ENVIRONMENTS, PeerMissing, python_of
 from bench.peer_process import PeerFailed, PeerProcess
 from bench.peer_worker import Job
@@ -134,7 +134,7 @@ def bench_peers(
 
         def check(peer: Peer, job: Job, ask: Callable[[int | None], dict[str, Any]]) -> str | None:
             whole = job.res == first
-            facts = ask(None if whole else CHECK_BATCHES)
+            facts = ask(None if whole else -(-CHECK_SAMPLES // job.batch_size))
             return wrong_loader(facts, reference, job, whole=whole, loose=peer.loose)
 
         return check
