@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.fingerprint import environment
+from bench.peer_env import PeerMissing, python_of
 from shards.demo import DemoSource
 from shards.scan import FileSource, Source
 from tidali.device import cpu_count, plan_device
@@ -23,6 +24,9 @@ from tidali.timing import Stopwatch
 
 CLASSES = 200
 DISTINCT_IMAGES = 5_000  # drawn or taken from the source, then used again and again: packing does not care
+PEERS: dict[str, str | None] = {"ffcv-jpg": "ffcv", "ffcv-raw": "ffcv", "webdataset": None}
+"""Cases of `bench.pack_peers`, and which of `bench.peer_env.ENVIRONMENTS` has them; None: tidali's own."""
+
 _POLL_S = 0.05
 
 
@@ -32,7 +36,6 @@ def run(
     repeats: int = 3,
     workers: int | None = None,
     source: Path | None = None,
-    ffcv_python: str | None = None,
     on_done: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Pack ``images`` JPEGs with every packer that is installed, ``repeats`` times in turn.
@@ -43,11 +46,11 @@ def run(
 
     Args:
         workers: processes; None lets tidali choose and gives the peers one a core.
-        ffcv_python: a Python that has FFCV, where this one does not.
         on_done: called with a case's name after each of its runs.
 
     Returns:
-        ``rows``, one a case: seconds and images_per_s (median, min, max) and peak_rss_mib, the largest process's peak.
+        ``rows``, one a case: seconds and images_per_s (median, min, max) and peak_rss_mib, the largest process's peak; or
+        ``not_run``, the reason why a peer could not be had.
     """
     cores = cpu_count()
     with tempfile.TemporaryDirectory(prefix="tidali-bench-") as name:
@@ -56,7 +59,13 @@ def run(
         commands = {"tidali": [sys.executable, "-m", "tidali", "shard", str(archive), "{dest}"]}
         if workers is not None:
             commands["tidali"] += ["--workers", str(workers)]
-        for case, python in _peers(ffcv_python):
+        missing: dict[str, str] = {}
+        for case, env in PEERS.items():
+            try:
+                python = str(python_of(env)) if env is not None else sys.executable
+            except PeerMissing as error:
+                missing[case] = str(error)
+                continue
             script = str(Path(__file__).with_name("pack_peers.py"))
             commands[case] = [python, script, case, str(files), "{dest}", str(workers or cores)]
         runs: dict[str, list[tuple[float, float]]] = {case: [] for case in commands}
@@ -73,7 +82,7 @@ def run(
         "images": images,
         "workers": workers or cores,
         "repeats": repeats,
-        "rows": rows,
+        "rows": rows + [{"case": case, "not_run": reason} for case, reason in missing.items()],
         "times_the_fastest_peer": rows[0]["images_per_s"]["median"] / fastest_peer if fastest_peer else None,
     }
 
@@ -126,20 +135,6 @@ def _distinct_images(path: Path | None) -> list[bytes]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------- runs
-
-
-def _peers(ffcv_python: str | None) -> list[tuple[str, str]]:
-    """The cases that can run here, and the Python for each."""
-    candidates = [
-        ("ffcv-jpg", ffcv_python or sys.executable, "ffcv.writer"),
-        ("ffcv-raw", ffcv_python or sys.executable, "ffcv.writer"),
-        ("webdataset", sys.executable, "webdataset"),
-    ]
-    return [(case, python) for case, python, module in candidates if _imports(python, module)]
-
-
-def _imports(python: str, module: str) -> bool:
-    return subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
 
 
 def _run_once(case: str, command: Sequence[str], dest: Path) -> tuple[float, float]:

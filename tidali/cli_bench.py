@@ -42,9 +42,6 @@ def bench(
         str | None, typer.Option(metavar="NAMES", help="peers: these alone, such as torchvision,ffcv.", show_default="all")
     ] = None,
     training: Annotated[bool, typer.Option("--training", help="peers: whole training loops instead of loaders.")] = False,
-    ffcv_python: Annotated[
-        str | None, typer.Option(metavar="PYTHON", help="pack: a Python that has FFCV, to measure it too.")
-    ] = None,
     json_: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Also write one JSON document; '-' prints it.")
     ] = None,
@@ -69,8 +66,6 @@ def bench(
             raise UsageError(f"{flag} {name}: there is no folder {Path(name).parent}")
     if plot is not None and Path(plot).suffix not in PLOT_SUFFIXES:
         raise UsageError(f"--plot {plot}: end its name in {', '.join(PLOT_SUFFIXES)}")
-    if ffcv_python is not None and not Path(ffcv_python).is_file():
-        raise UsageError(f"--ffcv-python {ffcv_python}: no such file")
     if profile and case not in ("train", "step"):
         raise UsageError(f"--profile: of the training step; use it with 'bench step' or 'bench train', not {case}")
     if case != "peers" and (peers is not None or training):
@@ -125,7 +120,7 @@ def bench(
     def run_pack() -> dict[str, Any]:
         from bench import pack
 
-        return pack.run(repeats=repeats, ffcv_python=ffcv_python)
+        return pack.run(repeats=repeats)
 
     def run_peers() -> dict[str, Any]:
         from bench.peers import bench_peers, bench_training_peers

@@ -190,33 +190,6 @@ class StreamBatches:
         return [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
 
-def dali_defaults_forever(
-    dataset: Dataset, split: str, *, res: int, batch_size: int, mean: Sequence[float], std: Sequence[float]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same graph with the reader as DALI's documentation shows it: its default buffers, no last-batch policy. A peer."""
-    info = dataset.labelled_split(split)
-    pipe = batch_pipeline(
-        shard_files(dataset, split),
-        batch_size=batch_size,
-        res=res,
-        resize=needs_resize(info, res),
-        mean=mean,
-        std=std,
-        flip=True,
-        shuffle_buffer=1024,  # DALI's default
-        tensor_init_bytes=1 << 20,  # DALI's default
-        rank=0,
-        world_size=1,
-        seed=0,
-        num_threads=cpu_count(),
-        placement=placement_on(None),
-    )
-    build(pipe, dataset, split)
-    while True:
-        images, labels = (torch.from_dlpack(output.as_tensor()) for output in run(pipe))
-        yield images.permute(0, 3, 1, 2), labels.reshape(-1)
-
-
 def decoded_forever(
     dataset: Dataset,
     split: str,

@@ -106,7 +106,6 @@ def read_graph(
     shuffle_buffer: int,
     rank: int,
     world_size: int,
-    tensor_init_bytes: int = TENSOR_INIT_BYTES,
     use_mmap: bool = True,
 ) -> Any:
     """Encoded image bytes and label digits of this rank's samples, for ever; each epoch's last batch is padded, so that epochs
@@ -131,7 +130,7 @@ def read_graph(
         pad_last_batch=True,
         shard_id=rank,
         num_shards=world_size,
-        tensor_init_bytes=tensor_init_bytes,
+        tensor_init_bytes=TENSOR_INIT_BYTES,
         dont_use_mmap=not use_mmap,
     )
 
@@ -152,7 +151,6 @@ def batch_pipeline(
     num_threads: int,
     placement: Placement,
     checkpoint: bytes | None = None,
-    tensor_init_bytes: int = TENSOR_INIT_BYTES,
     as_stored: bool = False,
 ) -> Pipeline:
     """From shards to batches, unbuilt. Outputs: images (res, res, 3) float32 HWC, labels int64 scalar.
@@ -171,9 +169,7 @@ def batch_pipeline(
         checkpoint=checkpoint,
     )
     def define() -> Any:
-        encoded, digits = read_graph(
-            files, shuffle_buffer=shuffle_buffer, rank=rank, world_size=world_size, tensor_init_bytes=tensor_init_bytes
-        )
+        encoded, digits = read_graph(files, shuffle_buffer=shuffle_buffer, rank=rank, world_size=world_size)
         mirror = fn.random.coin_flip() if flip else 0
         labels = label_graph(digits, files.num_digits)
         labels = labels.gpu() if placement.on_gpu else labels

@@ -15,6 +15,7 @@ from bench import ceilings, growth, loading, measure, pack
 from bench import train as bench_train
 from bench.all import bench_all
 from bench.fingerprint import environment
+from bench.peer_env import PeerMissing
 from bench.routes import ROUTES
 from bench.train import CASES
 from tidali import cache, engine
@@ -127,10 +128,16 @@ def test_loader_with_its_growth(tidali, quick, small, monkeypatch) -> None:
 
 
 def test_pack_and_all(monkeypatch) -> None:
-    monkeypatch.setattr(pack, "_peers", lambda ffcv_python: [])
+    def cannot(name: str) -> Path:
+        raise PeerMissing(f"{name} does not compile here")
+
+    monkeypatch.setattr(pack, "PEERS", {"ffcv-jpg": "ffcv"})
+    monkeypatch.setattr(pack, "python_of", cannot)
     document = pack.run(images=220, repeats=1, workers=1)
     check(document)
     assert document["rows"][0]["case"] == "tidali"
+    assert document["rows"][1:] == [{"case": "ffcv-jpg", "not_run": "ffcv does not compile here"}]
+    assert document["times_the_fastest_peer"] is None
     together = bench_all({"pack": lambda: document, "again": lambda: document})
     check(together)
     assert len(together["parts"]) == 2
