@@ -15,7 +15,7 @@ from tidali.models import build_resnet18
 def original_step(
     num_classes: int, stem: Stem, device: torch.device, next_batch: Callable[[], tuple[Tensor, Tensor]]
 ) -> Callable[[], int]:
-    """A training step on the next batch, with the running loss and accuracy that the study's loop reads after each.
+    """A training step on the next batch.
 
     Args:
         next_batch: images (N, 3, H, W) float32, contiguous, and labels (N,) int64, on the device.
@@ -23,25 +23,42 @@ def original_step(
     Returns:
         What does one step and returns the images in it.
     """
+    train_on = original_train_on(num_classes, stem, device)
+
+    def step() -> int:
+        images, labels = next_batch()
+        train_on(images, labels)
+        return len(labels)
+
+    return step
+
+
+def original_train_on(num_classes: int, stem: Stem, device: torch.device) -> Callable[[Tensor, Tensor], float]:
+    """The step, with the running loss and accuracy that the study's loop reads after each.
+
+    Returns:
+        What trains on images (N, 3, H, W) float32, contiguous, and labels (N,) int64, and gives the batch's loss.
+    """
     model = build_resnet18(num_classes, stem).to(device)
     model.train()
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     running = {"loss": 0.0, "correct": 0}
 
-    def step() -> int:
+    def train_on(images: Tensor, labels: Tensor) -> float:
         with _torch_defaults(device):
-            images, labels = next_batch()
+            images, labels = images.to(device), labels.to(device)
             optimizer.zero_grad()
             outputs = model(images)
             loss = criterion(outputs, labels)
             loss.backward()
             optimizer.step()
-            running["loss"] += loss.item() * len(labels)
+            loss_value = loss.item()
+            running["loss"] += loss_value * len(labels)
             running["correct"] += int((outputs.argmax(1) == labels).sum().item())
-        return len(labels)
+        return loss_value
 
-    return step
+    return train_on
 
 
 def _torch_defaults(device: torch.device) -> AbstractContextManager[None]:

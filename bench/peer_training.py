@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import datasets, models, transforms
 
+from bench.original import original_train_on
 from bench.peer_loaders import torchvision_v1
 from bench.peer_worker import Job, Stream
 from tidali.augment import Augment
@@ -23,8 +24,8 @@ from tidali.engine import make_train_state, train_step
 from tidali.metrics import Meter
 from tidali.models import build_resnet18
 
-TrainOn = Callable[[Tensor, Tensor], Tensor]
-"""One optimizer step on images and labels; gives the loss."""
+TrainOn = Callable[[Tensor, Tensor], Any]
+"""One optimizer step on images and labels; gives the loss, as a tensor or a number."""
 
 
 class Training:
@@ -59,7 +60,9 @@ def _in_memory(job: Job, device: torch.device, memory_format: torch.memory_forma
 
 def study_step(job: Job) -> Training:
     device = _device()
-    return Training(_study(job, device), _in_memory(job, device, torch.contiguous_format), device)
+    return Training(
+        original_train_on(job.classes, "imagenet", device), _in_memory(job, device, torch.contiguous_format), device
+    )
 
 
 def study_loop(job: Job) -> Training:
@@ -67,28 +70,7 @@ def study_loop(job: Job) -> Training:
     steps = [transforms.Resize(job.res, transforms.InterpolationMode.BICUBIC), transforms.RandomHorizontalFlip()]
     images = datasets.ImageFolder(job.folder, transforms.Compose([*steps, transforms.ToTensor()]))  # it does not normalise
     loader = torch.utils.data.DataLoader(images, batch_size=job.batch_size, shuffle=True, num_workers=job.cores, drop_last=True)
-    return Training(_study(job, device), Stream(loader, job).next, device)
-
-
-def _study(job: Job, device: torch.device) -> TrainOn:
-    """float32, NCHW, eager, SGD without decay; loss and accuracy are read after each step."""
-    model = models.resnet18(num_classes=job.classes).to(device).train()
-    criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    running: dict[str, Any] = {"loss": 0.0, "corrects": 0}
-
-    def train_on(images: Tensor, labels: Tensor) -> Tensor:
-        images, labels = images.to(device), labels.to(device)
-        optimizer.zero_grad()
-        outputs = model(images)
-        loss = criterion(outputs, labels)
-        loss.backward()
-        optimizer.step()
-        running["loss"] += loss.item() * len(images)
-        running["corrects"] += (outputs.argmax(1) == labels).sum()
-        return loss.detach()
-
-    return train_on
+    return Training(original_train_on(job.classes, "imagenet", device), Stream(loader, job).next, device)
 
 
 # ------------------------------------------------------------------------------------------------------ torchvision's reference
@@ -113,7 +95,7 @@ def _torchvision(job: Job, device: torch.device) -> TrainOn:
     amp = device.type == "cuda"
     scaler = torch.amp.GradScaler("cuda", enabled=amp)
 
-    def train_on(images: Tensor, labels: Tensor) -> Tensor:
+    def train_on(images: Tensor, labels: Tensor) -> float:
         images, labels = images.to(device), labels.to(device)
         with torch.amp.autocast("cuda", enabled=amp):
             output = model(images)
@@ -126,7 +108,7 @@ def _torchvision(job: Job, device: torch.device) -> TrainOn:
             correct = output.topk(min(5, job.classes)).indices == labels[:, None]
             float(correct[:, 0].sum())
             float(correct.sum())
-        return torch.tensor(loss.item())
+        return loss.item()
 
     return train_on
 

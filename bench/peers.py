@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.progress import TaskID
 
+from bench.measure import Rates
 from bench.peer_check import CHECK_SAMPLES, wrong_loader, wrong_training
 from bench.peer_env import ENVIRONMENTS, PeerMissing, python_of
 from bench.peer_process import PeerFailed, PeerProcess
@@ -305,8 +306,7 @@ def _rows(
         if peer.id in failed:
             rows.append({**row, "not_run": failed[peer.id]})
             continue
-        values = rates[peer.id]
-        row["images_per_s"] = {"median": medians[peer.id], "min": min(values), "max": max(values)}
+        row["images_per_s"] = Rates(per_s=tuple(rates[peer.id])).to_dict()
         base = medians.get(peer.base or "torchvision-v1")
         if base is not None:
             row["times_torchvision"] = medians[peer.id] / base
