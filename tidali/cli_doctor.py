@@ -36,7 +36,7 @@ def doctor(
     """Look at what this machine can do, and say what to mend. Exits with 1 on any failure.
 
     It decodes, resizes, trains and evaluates small samples on the device, in every precision that it has, as this package's
-    tests do: about 20 s on a CPU, and longer on a GPU, where the model is compiled too.
+    tests do: about 20 s on two cores, and longer on a GPU, where the model is compiled too.
     """
     from tidali.console import results
     from tidali.doctor import Wishes, examine

@@ -28,7 +28,7 @@ from tidali.source import open_data
 MIN_TEMPORARY_MIB = 512
 """A run of one epoch writes two sets of weights of 45 MB and a state of 134 MB, the last one beside the old one."""
 MIN_FREE_MEMORY_GIB = 2.0
-"""What a process takes that has torch and DALI imported and trains at 64 px: doctor itself peaked at 1.3 GiB on a CPU."""
+"""What a process takes that has torch and DALI imported and trains at 64 px: doctor itself peaked at 1.4 GiB on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
