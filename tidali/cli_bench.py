@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tidali.cli_train import AmpOption, CacheOption, DeviceOption, demo_data, parse_resolutions
+from tidali.cli_train import MACHINE, AmpOption, CacheOption, DeviceOption, demo_data, parse_resolutions
 from tidali.errors import TidaliError, UsageError
 
 if TYPE_CHECKING:
     from bench.compare import Comparison
     from tidali.contract import Dataset
+
+# Groups of options in the help.
+WHAT = "What to measure"
+RESULT = "What becomes of it"
 
 PLOT_SUFFIXES = (".png", ".svg", ".html")
 
@@ -22,36 +26,62 @@ def bench(
         Literal["train", "step", "loader", "pack", "peers", "all"],
         typer.Argument(help="What to measure; all: train, step, loader and pack in turn."),
     ] = "train",
-    res: Annotated[str, typer.Option(help="Input sides in pixels, such as 64,224.")] = "64,224",
-    data: Annotated[str | None, typer.Option(help="A packed data set.", show_default="the built-in demo data")] = None,
-    stem: Annotated[Literal["imagenet", "small"], typer.Option(help="train: the model's stem.")] = "imagenet",
+    res: Annotated[str, typer.Option(help="Input sides in pixels, such as 64,224.", rich_help_panel=WHAT)] = "64,224",
+    data: Annotated[
+        str | None, typer.Option(help="A packed data set.", show_default="the built-in demo data", rich_help_panel=WHAT)
+    ] = None,
+    stem: Annotated[
+        Literal["imagenet", "small"], typer.Option(help="train: the model's stem.", rich_help_panel=WHAT)
+    ] = "imagenet",
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Images a step.", min=2, show_default="train: 256 on CUDA, 32 on a CPU; step: 100; loader, peers: 256"
+            help="Images a step.",
+            min=2,
+            show_default="train: 256 on CUDA, 32 on a CPU; step: 100; loader, peers: 256",
+            rich_help_panel=WHAT,
         ),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Measurements of each row, interleaved.", min=1)] = 5,
+    repeats: Annotated[int, typer.Option(help="Measurements of each row, interleaved.", min=1, rich_help_panel=WHAT)] = 5,
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
     compile: Annotated[
-        Literal["auto", "on", "max-autotune", "off"], typer.Option(help="train, step: torch.compile; auto decides by device.")
+        Literal["auto", "on", "max-autotune", "off"],
+        typer.Option(help="train, step: torch.compile; auto decides by device.", rich_help_panel=MACHINE),
     ] = "auto",
     cache: CacheOption = "auto",
     peers: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="peers: these alone, such as torchvision,ffcv.", show_default="all")
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="peers: these alone, such as torchvision,ffcv.", show_default="all", rich_help_panel=WHAT
+        ),
     ] = None,
-    training: Annotated[bool, typer.Option("--training", help="peers: whole training loops instead of loaders.")] = False,
+    training: Annotated[
+        bool, typer.Option("--training", help="peers: whole training loops instead of loaders.", rich_help_panel=WHAT)
+    ] = False,
     json_: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Also write one JSON document; '-' prints it.")
+        str | None,
+        typer.Option("--json", metavar="FILE", help="Also write one JSON document; '-' prints it.", rich_help_panel=RESULT),
     ] = None,
-    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw it, as .png, .svg or .html.")] = None,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw it, as .png, .svg or .html.", rich_help_panel=RESULT)
+    ] = None,
     compare: Annotated[
-        str | None, typer.Option(metavar="OLD.json", help="Print new/old of each case; exits 1 where one became slower.")
+        str | None,
+        typer.Option(
+            metavar="OLD.json", help="Print new/old of each case; exits 1 where one became slower.", rich_help_panel=RESULT
+        ),
     ] = None,
-    tolerance: Annotated[float, typer.Option(metavar="PERCENT", min=0, help="compare: what counts as slower.")] = 10.0,
+    tolerance: Annotated[
+        float, typer.Option(metavar="PERCENT", min=0, help="compare: what counts as slower.", rich_help_panel=RESULT)
+    ] = 10.0,
     profile: Annotated[
-        bool, typer.Option("--profile", help="train, step: also a torch profiler trace, beside --json, and its summary.")
+        bool,
+        typer.Option(
+            "--profile",
+            help="train, step: also a torch profiler trace, beside --json, and its summary.",
+            rich_help_panel=RESULT,
+        ),
     ] = False,
 ) -> None:
     """Measure images/s, and say what holds this machine back.

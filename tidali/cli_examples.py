@@ -69,9 +69,9 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("tidali eval runs/NAME --data data/pets --json", "for a program"),
     ),
     "bench": (
-        ("tidali bench", "where a training step's time goes on this machine"),
-        ("tidali bench loader --data data/pets --res 224", "beside the loaders that people use"),
-        ("tidali bench --json result.json", "keep the result, with versions and hardware"),
+        ("tidali bench", "where a training step's time goes on this machine, and what holds it back"),
+        ("tidali bench peers --data data/pets --res 224", "beside the loaders that people use"),
+        ("tidali bench step --json new.json --compare old.json", "has it become slower since?"),
     ),
     "doctor": (
         ("tidali doctor", "what this machine can do, and what to mend"),

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tidali.cli_train import AmpOption, CacheOption, DataOption, DeviceOption
+from tidali.cli_train import MACHINE, AmpOption, CacheOption, DataOption, DeviceOption
 from tidali.errors import UsageError
 
 
@@ -33,7 +33,8 @@ def study(
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
     compile: Annotated[
-        Literal["auto", "on", "max-autotune", "off"], typer.Option(help="torch.compile; auto decides by device and says why.")
+        Literal["auto", "on", "max-autotune", "off"],
+        typer.Option(help="torch.compile; auto decides by device and says why.", rich_help_panel=MACHINE),
     ] = "auto",
     cache: CacheOption = "auto",
     out: Annotated[str | None, typer.Option(help="Folder of the study.", show_default="runs/study-DATA")] = None,

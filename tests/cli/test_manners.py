@@ -53,7 +53,7 @@ def test_examples_are_below_the_help_of_each(tidali) -> None:
 
 
 def test_options_are_grouped_and_defaults_shown(tidali) -> None:
-    for name in ("shard", "train"):
+    for name in ("shard", "train", "bench"):
         command = PROGRAM.commands[name]
         panels = {parameter.rich_help_panel for parameter in command.params if parameter.name != "help"}
         assert len(panels) >= 3, name
