@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.report import against, label, number, parts, spread
-from tidali.checkpoint import write_atomically
+from tidali.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.fingerprint import environment as environment  # the other modules' name for it
-from tidali.checkpoint import write_atomically
 from tidali.console import print_table
+from tidali.files import write_atomically
 
 WHERE = ("res", "stem", "batch_size", "threads", "samples", "ranks")
 """A row's fields that tell it from others of the same case."""

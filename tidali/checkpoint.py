@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from tidali.config import Kernel, Stem
 from tidali.contract import ClassName
-from tidali.errors import TidaliError, UsageError
+from tidali.errors import UsageError
+from tidali.files import write_atomically
 from tidali.models import build_resnet18
 
 SUFFIX = ".safetensors"
@@ -121,26 +121,3 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that after a kill or a full disk either the old content or the new is there, whole.
-
-    Raises:
-        TidaliError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise TidaliError(f"{path}: cannot be written ({error.strerror}); the previous file is untouched") from None

@@ -84,16 +84,21 @@ class Recipe:
     lr: float
     """Peak learning rate."""
     momentum: float = 0.9
+    """Of SGD, as torch has it: not dampened."""
     nesterov: bool = False
+    """Nesterov's momentum (Sutskever et al. 2013) instead of the plain one."""
     weight_decay: float = 0.0
     """Applied to convolution and linear weights alone, never to batch norm or biases."""
     label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes (Szegedy et al. 2016); in training alone."""
     schedule: Literal["step", "cosine"]
+    """``step`` decays by `step_gamma`; ``cosine`` follows a linear warm-up by half a cosine to zero."""
     warmup_epochs: float = 0.0
     """Linear warm-up from zero, before a cosine to zero."""
     step_epochs: int = 7
     """``step``: the learning rate is multiplied by `step_gamma` after each this many epochs."""
     step_gamma: float = 0.1
+    """``step``: that factor."""
     ema_decay: float = 0.0
     """Of the moving average of the weights that is evaluated and saved; 0 for none. Ramps up as (1 + step) / (10 + step)."""
     grad_clip_norm: float = 0.0

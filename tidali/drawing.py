@@ -130,7 +130,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     Raises:
         TidaliError: it cannot be written.
     """
-    from tidali.checkpoint import write_atomically
+    from tidali.files import write_atomically
 
     kind = path.suffix.lower().removeprefix(".")
     write_atomically(path, _rendered(figure, kind, facecolor=COLOURS["page"][0], dpi=150))

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from tidali import __version__
-from tidali.checkpoint import ModelCard, write_atomically
+from tidali.checkpoint import ModelCard
 from tidali.errors import TidaliError
+from tidali.files import write_atomically
 from tidali.predict import Classifier
 from tidali.served import ServedModel
 

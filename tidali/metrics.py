@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tidali.checkpoint import write_atomically
 from tidali.distributed import Ranks
 from tidali.errors import TidaliError
+from tidali.files import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tidali import __version__
-from tidali.checkpoint import SUFFIX, write_atomically
+from tidali.checkpoint import SUFFIX
 from tidali.console import say
 from tidali.drawing import legend_entries
 from tidali.errors import TidaliError, UsageError
 from tidali.figures import accuracy_curves, loss_curves, throughput, waiting
+from tidali.files import write_atomically
 from tidali.history import Run, differing_settings
 from tidali.insight import inspect_checkpoint
 from tidali.page import BEST_FLATTERS, drawn, insight_part, render

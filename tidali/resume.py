@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tidali.checkpoint import SUFFIX, read_safetensors, write_atomically
+from tidali.checkpoint import SUFFIX, read_safetensors
 from tidali.engine import TrainState
 from tidali.errors import UsageError
+from tidali.files import write_atomically
 from tidali.metrics import Meter, Score
 
 STATE_NAME = f"state{SUFFIX}"

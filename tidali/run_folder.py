@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tidali.checkpoint import write_atomically
 from tidali.device import DevicePlan, cpu_count
 from tidali.engine import EpochReport
 from tidali.environment import versions
 from tidali.errors import TidaliError, UsageError
+from tidali.files import write_atomically
 from tidali.metrics import Score
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tidali.checkpoint import SUFFIX, load_model, write_atomically
+from tidali.checkpoint import SUFFIX, load_model
 from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, Recipe, Stem, TrainSettings
 from tidali.console import say
 from tidali.contract import Dataset, file_sha256
@@ -25,6 +25,7 @@ from tidali.device import cpu_count, plan_device
 from tidali.environment import versions
 from tidali.errors import TidaliError, UsageError
 from tidali.evaluation import evaluate_checkpoint, evaluate_served
+from tidali.files import write_atomically
 from tidali.models import build_resnet18, forward_gmacs
 from tidali.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, imagenet_weights_path
 from tidali.resume import STATE_NAME

@@ -7,11 +7,12 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from tidali.checkpoint import SUFFIX, write_atomically
+from tidali.checkpoint import SUFFIX
 from tidali.contract import Dataset
 from tidali.drawing import legend_entries
 from tidali.errors import TidaliError, UsageError
 from tidali.figures import Point, ResolutionLine, accuracy_against_gmacs, accuracy_against_resolution, one_among
+from tidali.files import write_atomically
 from tidali.history import Run, read_runs
 from tidali.insight import Insight, inspect_checkpoint
 from tidali.page import BEST_FLATTERS, drawn, insight_part, render

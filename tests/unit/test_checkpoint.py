@@ -13,9 +13,10 @@ import safetensors.torch
 import torch
 import torchvision
 
-from tidali.checkpoint import ModelCard, find_checkpoint, load_checkpoint, load_model, save_checkpoint, write_atomically
+from tidali.checkpoint import ModelCard, find_checkpoint, load_checkpoint, load_model, save_checkpoint
 from tidali.contract import ClassName
 from tidali.errors import TidaliError, UsageError
+from tidali.files import write_atomically
 from tidali.models import build_resnet18
 
 CARD = ModelCard(

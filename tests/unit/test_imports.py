@@ -24,7 +24,7 @@ HEAVY = {
     *("torch", "torchvision", "nvidia", "numpy", "PIL", "simplejpeg", "safetensors", "fsspec", "ray", "webdataset"),
     *("matplotlib", "jinja2"),
 }
-LEAVES = ("contract", "config", "errors", "remote", "schedule", "timing")
+LEAVES = ("contract", "config", "errors", "files", "remote", "schedule", "timing")
 
 
 class Import(NamedTuple):
