@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from rich.progress import TaskID
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.ceilings import Bound, binding, ceiling_cases, ceiling_rows, products
 from bench.fingerprint import environment
@@ -20,7 +19,7 @@ from tidali.console import progress_bar, say
 from tidali.device import DevicePlan, plan_device
 from tidali.engine import TrainState, make_train_state, train_step
 from tidali.errors import TidaliError
-from tidali.models import build_resnet18
+from tidali.models import build_resnet18, resnet18_gmacs
 from tidali.train import set_numerics
 
 ORIGINAL, TIDALI = "original study's loop", "tidali"
@@ -70,7 +69,7 @@ def bench_step(
                 raise TidaliError(
                     f"bench step: {batch_size} images of {res} px do not fit the GPU; give a smaller --batch-size"
                 ) from None
-            gmacs = forward_gmacs(stem, res)
+            gmacs = resnet18_gmacs(CLASSES, stem, res)
             for case in (ORIGINAL, TIDALI):
                 bound = step_bound(rates, None if case == ORIGINAL else plan.amp_dtype, gmacs)
                 rows.append(
@@ -133,15 +132,6 @@ def make_state(num_classes: int, plan: DevicePlan, stem: Stem) -> TrainState:
         weight_decay=recipe.weight_decay,
         label_smoothing=recipe.label_smoothing,
     )
-
-
-def forward_gmacs(stem: Stem, res: int) -> float:
-    """Multiplications with addition of one image's forward pass, in 1e9, as torch counts the model's operators."""
-    with torch.device("meta"):
-        model, image = build_resnet18(CLASSES, stem), torch.empty(1, 3, res, res)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(image)
-    return counter.get_total_flops() / 2e9
 
 
 def step_bound(rates: dict[str, Rates], dtype: torch.dtype | None, gmacs: float) -> Bound | None:

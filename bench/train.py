@@ -15,7 +15,7 @@ from bench.fingerprint import environment
 from bench.measure import Case, Rates, measure
 from bench.profile import profile_step
 from bench.routes import batch_bytes, batch_settings, endless
-from bench.step import forward_gmacs, make_state, step_bound
+from bench.step import CLASSES, make_state, step_bound
 from tidali import engine
 from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, Stem
 from tidali.console import progress_bar, say
@@ -25,6 +25,7 @@ from tidali.device import DevicePlan, plan_device
 from tidali.errors import UsageError
 from tidali.loader import decoded_forever
 from tidali.metrics import Meter
+from tidali.models import resnet18_gmacs
 from tidali.timing import WaitTimer
 from tidali.train import set_numerics
 
@@ -155,7 +156,7 @@ def train_bounds(rates: dict[str, Rates], data: Data, plan: DevicePlan, *, stem:
     on_gpu = plan.device.type == "cuda"
     moved = {} if on_gpu else {COPY: batch_bytes(data, res)}
     decoding = {} if data.route.cached else {DECODE: 1.0}
-    step = step_bound(rates, plan.amp_dtype, forward_gmacs(stem, res))
+    step = step_bound(rates, plan.amp_dtype, resnet18_gmacs(CLASSES, stem, res))
     return {
         DECODED: binding(rates, {} if on_gpu else {DECODE: 1.0}),
         LOADER: binding(rates, {**moved, **decoding} if not on_gpu else {}),

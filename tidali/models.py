@@ -48,6 +48,11 @@ def forward_gmacs(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype =
     return counter.get_total_flops() / 2e9
 
 
+def resnet18_gmacs(num_classes: int, stem: Stem, res: int) -> float:
+    """`forward_gmacs` of an image of ``res`` x ``res`` pixels."""
+    return forward_gmacs(build_resnet18(num_classes, stem), (1, 3, res, res))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
     """What became of each tensor when weights of one model were put into another."""

@@ -26,7 +26,7 @@ from tidali.environment import versions
 from tidali.errors import TidaliError, UsageError
 from tidali.evaluation import evaluate_checkpoint, evaluate_served
 from tidali.files import write_atomically
-from tidali.models import build_resnet18, forward_gmacs
+from tidali.models import forward_gmacs, resnet18_gmacs
 from tidali.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, imagenet_weights_path
 from tidali.resume import STATE_NAME
 from tidali.run_folder import write_json
@@ -284,7 +284,7 @@ class Study:
         return float(known[key])
 
     def gmacs(self, stem: Stem, res: int) -> float:
-        return forward_gmacs(build_resnet18(len(self.dataset.manifest.classes), stem), (1, 3, res, res))
+        return resnet18_gmacs(len(self.dataset.manifest.classes), stem, res)
 
     def served_gmacs(self, row: Row) -> float:
         """Of the network and of the resize inside it."""
