@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -294,6 +295,9 @@ def test_rows_of_cases_that_run_lie_or_cannot_be_had(monkeypatch, demo_data: Pat
     assert rows["absent"]["not_run"] == "ModuleNotFoundError: No module named 'a_package_that_is_not_there'; find it"
     assert rows["gone"]["not_run"].startswith("cannot be installed: ")
     assert document["peer_versions"]["torchvision"]
+
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    jsonschema.validate(json.loads(json.dumps(document)), json.loads((Path(peers.__file__).parent / "schema.json").read_text()))
 
 
 def test_a_batch_larger_than_the_split_is_refused(demo_data: Path) -> None:
