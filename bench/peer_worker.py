@@ -7,6 +7,7 @@ error meanwhile, where the peers' own messages go.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import itertools
 import json
@@ -141,6 +142,10 @@ class Stream:
 def serve(job: Job) -> None:
     """Answer questions until standard input ends. ``check`` gives facts, ``measure`` an images_per_s."""
     os.setpgid(0, 0)  # a group of its own, workers included, which the parent can hold still while others are measured
+    # Under nohup it would be ignored, and is what ends a group that is held still when its parent is killed.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # The last thing that it does: its workers end with it, also where it ends because its parent was killed between questions.
+    atexit.register(_end_workers)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -162,6 +167,12 @@ def serve(job: Job) -> None:
         traceback.print_exc()
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         answer({"error": f"{type(error).__name__}: {text}" if text else type(error).__name__})
+
+
+def _end_workers() -> None:
+    """End the rest of the group, and leave this process its exit code."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
 
 
 def _end_with(parent: int) -> None:
