@@ -6,11 +6,11 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from tidali.cli_train import MACHINE, AmpOption, CacheOption, DataOption, DeviceOption
+from tidali.cli_train import AmpOption, CacheOption, CompileOption, DataOption, DeviceOption
 from tidali.errors import UsageError
 
 
@@ -32,10 +32,7 @@ def study(
     ] = None,
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
-    compile: Annotated[
-        Literal["auto", "on", "max-autotune", "off"],
-        typer.Option(help="torch.compile; auto decides by device and says why.", rich_help_panel=MACHINE),
-    ] = "auto",
+    compile: CompileOption = "auto",
     cache: CacheOption = "auto",
     out: Annotated[str | None, typer.Option(help="Folder of the study.", show_default="runs/study-DATA")] = None,
 ) -> None:

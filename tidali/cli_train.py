@@ -48,6 +48,11 @@ AmpOption = Annotated[
     typer.Option(help="Mixed precision; auto decides by device and says why.", rich_help_panel=MACHINE),
 ]
 
+CompileOption = Annotated[
+    Literal["auto", "on", "max-autotune", "off"],
+    typer.Option(help="torch.compile; auto decides by device and says why.", rich_help_panel=MACHINE),
+]
+
 
 def parse_resolutions(text: str) -> list[int]:
     """'64,128,224' -> [64, 128, 224].
@@ -132,10 +137,7 @@ def train(
     ] = 0,
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
-    compile: Annotated[
-        Literal["auto", "on", "max-autotune", "off"],
-        typer.Option(help="torch.compile; auto decides by device and says why.", rich_help_panel=MACHINE),
-    ] = "auto",
+    compile: CompileOption = "auto",
     cache: CacheOption = "auto",
     max_bad: MaxBadOption = None,
     deterministic: Annotated[
