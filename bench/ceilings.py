@@ -20,7 +20,6 @@ DECODE, COPY, UPLOAD = "JPEG decoding", "memory copy", "host-to-GPU copy"
 _COPY_BYTES = 64 << 20
 """More than a last-level cache holds, so that it is memory that is measured."""
 _PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
-_MAX_JPEGS = 2048
 _DECODE_STEP = 512
 
 UNITS = {DECODE: "images", COPY: "bytes", UPLOAD: "bytes"}
@@ -58,15 +57,15 @@ def sensible_dtypes(plan: DevicePlan) -> list[torch.dtype]:
     return list(dict.fromkeys(dtypes))
 
 
-def sample_jpegs(dataset: Dataset, split: str = "train") -> list[bytes]:
-    """The stored bytes of a split's first images; none where they are no JPEGs."""
+def sample_jpegs(dataset: Dataset, *, most: int = _DECODE_STEP) -> list[bytes]:
+    """The stored bytes of the train split's first images; none where they are no JPEGs."""
     found: list[bytes] = []
-    for shard, record in iter_records(dataset, split):
+    for shard, record in iter_records(dataset, "train"):
         if record.extension == "jpg":
             with (dataset.root / shard.name).open("rb") as tar:
                 tar.seek(record.offset)
                 found.append(tar.read(record.size_bytes))
-        if len(found) == _MAX_JPEGS:
+        if len(found) == most:
             break
     return found
 

@@ -12,9 +12,6 @@ from bench.fingerprint import SCHEMA_VERSION
 from bench.report import WHERE, label, number, parts
 from tidali.errors import UsageError
 
-DEFAULT_TOLERANCE_PERCENT = 10.0
-"""Two full runs on a machine that does nothing else stay within it; one that is shared wants more."""
-
 _HARDWARE = ("cpu", "cpu_flags", "cores", "gpu")
 _CONDITIONS = ("device", "dtype", "compile", "stem", "batch_size", "data", "cached", "images", "workers")
 
@@ -43,6 +40,8 @@ class Comparison:
     warnings: tuple[str, ...]
     """What differs between the two besides the rates."""
     tolerance_percent: float
+    stopped: tuple[str, ...] = ()
+    """Cases that the old document has a rate of, and that did not run now."""
 
     def verdict(self, change: Change) -> str:
         if change.ratio < 1 - self.tolerance_percent / 100:
@@ -90,6 +89,8 @@ def load(path: Path, benchmark: str) -> dict[str, Any]:
     if document.get("schema_version") != SCHEMA_VERSION:
         found = document.get("schema_version")
         raise UsageError(f"--compare {path}: has schema {found}, this tidali writes {SCHEMA_VERSION}; record it anew")
+    if not all("rows" in part for part in parts({"parts": [], **document})):
+        raise UsageError(f"--compare {path}: has no rows; record it anew")
     return document
 
 
@@ -98,7 +99,7 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any], tolerance_percent: f
     Raises:
         UsageError: the two have no case in common.
     """
-    before, now = dict(_rates(old)), dict(_rates(new))
+    before, now, gone = dict(_rates(old)), dict(_rates(new)), dict(_not_run(new))
     changes = [
         Change(
             benchmark=key[0],
@@ -117,7 +118,10 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any], tolerance_percent: f
     only = {"now": now.keys() - before.keys(), "in the old document": before.keys() - now.keys()}
     for where, keys in only.items():
         warnings += [f"only {where}: {key[0]}: {key[1]} {(now | before)[key][0]}".rstrip() for key in sorted(keys, key=str)]
-    return Comparison(changes=tuple(changes), warnings=tuple(warnings), tolerance_percent=tolerance_percent)
+    stopped = [f"{key[1]} {where}".rstrip() for key, where in gone.items() if key in before]
+    return Comparison(
+        changes=tuple(changes), warnings=tuple(warnings), tolerance_percent=tolerance_percent, stopped=tuple(stopped)
+    )
 
 
 def _rates(document: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], tuple[str, dict[str, float]]]]:
@@ -125,8 +129,19 @@ def _rates(document: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], tuple
     for part in parts(document):
         for row in [*part["rows"], *part.get("growth", ())]:
             if "images_per_s" in row:
-                key = (part["benchmark"], row["case"], *(row.get(name) for name in (*WHERE, "varied")))
-                yield key, (label(row), row["images_per_s"])
+                yield _key(part, row), (label(row), row["images_per_s"])
+
+
+def _not_run(document: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """The same of the rows without a rate."""
+    for part in parts(document):
+        for row in part["rows"]:
+            if "not_run" in row:
+                yield _key(part, row), label(row)
+
+
+def _key(part: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (part["benchmark"], row["case"], *(row.get(name) for name in (*WHERE, "varied")))
 
 
 def _spreads(old: Mapping[str, float], new: Mapping[str, float]) -> str:

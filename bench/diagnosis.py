@@ -27,6 +27,8 @@ class Diagnosis:
     """Part of the end-to-end time spent waiting for the next batch, 0..1, on the host's clock."""
     end_to_end_of_step: float
     """Rate end to end as a part of the step's on synthetic data."""
+    host_synchronisations: int | None
+    """How often a step makes the host wait for the GPU; None on a CPU."""
     line: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -42,6 +44,7 @@ def diagnose(
     loader_bound: Bound | None,
     step_bound: Bound | None,
     step_on_host: bool,
+    synchronisations: int | None = None,
 ) -> Diagnosis:
     """Name the culprit, and the figures that say so.
 
@@ -49,16 +52,20 @@ def diagnose(
         loader, step, end_to_end: the loader alone, the step on data that is already there, and both, in images/s.
         loader_bound, step_bound: the ceilings that they stand under; None where none was measured.
         step_on_host: the step runs on this process's cores, so that their idle time is its own.
+        synchronisations: of `bench.host_sync`, of a step on a GPU.
     """
     reached, wait = end_to_end.median / step.median, end_to_end.wait_share or 0.0
     # A loader that prefetches makes nobody wait, and still takes its share of the cores that the step runs on.
-    costly_loader = wait > LOST_SHARE or step.median / loader.median > LOST_SHARE
-    if reached >= 1 - LOST_SHARE:
+    costly_loader = step.median / loader.median > LOST_SHARE
+    if reached >= 1 - LOST_SHARE and wait <= LOST_SHARE:
         culprit: Culprit = "the step"
         why = f"the step is what binds{_at(step_bound, step)}"
         if step_on_host and step.idle_share is not None and step.idle_share > IDLE_SHARE:
             why += f", and the cores are idle for {100 * step.idle_share:.0f} % of it: something in it waits"
-    elif costly_loader:
+        if synchronisations:
+            times = "once" if synchronisations == 1 else f"{synchronisations} times"
+            why += f", and it makes the host wait for the GPU {times} a step: something in it synchronises"
+    elif wait > LOST_SHARE or costly_loader:
         culprit = "the loader"
         why = (
             f"the loader is what binds, with {loader.median:,.0f} images/s for a step that takes "
@@ -75,6 +82,7 @@ def diagnose(
         culprit=culprit,
         data_wait_share=wait,
         end_to_end_of_step=reached,
+        host_synchronisations=synchronisations,
         line=f"{res} px: waiting for data {100 * wait:.1f} %: {why}",
     )
 

@@ -19,6 +19,10 @@ from tidali.environment import versions
 SCHEMA_VERSION = 2
 """Of the documents; bench/schema.json describes this one."""
 
+PACKAGES = Path(__file__).resolve().parent.parent
+"""The folder that ``bench`` and ``tidali`` are imported from. Where a process of ours is started by ``python -m``, its working
+directory comes first on the path, and many a project has a folder ``bench`` of its own."""
+
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 _SETTINGS = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "LD_PRELOAD")
 
@@ -68,12 +72,11 @@ def machine(plan: DevicePlan) -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of the checkout that the program runs from, with ``-dirty`` where it was changed; None where installed."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
+    if not (PACKAGES / ".git").exists():
         return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            ["git", "-C", str(PACKAGES), "describe", "--always", "--dirty", "--abbrev=12"],
             capture_output=True,
             text=True,
             check=True,

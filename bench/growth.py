@@ -21,8 +21,6 @@ from tidali.loader import StreamBatches
 BATCHES = (16, 64, 256, 1024)
 RESOLUTIONS = (32, 64, 128, 224)
 SAMPLES_SHARES = (1 / 16, 1 / 4, 1)
-MAX_REPEATS = 3
-"""The curve's shape is what is looked for; the rates themselves are the table's."""
 
 
 class Point(NamedTuple):
@@ -41,7 +39,6 @@ def bench_growth(dataset: Dataset, *, res: int, batch_size: int, repeats: int) -
     counts = powers_of_two(cpu_count())
     cases = [Case(name=f"{point.route}, {point.varied} {point.value}", step=point.step) for point in points]
     with progress_bar() as bar:
-        repeats = min(repeats, MAX_REPEATS)
         task = bar.add_task("growth", total=(len(cases) + 2 * len(counts)) * repeats, note="")
 
         def on_done(name: str) -> None:

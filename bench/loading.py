@@ -32,13 +32,13 @@ def bench_loader(dataset: Dataset, *, resolutions: Sequence[int], batch_size: in
     if batch_size > samples:
         raise UsageError(f"--batch-size {batch_size}: the train split has {samples} samples; measure with at most that many")
     plan = plan_device("cpu", "off", "off")
-    limits = ceiling_cases(plan, jpegs=sample_jpegs(dataset))
     cached = Data(dataset, ("train",), plan.device, cache="device", max_res=max(resolutions))
     streamed = Data(dataset, ("train",), plan.device, cache="off", max_res=max(resolutions))
+    limits = ceiling_cases(plan, jpegs=sample_jpegs(streamed.dataset))
     rows, ceilings = [], []
     with progress_bar() as bar:
         for res in resolutions:
-            cases = route_cases(dataset, streamed, cached, res, batch_size)
+            cases = route_cases(streamed, cached, res, batch_size)
             task = bar.add_task(f"loader at {res}", total=(len(cases) + len(limits)) * repeats, note="")
 
             def on_done(name: str, task: TaskID = task) -> None:
@@ -63,7 +63,7 @@ def bench_loader(dataset: Dataset, *, resolutions: Sequence[int], batch_size: in
                     }
                 )
             ceilings += ceiling_rows(rates, res=res)
-    growth = bench_growth(dataset, res=min(resolutions), batch_size=batch_size, repeats=repeats)
+    growth = bench_growth(streamed.dataset, res=min(resolutions), batch_size=batch_size, repeats=repeats)
     memory = [cache_memory(dataset.root, res=res, batch_size=batch_size) for res in resolutions]
     return {
         "benchmark": "loader",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,8 @@ before it: a DataLoader of two workers has four finished batches ready after a p
 
 MIN_STEPS = 3
 WARMUP_STEPS = 2
+MAX_CYCLE_SECONDS = 20.0
+"""A measurement that could end goes on for as long as this to complete a cycle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,9 @@ class Case:
     """Drained before the clock is read; None for work on the host."""
     wait: WaitTimer | None = None
     """Running while the step waits for its data."""
+    cycle_steps: int = 1
+    """A measurement ends after a multiple of these: a loader's epoch, whose start takes longer than what follows, so that every
+    measurement has its part of it. Workers give their batches in bursts, too: the rate of three batches is partly luck."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +68,12 @@ class Rates:
         first, _, third = statistics.quantiles(self.per_s, n=4, method="inclusive")
         return first, third
 
-    @property
-    def spread_percent(self) -> float:
-        """Largest minus smallest, as a share of the median."""
-        return 100.0 * (max(self.per_s) - min(self.per_s)) / self.median
+    @staticmethod
+    def together(parts: Sequence[Rates]) -> Rates:
+        """Measurements of one case that were made one at a time, without shares."""
+        sums = {name: sum(getattr(part, name) for part in parts) for name in ("warmup_steps", "warmup_s", "steps", "seconds")}
+        per_s = tuple(rate for part in parts for rate in part.per_s)
+        return Rates(per_s=per_s, first_step_s=parts[0].first_step_s, **sums)
 
     def to_dict(self) -> dict[str, float]:
         first, third = self.quartiles
@@ -84,19 +90,16 @@ def measure(
     *,
     repeats: int,
     on_done: Callable[[str], None] | None = None,
-    settle_s: float = 0.0,
     min_seconds: float = MIN_SECONDS,
 ) -> dict[str, Rates]:
     """Measure every case `repeats` times, taking turns, so that a slow spell of the machine falls on all of them.
 
     Args:
-        settle_s: idle time before each measurement, for cases whose own processes go on filling their queues.
         on_done: called with a case's name after each of its measurements.
     """
     tallies = {case.name: _Tally() for case in cases}
     for _ in range(repeats):
         for case in cases:
-            time.sleep(settle_s)
             tallies[case.name].add(case, min_seconds)
             if on_done is not None:
                 on_done(case.name)
@@ -126,7 +129,7 @@ class _Tally:
         waited_s = case.wait.total_s if case.wait is not None else 0.0
         idle, watch = IdleTimer(), Stopwatch(case.device)
         done, steps = 0.0, 0
-        while steps < MIN_STEPS or watch.peek_s() < min_seconds:
+        while not _may_end(steps, watch.peek_s(), min_seconds, case.cycle_steps):
             done += case.step()
             steps += 1
         seconds = watch.elapsed_s()
@@ -149,3 +152,9 @@ class _Tally:
             idle_share=None if self.idle_s is None else min(self.idle_s / (seconds * cpu_count()), 1.0),
             **self.sums,
         )
+
+
+def _may_end(steps: int, seconds: float, min_seconds: float, cycle_steps: int) -> bool:
+    if steps < MIN_STEPS or seconds < min_seconds:
+        return False
+    return steps % cycle_steps == 0 or seconds >= MAX_CYCLE_SECONDS

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.fingerprint import PACKAGES
 from tidali.errors import TidaliError
 
 BATCHES = 40
@@ -23,8 +24,9 @@ def cache_memory(root: Path, *, res: int, batch_size: int) -> dict[str, Any]:
         ``pixels_mib``, what the cached images take; ``idle_rss_mib``, what the process held after its imports;
         ``peak_rss_mib``, the most it ever held; ``times_pixels``, the difference of those two as a multiple of the pixels.
     """
-    arguments = json.dumps({"root": str(root), "res": res, "batch_size": batch_size})
-    done = subprocess.run([sys.executable, "-m", "bench.memory", arguments], capture_output=True, text=True, check=False)
+    arguments = json.dumps({"root": str(root.resolve()), "res": res, "batch_size": batch_size})
+    command = [sys.executable, "-m", "bench.memory", arguments]
+    done = subprocess.run(command, cwd=PACKAGES, capture_output=True, text=True, check=False)
     if done.returncode:
         raise TidaliError(f"bench loader: the memory measurement failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
     found = json.loads(done.stdout.splitlines()[-1])

@@ -4,109 +4,129 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.fingerprint import environment
+from bench.ceilings import DECODE, binding, ceiling_cases, ceiling_rows, sample_jpegs
+from bench.fingerprint import PACKAGES, environment
+from bench.measure import Rates, measure
 from bench.peer_env import PeerMissing, python_of
 from shards.demo import DemoSource
-from shards.scan import FileSource, Source
+from tidali.console import progress_bar, say
+from tidali.contract import Dataset
 from tidali.device import cpu_count, plan_device
-from tidali.errors import TidaliError
+from tidali.errors import TidaliError, UsageError
 from tidali.timing import Stopwatch
 
+IMAGES = 110_000
+"""Tiny-ImageNet's train and val."""
 CLASSES = 200
-DISTINCT_IMAGES = 5_000  # drawn or taken from the source, then used again and again: packing does not care
-PEERS: dict[str, str | None] = {"ffcv-jpg": "ffcv", "ffcv-raw": "ffcv", "webdataset": None}
+DISTINCT_IMAGES = 5_000
+"""Drawn or taken from the data, then used again and again: packing does not care."""
+TIDALI, UNDECODED = "tidali", "webdataset, not decoded"
+PEERS: dict[str, str | None] = {"FFCV jpg": "ffcv", "FFCV raw": "ffcv", "webdataset": None, UNDECODED: None}
 """Cases of `bench.pack_peers`, and which of `bench.peer_env.ENVIRONMENTS` has them; None: tidali's own."""
 
 _POLL_S = 0.05
 
 
-def run(
-    *,
-    images: int = 110_000,
-    repeats: int = 3,
-    workers: int | None = None,
-    source: Path | None = None,
-    on_done: Callable[[str], None] | None = None,
+def bench_pack(
+    dataset: Dataset | None = None, *, images: int = IMAGES, repeats: int = 3, workers: int | None = None
 ) -> dict[str, Any]:
-    """Pack ``images`` JPEGs with every packer that is installed, ``repeats`` times in turn.
+    """Pack JPEGs with every packer that is installed, in turns, and return the JSON document.
 
-    The images come from ``source`` (a folder or zip that tidali can pack), else they are drawn; ten elevenths are train, as in
-    Tiny-ImageNet. tidali reads them out of a zip; the peers get them as files, which is what they take. Times are of the whole
-    command, start-up included.
+    tidali reads the images out of a zip; the others get them as files, which is what they take. Times are of the whole command,
+    start-up included.
 
     Args:
-        workers: processes; None lets tidali choose and gives the peers one a core.
-        on_done: called with a case's name after each of its runs.
+        dataset: its train images are packed, again and again until they are as many as asked for; None: images are drawn.
+        images: ten elevenths of them are train, as in Tiny-ImageNet.
+        workers: processes; None lets tidali choose and gives the others one a core.
 
-    Returns:
-        ``rows``, one a case: seconds and images_per_s (median, min, max) and peak_rss_mib, the largest process's peak; or
-        ``not_run``, the reason why a peer could not be had.
+    Raises:
+        UsageError: the data set has no JPEGs.
+        TidaliError: tidali's own packing failed. Another's is a row with its reason.
     """
-    cores = cpu_count()
-    with tempfile.TemporaryDirectory(prefix="tidali-bench-") as name:
+    cores, plan = cpu_count(), plan_device("cpu", "off", "off")
+    jpegs = sample_jpegs(dataset, most=DISTINCT_IMAGES) if dataset is not None else _drawn()
+    if not jpegs:
+        raise UsageError(f"--data {dataset.root if dataset else ''}: its train split has no JPEGs, which FFCV and others need")
+    decoding = [case for case in ceiling_cases(plan, jpegs=jpegs) if case.name == DECODE]
+    missing: dict[str, str] = {}
+    runs: dict[str, list[tuple[float, float]]] = {case: [] for case in (TIDALI, *PEERS)}
+    limits: list[Rates] = []
+    with tempfile.TemporaryDirectory(prefix="tidali-bench-") as name, progress_bar() as bar:
+        task = bar.add_task("packing", total=repeats * len(runs), note="making the images' files")
         folder = Path(name)
-        archive, files = _make_sources(folder, images, source)
-        commands = {"tidali": [sys.executable, "-m", "tidali", "shard", str(archive), "{dest}"]}
-        if workers is not None:
-            commands["tidali"] += ["--workers", str(workers)]
-        missing: dict[str, str] = {}
-        for case, env in PEERS.items():
-            try:
-                python = str(python_of(env)) if env is not None else sys.executable
-            except PeerMissing as error:
-                missing[case] = str(error)
-                continue
-            script = str(Path(__file__).with_name("pack_peers.py"))
-            commands[case] = [python, script, case, str(files), "{dest}", str(workers or cores)]
-        runs: dict[str, list[tuple[float, float]]] = {case: [] for case in commands}
+        archive, files = _make_sources(folder, images, jpegs)
         for _ in range(repeats):
-            for case, command in commands.items():
-                runs[case].append(_run_once(case, command, folder / "dest"))
-                if on_done is not None:
-                    on_done(case)
-    rows = [_row(case, images, pairs) for case, pairs in runs.items()]
+            for case in runs:
+                bar.update(task, note=case)
+                if case not in missing:
+                    try:
+                        command = _command(case, archive, files, folder / "dest", workers)
+                        runs[case].append(_run_once(command, folder / "dest"))
+                    except (PeerMissing, _Failed) as error:
+                        if case == TIDALI:
+                            raise TidaliError(f"bench pack: tidali failed: {error}") from None
+                        missing[case] = str(error)
+                        say(f"{case}: not run: {error}")
+                bar.update(task, advance=1)
+            limits.append(measure(decoding, repeats=1)[DECODE])
+    measured = {DECODE: Rates.together(limits)}
+    rows = [_row(case, images, runs[case], measured) for case in runs if case not in missing]
     fastest_peer = max((row["images_per_s"]["median"] for row in rows[1:]), default=None)
     return {
         "benchmark": "pack",
-        **environment(plan_device("cpu", "off", "off")),
+        **environment(plan),
+        **({"data": {"name": dataset.root.name, "train_samples": dataset.split("train").samples}} if dataset else {}),
         "images": images,
         "workers": workers or cores,
         "repeats": repeats,
         "rows": rows + [{"case": case, "not_run": reason} for case, reason in missing.items()],
+        "ceilings": ceiling_rows(measured),
         "times_the_fastest_peer": rows[0]["images_per_s"]["median"] / fastest_peer if fastest_peer else None,
     }
 
 
-def _row(case: str, images: int, pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    seconds = [pair[0] for pair in pairs]
+def _command(case: str, archive: Path, files: Path, dest: Path, workers: int | None) -> list[str]:
+    """
+    Raises:
+        PeerMissing: what the case needs cannot be installed.
+    """
+    if case == TIDALI:
+        several = ["--workers", str(workers)] if workers is not None else []
+        return [sys.executable, "-m", "tidali", "shard", str(archive), str(dest), *several]
+    env = PEERS[case]
+    python = str(python_of(env)) if env is not None else sys.executable
+    return [python, str(Path(__file__).with_name("pack_peers.py")), case, str(files), str(dest), str(workers or cpu_count())]
+
+
+def _row(case: str, images: int, runs: Sequence[tuple[float, float]], limits: Mapping[str, Rates]) -> dict[str, Any]:
+    seconds = tuple(pair[0] for pair in runs)
+    rate = Rates(per_s=tuple(images / value for value in seconds))
+    bound = binding(limits, {} if case == UNDECODED else {DECODE: 1.0})
     return {
         "case": case,
-        "seconds": _spread(seconds),
-        "images_per_s": _spread([images / value for value in seconds]),
-        "peak_rss_mib": max(pair[1] for pair in pairs),
+        "seconds": Rates(per_s=seconds).to_dict(),
+        "images_per_s": rate.to_dict(),
+        "peak_rss_mib": max(pair[1] for pair in runs),
+        **(bound.fields(rate) if bound else {}),
     }
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 # -------------------------------------------------------------------------------------------------------------------- sources
 
 
-def _make_sources(folder: Path, images: int, source: Path | None) -> tuple[Path, Path]:
+def _make_sources(folder: Path, images: int, jpegs: Sequence[bytes]) -> tuple[Path, Path]:
     """The same images as a zip in Tiny-ImageNet's layout and as LABEL/NAME.jpg files."""
-    distinct = itertools.cycle(_distinct_images(source))
+    distinct = itertools.cycle(jpegs)
     archive, files = folder / "tiny.zip", folder / "files"
     ids = [f"n{label:08d}" for label in range(CLASSES)]
     train = images * 10 // 11
@@ -127,25 +147,31 @@ def _make_sources(folder: Path, images: int, source: Path | None) -> tuple[Path,
     return archive, files
 
 
-def _distinct_images(path: Path | None) -> list[bytes]:
-    source: Source = FileSource(path) if path else DemoSource(classes=50, per_class=DISTINCT_IMAGES // 50)
-    scan = source.scan()
+def _drawn() -> list[bytes]:
+    scan = DemoSource(classes=50, per_class=DISTINCT_IMAGES // 50).scan()
     with scan.reader.open() as read:
-        return [read(item, 1 << 26) for item in scan.splits["train"][:DISTINCT_IMAGES]]
+        return [read(item, 1 << 26) for item in scan.splits["train"]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------- runs
 
 
-def _run_once(case: str, command: Sequence[str], dest: Path) -> tuple[float, float]:
-    """Seconds, and the largest peak memory of any of its processes in MiB."""
+class _Failed(Exception):
+    """A packer's own last words."""
+
+
+def _run_once(command: Sequence[str], dest: Path) -> tuple[float, float]:
+    """Seconds, and the largest peak memory of any of its processes in MiB.
+
+    Raises:
+        _Failed: it ended with another exit code than 0.
+    """
     shutil.rmtree(dest, ignore_errors=True)
     dest.mkdir()
-    arguments = [part.replace("{dest}", str(dest)) for part in command]
     peaks: dict[int, float] = {}
     with tempfile.TemporaryFile() as errors:
         watch = Stopwatch()
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=errors)
+        process = subprocess.Popen(command, cwd=PACKAGES, stdout=subprocess.DEVNULL, stderr=errors)
         while process.poll() is None:
             peaks.update(_peak_rss_mib(process.pid))
             time.sleep(_POLL_S)
@@ -153,7 +179,7 @@ def _run_once(case: str, command: Sequence[str], dest: Path) -> tuple[float, flo
         if process.returncode:
             errors.seek(0)
             last_line = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise TidaliError(f"bench pack: {case} failed: {' '.join(last_line)}")
+            raise _Failed(f"ended with exit code {process.returncode}: {' '.join(last_line)}")
     shutil.rmtree(dest)
     return seconds, max(peaks.values(), default=0.0)
 

@@ -2,7 +2,8 @@
 
     python pack_peers.py CASE FOLDER DEST WORKERS
 
-FOLDER holds LABEL/NAME.jpg. Every image is decoded, as tidali decodes every image to check it.
+FOLDER holds LABEL/NAME.jpg. FFCV decodes every image. webdataset does not, and so finds no damaged one: it is measured as
+it is, and decoding every image as tidali does to check it.
 """
 
 from __future__ import annotations
@@ -48,30 +49,31 @@ def pack_ffcv(samples: list[Sample], dest: Path, workers: int, write_mode: str) 
     DatasetWriter(str(dest / "train.beton"), fields, num_workers=workers).from_indexed_dataset(Images(samples))
 
 
-def pack_webdataset(samples: list[Sample], dest: Path, workers: int) -> None:
+def pack_webdataset(samples: list[Sample], dest: Path, workers: int, decode: bool) -> None:
     """ShardWriter is one process's; its FAQ says to run several, each with its own shards."""
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        pool.starmap(_write_shards, [(samples[n::workers], str(dest / f"train-{n}-%06d.tar")) for n in range(workers)])
+        pool.starmap(_write_shards, [(samples[n::workers], str(dest / f"train-{n}-%06d.tar"), decode) for n in range(workers)])
 
 
-def _write_shards(samples: list[Sample], pattern: str) -> None:
+def _write_shards(samples: list[Sample], pattern: str, decode: bool) -> None:
     from PIL import Image
     from webdataset import ShardWriter
 
     with ShardWriter(pattern, maxcount=_SHARD_SAMPLES, verbose=0) as writer:
         for number, (path, label) in enumerate(samples):
             data = path.read_bytes()
-            with Image.open(io.BytesIO(data)) as image:
-                image.convert("RGB")
+            if decode:
+                with Image.open(io.BytesIO(data)) as image:
+                    image.convert("RGB")
             writer.write({"__key__": f"{number:08d}", "jpg": data, "cls": label})
 
 
 def main(case: str, folder: str, dest: str, workers: str) -> None:
     samples = list_samples(Path(folder))
-    if case == "webdataset":
-        pack_webdataset(samples, Path(dest), int(workers))
+    if case.startswith("webdataset"):
+        pack_webdataset(samples, Path(dest), int(workers), decode=case == "webdataset")
     else:
-        pack_ffcv(samples, Path(dest), int(workers), case.removeprefix("ffcv-"))
+        pack_ffcv(samples, Path(dest), int(workers), case.removeprefix("FFCV "))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import bench
+from bench.fingerprint import PACKAGES
+from bench.measure import Rates
 from bench.peer_worker import Job
 from tidali.timing import Stopwatch
 
@@ -43,10 +44,9 @@ class PeerProcess:
         self._log = log
         scratch = Path(job.scratch)
         scratch.mkdir(parents=True, exist_ok=True)
-        root = str(Path(bench.__file__).resolve().parent.parent)
         with log.open("wb") as messages:
             self._process = subprocess.Popen(
-                [str(python), "-c", _MAIN.format(root=root), job.to_json()],
+                [str(python), "-c", _MAIN.format(root=str(PACKAGES)), job.to_json()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=messages,
@@ -68,13 +68,14 @@ class PeerProcess:
         """
         return self._ask({"do": "check", "batches": batches})
 
-    def measure(self) -> float:
-        """Images per second, warmed up, by its own clock.
+    def measure(self) -> Rates:
+        """One measurement, by its own clock.
 
         Raises:
             PeerFailed: it failed meanwhile.
         """
-        return float(self._ask({"do": "measure"})["images_per_s"])
+        answer = self._ask({"do": "measure"})
+        return Rates(**{**answer, "per_s": tuple(answer["per_s"])})
 
     def stop(self) -> None:
         """End it and its workers: politely, so that it cleans up its shared memory, then not."""

@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from torchvision import datasets, models, transforms
 
 from bench.original import original_train_on
+from bench.ours import tidali_train_on
 from bench.peer_loaders import torchvision_v1
 from bench.peer_worker import Job, Stream
 from tidali.augment import Augment
-from tidali.config import make_recipe
 from tidali.contract import open_dataset
 from tidali.data import Data
 from tidali.device import plan_device
-from tidali.engine import make_train_state, train_step
-from tidali.metrics import Meter
-from tidali.models import build_resnet18
+from tidali.timing import Stopwatch
+from tidali.train import set_numerics
 
 TrainOn = Callable[[Tensor, Tensor], Any]
 """One optimizer step on images and labels; gives the loss, as a tensor or a number."""
@@ -30,6 +29,9 @@ TrainOn = Callable[[Tensor, Tensor], Any]
 
 class Training:
     """A loop's steps on batches that `next_batch` gives."""
+
+    cycle_steps = 1
+    first_step_s = 0.0
 
     def __init__(self, train_on: TrainOn, next_batch: Callable[[], Any], device: torch.device) -> None:
         self.device, self._train_on, self._next_batch = device, train_on, next_batch
@@ -41,8 +43,11 @@ class Training:
 
     def check(self, batches: int | None) -> dict[str, Any]:
         """Of the first step: its loss, and what went into it."""
+        watch = Stopwatch(self.device)
         images, labels = self._next_batch()
-        return {"loss": float(self._train_on(images, labels)), "images": len(labels), "shape": list(images.shape[1:])}
+        loss = float(self._train_on(images, labels))
+        self.first_step_s = watch.elapsed_s()
+        return {"loss": loss, "images": len(labels), "shape": list(images.shape[1:])}
 
 
 def _device() -> torch.device:
@@ -147,23 +152,26 @@ def timm_loop(job: Job) -> Training:
 
 def _timm(job: Job, device: torch.device) -> TrainOn:
     """train.py with ``--amp --amp-dtype bfloat16 --channels-last``: timm's model, its SGD with Nesterov momentum 0.9 and decay
-    2e-5, label smoothing 0.1."""
+    2e-5, label smoothing 0.1. Without ``--amp`` where the device has to emulate bfloat16, and with float16 on an older GPU."""
     import timm
     from timm.loss import LabelSmoothingCrossEntropy
     from timm.optim import create_optimizer_v2
 
+    dtype = plan_device("auto", "auto", "auto").amp_dtype
     model = timm.create_model("resnet18", num_classes=job.classes)
     model = model.to(device).to(memory_format=torch.channels_last).train()
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, momentum=0.9, weight_decay=2e-5)
     criterion = LabelSmoothingCrossEntropy(0.1)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
     def train_on(images: Tensor, labels: Tensor) -> Tensor:
         images, labels = images.to(device), labels.to(device)
         images = images.contiguous(memory_format=torch.channels_last)
-        with torch.amp.autocast(device.type, dtype=torch.bfloat16):
+        with torch.amp.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             loss = criterion(model(images), labels)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         return loss.detach()
 
@@ -189,25 +197,5 @@ def tidali_loop(job: Job) -> Training:
 
 def _tidali(job: Job) -> TrainOn:
     """The default recipe's step, averaged weights included, as ``tidali train`` takes it."""
-    recipe = make_recipe("modern")
-    plan = plan_device("auto", "auto", "auto")
-    state = make_train_state(
-        build_resnet18(job.classes, "imagenet"),
-        plan,
-        lambda step: 1e-3,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-        label_smoothing=recipe.label_smoothing,
-        grad_clip_norm=recipe.grad_clip_norm,
-        ema_decay=recipe.ema_decay,
-    )
-    state.model.train()
-    meter = Meter(plan.device)
-
-    def train_on(images: Tensor, labels: Tensor) -> Tensor:
-        logits = train_step(state, images, labels)
-        meter.update(logits, labels)
-        return meter.sums[1] / meter.sums[0]
-
-    return train_on
+    set_numerics(deterministic=False)
+    return tidali_train_on(job.classes, plan_device("auto", "auto", "auto"), "imagenet", averaged=True)

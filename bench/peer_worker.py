@@ -22,6 +22,12 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
+from tidali.timing import Stopwatch
+
+MIN_SECONDS = 3.0
+"""Of a measurement. There are few repeats, for there are many cases, and one second of a case that memory holds back differs by
+a fifth from the next."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -61,6 +67,10 @@ class Subject(Protocol):
 
     device: Any
     """torch's, to be drained before the clock is read; None for the host."""
+    cycle_steps: int
+    """See `bench.measure.Case`."""
+    first_step_s: float
+    """What the very first step took, which is the first of `check`."""
 
     def step(self) -> int:
         """Do one batch; the images in it."""
@@ -79,9 +89,11 @@ class Stream:
     """Batches taken one after the other, epoch after epoch."""
 
     device = None
+    first_step_s = 0.0
 
     def __init__(self, loader: Iterable[Any], job: Job) -> None:
         self._loader, self._job = loader, job
+        self.cycle_steps = max(job.samples // job.batch_size, 1)
         self._batches: Iterator[Any] | None = None
 
     def step(self) -> int:
@@ -112,8 +124,10 @@ class Stream:
         counts = torch.zeros(classes, dtype=torch.int64)
         sums = torch.zeros(classes, 3, dtype=torch.float64)
         squares, wrong_labels, shapes, dtypes = 0.0, 0, set(), set()
+        watch = Stopwatch()
         for _ in range(batches) if batches is not None else itertools.count():
             batch = self._next_of_epoch()
+            self.first_step_s = self.first_step_s or watch.elapsed_s()
             if batch is None:
                 break
             images, labels = batch[0], torch.as_tensor(batch[1]).reshape(-1).long()
@@ -140,7 +154,7 @@ class Stream:
 
 
 def serve(job: Job) -> None:
-    """Answer questions until standard input ends. ``check`` gives facts, ``measure`` an images_per_s."""
+    """Answer questions until standard input ends. ``check`` gives facts, ``measure`` the fields of a `bench.measure.Rates`."""
     os.setpgid(0, 0)  # a group of its own, workers included, which the parent can hold still while others are measured
     # Under nohup it would be ignored, and is what ends a group that is held still when its parent is killed.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -162,7 +176,7 @@ def serve(job: Job) -> None:
             if question["do"] == "check":
                 answer(subject.check(question["batches"]))
             else:
-                answer({"images_per_s": _measure(subject)})
+                answer(_measure(subject))
     except Exception as error:
         traceback.print_exc()
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -196,8 +210,10 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _measure(subject: Subject) -> float:
+def _measure(subject: Subject) -> dict[str, Any]:
     """By the protocol of every benchmark here: see `bench.measure`."""
     from bench.measure import Case, measure
 
-    return measure([Case(name="", step=subject.step, device=subject.device)], repeats=1)[""].median
+    case = Case(name="", step=subject.step, device=subject.device, cycle_steps=subject.cycle_steps)
+    rates = measure([case], repeats=1, min_seconds=MIN_SECONDS)[""]
+    return {**asdict(rates), "first_step_s": subject.first_step_s}

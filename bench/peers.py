@@ -7,7 +7,7 @@ that cannot be had, or gives something else, is a row with its reason.
 
 from __future__ import annotations
 
-import statistics
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,17 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import TaskID
 
-from bench.measure import Rates
+from bench.ceilings import COPY, DECODE, binding, ceiling_cases, ceiling_rows, sample_jpegs
+from bench.fingerprint import environment
+from bench.measure import Case, Rates, measure
 from bench.peer_check import CHECK_SAMPLES, wrong_loader, wrong_training
 from bench.peer_env import ENVIRONMENTS, PeerMissing, python_of
 from bench.peer_process import PeerFailed, PeerProcess
 from bench.peer_worker import Job
-from bench.report import environment
+from bench.step import step_costs
 from tidali.console import progress_bar, say
-from tidali.contract import Dataset, iter_records
-from tidali.device import cpu_count, plan_device
+from tidali.contract import Dataset, iter_records, parse_image_size
+from tidali.device import DevicePlan, cpu_count, plan_device
 from tidali.errors import UsageError
 
 
@@ -49,6 +52,12 @@ class Peer:
     """The way out where it does not start."""
     base: str | None = None
     """Id of the case that this one's rate is given as a multiple of; None: torchvision's of the table."""
+    decodes: bool = True
+    """A loader: it decodes JPEGs for every batch."""
+    pixel_dtype: torch.dtype = torch.float32
+    """A loader: of its batches."""
+    multiplies_in: Callable[[DevicePlan], torch.dtype | None] = lambda plan: None
+    """A training loop: the dtype of its products on that device, None for float32."""
 
 
 def _loader(id: str, name: str, package: str, **more: Any) -> Peer:
@@ -69,26 +78,34 @@ def _training(loop: str, name: str, package: str, **more: Any) -> list[Peer]:
     ]
 
 
+def _fp16_on_a_gpu(plan: DevicePlan) -> torch.dtype | None:
+    return torch.float16 if plan.device.type == "cuda" else None
+
+
+def _as_tidali(plan: DevicePlan) -> torch.dtype | None:
+    return plan.amp_dtype
+
+
 LOADERS = (
     _loader("torchvision-v1", "torchvision v1", "torchvision"),
     _loader("torchvision-v2", "torchvision v2", "torchvision"),
     _loader("webdataset", "webdataset", "webdataset"),
     _loader("dali-file", "DALI file reader", "nvidia-dali-cuda120"),
     _loader("dali-webdataset", "DALI webdataset reader", "nvidia-dali-cuda120", loose=1024),  # its buffer's default
-    _loader("ffcv-raw", "FFCV raw", "ffcv", env="ffcv"),
+    _loader("ffcv-raw", "FFCV raw", "ffcv", env="ffcv", decodes=False),
     _loader("ffcv-jpg", "FFCV jpg", "ffcv", env="ffcv"),
     _loader("litdata", "LitData", "litdata", env="litdata"),
     _loader("mosaic", "MosaicML Streaming", "mosaicml-streaming", env="mosaic"),
     _loader("spdl", "SPDL", "spdl", env="spdl", hint="it needs FFmpeg's libraries, 4 or later: apt-get install ffmpeg"),
     _loader("tidali-streaming", "tidali streaming", "tidali"),
-    _loader("tidali-cached", "tidali cached", "tidali"),
-    _loader("tidali-cached-bf16", "tidali cached, bf16", "tidali"),
+    _loader("tidali-cached", "tidali cached", "tidali", decodes=False),
+    _loader("tidali-cached-bf16", "tidali cached, bf16", "tidali", decodes=False, pixel_dtype=torch.bfloat16),
 )
 TRAINING = (
     *_training("study", "original study", "torch"),
-    *_training("torchvision", "torchvision reference", "torchvision"),
-    *_training("timm", "timm", "timm", env="timm"),
-    *_training("tidali", "tidali", "tidali"),
+    *_training("torchvision", "torchvision reference", "torchvision", multiplies_in=_fp16_on_a_gpu),
+    *_training("timm", "timm", "timm", env="timm", multiplies_in=_as_tidali),
+    *_training("tidali", "tidali", "tidali", multiplies_in=_as_tidali),
 )
 REFERENCE = _loader("reference", "the reference", "torchvision")
 """What the loaders are checked by."""
@@ -124,6 +141,9 @@ def bench_peers(
         TidaliError, DatasetError: the data cannot be used.
     """
     cases = chosen(LOADERS, peers)
+    plan = plan_device("cpu", "off", "off")
+    split = dataset.labelled_split("train")
+    stored_bytes = sum(3 * math.prod(parse_image_size(size)) * count for size, count in split.image_sizes.items())
     counts = list(dataset.labelled_split("train").class_counts)
 
     def make_check(run: _Run) -> Callable[[Peer, Job, Callable[[int | None], dict[str, Any]]], str | None]:
@@ -140,7 +160,22 @@ def bench_peers(
 
         return check
 
-    return _bench(dataset, cases, "cpu", resolutions=resolutions, batch_size=batch_size, repeats=repeats, make_check=make_check)
+    def costs(peer: Peer, res: int) -> dict[str, float]:
+        """The stored pixels are read and the batch's are written; of a copy, each byte is both."""
+        moved = (stored_bytes / split.samples + 3 * res * res * peer.pixel_dtype.itemsize) / 2
+        return {COPY: moved, **({DECODE: 1.0} if peer.decodes else {})}
+
+    return _bench(
+        dataset,
+        cases,
+        plan,
+        ceiling_cases(plan, jpegs=sample_jpegs(dataset)),
+        costs,
+        resolutions=resolutions,
+        batch_size=batch_size,
+        repeats=repeats,
+        make_check=make_check,
+    )
 
 
 def bench_training_peers(
@@ -158,12 +193,21 @@ def bench_training_peers(
         TidaliError, DatasetError: the data cannot be used.
     """
     cases = chosen(TRAINING, peers)
+    plan = plan_device("auto", "auto", "auto")
 
     def make_check(run: _Run) -> Callable[[Peer, Job, Callable[[int | None], dict[str, Any]]], str | None]:
         return lambda peer, job, ask: wrong_training(ask(None), job)
 
     document = _bench(
-        dataset, cases, "auto", resolutions=resolutions, batch_size=batch_size, repeats=repeats, make_check=make_check
+        dataset,
+        cases,
+        plan,
+        ceiling_cases(plan),
+        lambda peer, res: step_costs(peer.multiplies_in(plan), res=res, stem="imagenet"),
+        resolutions=resolutions,
+        batch_size=batch_size,
+        repeats=repeats,
+        make_check=make_check,
     )
     return {**document, "benchmark": "training peers"}
 
@@ -176,6 +220,7 @@ class _Run:
 
     def __init__(self, dataset: Dataset, scratch: Path, batch_size: int) -> None:
         self._dataset, self._scratch, self._batch_size = dataset, scratch, batch_size
+        self._missing: dict[str, PeerMissing] = {}
         self._folder = extract(dataset, scratch / "train")
 
     def job(self, peer: Peer, res: int) -> Job:
@@ -201,12 +246,22 @@ class _Run:
         Raises:
             PeerMissing, PeerFailed: it cannot be had, or does not start.
         """
-        python = python_of(peer.env) if peer.env is not None else Path(sys.executable)
+        python = self._python_of(peer.env) if peer.env is not None else Path(sys.executable)
         try:
             return PeerProcess(python, job, self._scratch / f"{peer.id}.log")
         except PeerFailed as error:
             hint = peer.hint or (ENVIRONMENTS[peer.env].hint if peer.env is not None else "")
             raise PeerFailed(f"{error}; {hint}" if hint else str(error)) from None
+
+    def _python_of(self, env: str) -> Path:
+        """An installation that failed is not tried again in the same run: it may take half an hour to fail."""
+        if env in self._missing:
+            raise self._missing[env]
+        try:
+            return python_of(env)
+        except PeerMissing as error:
+            self._missing[env] = error
+            raise
 
     @contextmanager
     def started(self, peer: Peer, job: Job) -> Iterator[PeerProcess]:
@@ -218,12 +273,16 @@ class _Run:
 
 
 Check = Callable[[Peer, Job, Callable[[int | None], dict[str, Any]]], str | None]
+Costs = Callable[[Peer, int], Mapping[str, float]]
+"""What an image of a case at a resolution takes of each ceiling, for `bench.ceilings.binding`."""
 
 
 def _bench(
     dataset: Dataset,
     cases: Sequence[Peer],
-    device: Any,
+    plan: DevicePlan,
+    limits: Sequence[Case],
+    costs: Costs,
     *,
     resolutions: Sequence[int],
     batch_size: int,
@@ -234,30 +293,44 @@ def _bench(
     if batch_size > samples:
         raise UsageError(f"--batch-size {batch_size}: the train split has {samples} samples; measure with at most that many")
     rows: list[dict[str, Any]] = []
+    ceilings: list[dict[str, Any]] = []
     versions: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="tidali-peers-", ignore_cleanup_errors=True) as name:
         run = _Run(dataset, Path(name), batch_size)
         check = make_check(run)
         for res in resolutions:
-            rows += _measure(run, cases, res, repeats, check, versions)
+            rates, failed = _measure(run, cases, limits, res, repeats, check, versions)
+            rows += _rows(cases, res, rates, failed, costs)
+            ceilings += ceiling_rows(rates, res=res)
     return {
         "benchmark": "peers",
-        **environment(plan_device(device, "off" if device == "cpu" else "auto", "off" if device == "cpu" else "auto")),
+        **environment(plan),
         "data": {"name": dataset.root.name, "train_samples": samples},
         "batch_size": batch_size,
         "repeats": repeats,
         "peer_versions": versions,
         "rows": rows,
+        "ceilings": ceilings,
     }
 
 
 def _measure(
-    run: _Run, cases: Sequence[Peer], res: int, repeats: int, check: Check, versions: dict[str, str]
-) -> list[dict[str, Any]]:
-    """One resolution's rows: every case started and checked, then all measured in turn."""
+    run: _Run,
+    cases: Sequence[Peer],
+    limits: Sequence[Case],
+    res: int,
+    repeats: int,
+    check: Check,
+    versions: dict[str, str],
+) -> tuple[dict[str, Rates], dict[str, str]]:
+    """One resolution: every case started and checked, then all measured in turn, and the ceilings with them.
+
+    Returns:
+        The rates by a case's id or a ceiling's name, and by id why a case did not run.
+    """
     running: dict[str, PeerProcess] = {}
     failed: dict[str, str] = {}
-    rates: dict[str, list[float]] = {peer.id: [] for peer in cases}
+    found: dict[str, list[Rates]] = {name: [] for name in [*(peer.id for peer in cases), *(limit.name for limit in limits)]}
 
     def fail(peer: Peer, reason: str) -> None:
         failed[peer.id] = reason
@@ -285,32 +358,34 @@ def _measure(
                     bar.update(task, note=peer.name)
                     if peer.id in running:
                         try:
-                            rates[peer.id].append(running[peer.id].measure())
+                            found[peer.id].append(running[peer.id].measure())
                         except PeerFailed as error:
                             fail(peer, str(error))
                     bar.update(task, advance=1)
+                for name, rates in measure(limits, repeats=1).items():
+                    found[name].append(rates)
     finally:
         for process in running.values():
             process.stop()
-    return _rows(cases, res, rates, failed)
+    return {name: Rates.together(parts) for name, parts in found.items() if name not in failed}, failed
 
 
 def _rows(
-    cases: Sequence[Peer], res: int, rates: Mapping[str, Sequence[float]], failed: Mapping[str, str]
+    cases: Sequence[Peer], res: int, rates: dict[str, Rates], failed: Mapping[str, str], costs: Costs
 ) -> list[dict[str, Any]]:
     """One a case: its rate, as a multiple of torchvision's too where that was measured, or why there is none."""
-    medians = {id: statistics.median(values) for id, values in rates.items() if id not in failed}
     rows = []
     for peer in cases:
         row: dict[str, Any] = {"res": res, "case": peer.name}
         if peer.id in failed:
             rows.append({**row, "not_run": failed[peer.id]})
             continue
-        row["images_per_s"] = Rates(per_s=tuple(rates[peer.id])).to_dict()
-        base = medians.get(peer.base or "torchvision-v1")
+        rate, base = rates[peer.id], rates.get(peer.base or "torchvision-v1")
+        row |= {"images_per_s": rate.to_dict(), "measured": rate.measured()}
         if base is not None:
-            row["times_torchvision"] = medians[peer.id] / base
-        rows.append(row)
+            row["times_torchvision"] = rate.median / base.median
+        bound = binding(rates, costs(peer, res))
+        rows.append({**row, **(bound.fields(rate) if bound else {})})
     return rows
 
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.report import against, label, number, parts, spread
+from bench.report import against, conditions, label, made_of, number, parts, spread
 from tidali.files import write_atomically
 
 if TYPE_CHECKING:
@@ -53,28 +53,24 @@ def draw(document: Mapping[str, Any]) -> Figure:
 
 def about(document: Mapping[str, Any]) -> str:
     """Where and with what it was measured, in two lines."""
-    machine, versions = document["machine"], document["versions"]
+    machine = document["machine"]
     hardware = [machine["gpu"] or machine["cpu"], f"{machine['cores']} cores", f"{machine['memory_gib']:g} GiB"]
-    hardware += [document["dtype"]] if document["benchmark"] in ("train", "step") else []
-    hardware += [f"batch {document['batch_size']}"] if "batch_size" in document else []
-    software = [f"{name} {version}" for name, version in versions.items() if name in ("tidali", "torch", "nvidia-dali-cuda120")]
-    software += [f"commit {document['commit']}"] if document["commit"] else []
     legend = f"median of {document['repeats']}, whiskers from lowest to highest"
     legend += ", orange: the ceiling" if document.get("ceilings") else ""
-    return f"{', '.join(hardware)}; {legend}\n{', '.join(software)}, {document['date']}"
+    return f"{', '.join(hardware)}; {legend}\n{made_of(document)}"
 
 
 def _panels(document: Mapping[str, Any]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
     """Title, kind and rows."""
     panels = []
-    name = document["benchmark"]
+    name = ", ".join([document["benchmark"], *conditions(document)])
     for where, rows in groupby(document["rows"], key=label):
-        panels.append((f"{name}{f' at {where}' if where else ''}", "bars", list(rows)))
+        panels.append((f"{name}{f', at {where}' if where else ''}", "bars", list(rows)))
     growth = sorted(document.get("growth", ()), key=lambda row: row["varied"])
     for varied, rows in groupby(growth, key=lambda row: row["varied"]):
         curves = list(rows)
         where = "" if varied == "res" else f" at {curves[0]['res']} px"
-        panels.append((f"{name}{where} against {against(varied)}", "curves", curves))
+        panels.append((f"{document['benchmark']}{where} against {against(varied)}", "curves", curves))
     return panels
 
 

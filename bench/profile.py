@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from tidali.errors import TidaliError
 
 STEPS = 3
 _TOP = 8
+_NAME_CHARACTERS = 100
+"""Kernels' names hold their template's arguments: some are longer than a page."""
 
 
 def profile_step(step: Callable[[], object], device: torch.device, path: Path) -> list[str]:
@@ -43,13 +47,25 @@ def profile_step(step: Callable[[], object], device: torch.device, path: Path) -
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise TidaliError(f"{path}: the trace cannot be written ({error})") from None
-    events = found.key_averages()
-    spent_us = {event.key: float(event.self_device_time_total if on_gpu else event.self_cpu_time_total) for event in events}
-    count = {event.key: event.count for event in events}
-    total_us = sum(spent_us.values())
-    top = sorted(spent_us, key=lambda name: -spent_us[name])[:_TOP]
-    lines = [f"{path.stem}: {total_us / STEPS / 1e3:,.1f} ms a step on the {'GPU' if on_gpu else 'CPU'}, by operator"]
-    for name in top:
-        share = 100 * spent_us[name] / total_us
-        lines.append(f"  {share:5.1f} %  {spent_us[name] / STEPS / 1e3:9.2f} ms  {count[name] / STEPS:6.0f} calls  {name}")
-    return [*lines, f"  trace: {path}"]
+    return [*summary(found.key_averages(), on_gpu=on_gpu, title=path.stem), f"  trace: {path}"]
+
+
+def summary(events: Iterable[Any], *, on_gpu: bool, title: str) -> list[str]:
+    """Nine lines: the time of a step, and of what took most of it.
+
+    Args:
+        events: the profiler's averages over `STEPS` steps. Of a GPU its kernels count: the profiler gives each one's time to
+            the operator that queued it once more, and to annotations such as the optimizer's step again.
+    """
+    if on_gpu:
+        own = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    else:
+        own = [event for event in events if event.device_type == DeviceType.CPU]
+    spent_us = [(float(event.self_device_time_total if on_gpu else event.self_cpu_time_total), event) for event in own]
+    total_us = sum(spent for spent, _ in spent_us) or 1.0
+    what = ("GPU", "kernel") if on_gpu else ("CPU", "operator")
+    lines = [f"{title}: {total_us / STEPS / 1e3:,.1f} ms a step on the {what[0]}, by {what[1]}"]
+    for spent, event in sorted(spent_us, key=lambda pair: -pair[0])[:_TOP]:
+        share, each_ms = 100 * spent / total_us, spent / STEPS / 1e3
+        lines.append(f"  {share:5.1f} %  {each_ms:9.2f} ms  {event.count / STEPS:6.0f} calls  {event.key[:_NAME_CHARACTERS]}")
+    return lines

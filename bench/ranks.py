@@ -1,7 +1,7 @@
 """How a loader's rate grows with the ranks of a distributed run: as many processes, each with its share of cores and samples.
 
-This file is both sides: `rank_rates` here, and ``python -m bench.ranks`` there, which answers each line of its standard input,
-the name of a route, with a line: the images/s that it measured.
+This file is both sides: `rank_rates` here, and ``python -m bench.ranks`` there, which says ``ready`` and then answers each line
+of its standard input, the name of a route, with a line: the images/s that it measured.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bench.fingerprint import PACKAGES
 from bench.measure import Case, Rates, measure
 from tidali.device import cpu_count
 from tidali.errors import TidaliError
@@ -33,45 +35,56 @@ def rank_rates(
 ) -> dict[tuple[str, int], Rates]:
     """Images/s of all ranks together, the ranks of one number at the same time and the numbers in turn.
 
+    Every rank keeps the whole split decoded, so the ranks of one number are ended before those of the next are started.
+
     Args:
         batch_size: of all ranks together.
 
     Raises:
         TidaliError: a rank failed.
     """
-    groups = {world: [_Rank(root, rank, world, res, batch_size) for rank in range(world)] for world in ranks}
     found: dict[tuple[str, int], list[float]] = {(route, world): [] for route in routes for world in ranks}
-    try:
-        for _ in range(repeats):
-            for world, group in groups.items():
+    for _ in range(repeats):
+        for world in ranks:
+            with ExitStack() as ends:
+                group = [ends.enter_context(_Rank(root, rank, world, res, batch_size)) for rank in range(world)]
+                for one in group:
+                    one.answer()  # that it is ready
                 for route in routes:
                     for one in group:
                         one.ask(route)
-                    found[route, world].append(sum(one.answer() for one in group))
+                    found[route, world].append(sum(float(one.answer()) for one in group))
                     if on_done is not None:
                         on_done(f"{route}, {world} ranks")
-    finally:
-        for group in groups.values():
-            for one in group:
-                one.stop()
     return {key: Rates(per_s=tuple(values)) for key, values in found.items()}
 
 
 class _Rank:
-    """One process."""
+    """One process, for as long as it is entered."""
 
     def __init__(self, root: Path, rank: int, world: int, res: int, batch_size: int) -> None:
         threads = max(cpu_count() // world, 1)
-        job: dict[str, Any] = {"root": str(root), "rank": rank, "world": world, "res": res, "threads": threads}
+        job: dict[str, Any] = {"root": str(root.resolve()), "rank": rank, "world": world, "res": res, "threads": threads}
         job["batch_size"] = max(batch_size // world, 1)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.ranks", json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            cwd=PACKAGES,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )
+
+    def __enter__(self) -> _Rank:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._process.communicate(timeout=_TIMEOUT_S)  # the end of its input ends it
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
 
     def ask(self, route: str) -> None:
         assert self._process.stdin is not None
@@ -81,19 +94,12 @@ class _Rank:
         except BrokenPipeError:
             self._fail()
 
-    def answer(self) -> float:
+    def answer(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self._fail()
-        return float(line)
-
-    def stop(self) -> None:
-        try:
-            self._process.communicate(timeout=_TIMEOUT_S)  # the end of its input ends it
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
+        return line
 
     def _fail(self) -> NoReturn:
         _, errors = self._process.communicate()
@@ -113,9 +119,10 @@ def _serve(root: str, rank: int, world: int, res: int, batch_size: int, threads:
     flips = share.pop("augment")
     cache = Data(dataset, ("train",), torch.device("cpu"), cache="device", max_res=res)
     steps = {
-        STREAMING: counting(StreamBatches(dataset, "train", flip=True, num_threads=threads, **share)),
+        STREAMING: counting(StreamBatches(cache.dataset, "train", flip=True, num_threads=threads, **share)),
         CACHED: counting(cache.batches("train", augment=flips, **share)),
     }
+    print("ready", flush=True)
     for line in sys.stdin:
         case = Case(name=line.strip(), step=steps[line.strip()])
         print(measure([case], repeats=1)[case.name].median, flush=True)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.fingerprint import environment as environment  # the other modules' name for it
-from tidali.console import print_table
+from tidali.console import print_table, results
 from tidali.files import write_atomically
 
 WHERE = ("res", "stem", "batch_size", "threads", "samples", "ranks")
@@ -54,12 +53,20 @@ def show(document: Mapping[str, Any]) -> None:
         _show_ceilings(part)
         _show_growth(part)
         _show_memory(part)
+        results.print(made_of(part), markup=False)
+
+
+def made_of(document: Mapping[str, Any]) -> str:
+    """The software and the day, in a line."""
+    versions = {**document["versions"], **document.get("peer_versions", {})}
+    shown = [f"{name} {versions[name]}" for name in ("tidali", "torch", "nvidia-dali-cuda120") if name in versions]
+    shown += [f"commit {document['commit']}"] if document["commit"] else []
+    return f"{', '.join(shown)}, {document['date']}"
 
 
 def _show_rows(document: Mapping[str, Any]) -> None:
     about = [f"median of {document['repeats']} (lowest to highest)", document["device"]["name"], f"{document['cores']} cores"]
-    about += [document["dtype"]] if document["benchmark"] in ("train", "step") else []
-    about += [f"batch {document['batch_size']}"] if "batch_size" in document else []
+    about += conditions(document)
     rows = document["rows"]
     ratios = sorted({name for row in rows for name in row if name.startswith("times_")})
     extra = [*ratios, *(name for name in ("gmacs", "peak_rss_mib") if any(name in row for row in rows))]
@@ -70,18 +77,28 @@ def _show_rows(document: Mapping[str, Any]) -> None:
     columns = ["case", "where", "images/s", "spread", *(name.replace("_", " ") for name in extra)]
     columns += ["of the ceiling", "which is"] if bound else []
     print_table(f"{document['benchmark']}: images/s, {', '.join(about)}", columns, [_cells(row, extra, bound) for row in rows])
+    for row in rows:
+        if "not_run" in row:  # below the table: a reason is a sentence, and would make a column of it
+            where = f" ({label(row)})" if label(row) else ""
+            results.print(f"not run: {row['case']}{where}: {row['not_run']}", markup=False)
 
 
 def _cells(row: Mapping[str, Any], extra: list[str], bound: bool) -> list[str]:
     cells = [row["case"], label(row)]
     if "not_run" in row:
-        return [*cells, "not run", row["not_run"], *([""] * (len(extra) + 2 * bound))]
+        return [*cells, "not run", *([""] * (1 + len(extra) + 2 * bound))]
     rate, ceiling = row["images_per_s"], row.get("ceiling")
     cells += [number(rate["median"]), spread(rate)]
     cells += [_FORMATS.get(name, number)(row[name]) if row.get(name) is not None else "" for name in extra]
     if bound:
         cells += [f"{100 * ceiling['share']:.0f} %", ceiling["name"]] if ceiling else ["", ""]
     return cells
+
+
+def conditions(document: Mapping[str, Any]) -> list[str]:
+    """What all rows of it have in common."""
+    found = [document["dtype"]] if document["benchmark"] in ("train", "step") else []
+    return found + ([f"batch {document['batch_size']}"] if "batch_size" in document else [])
 
 
 def spread(rate: Mapping[str, float]) -> str:

@@ -18,16 +18,19 @@ DECODED, STREAMING, CACHED, CACHED_BF16 = "decode only", "streaming", "cached", 
 ROUTES = (DECODED, STREAMING, CACHED, CACHED_BF16)
 
 
-def route_cases(dataset: Dataset, streamed: Data, cached: Data, res: int, batch_size: int) -> list[Case]:
+def route_cases(streamed: Data, cached: Data, res: int, batch_size: int) -> list[Case]:
     """The routes of one resolution; the cache also to bfloat16, which a training step under bf16 autocast takes."""
+    dataset = streamed.dataset
     common = batch_settings(dataset, res, batch_size)
     decoded = decoded_forever(dataset, "train", batch_size=batch_size)
-    return [
-        Case(name=DECODED, step=lambda: len(next(decoded)[0])),
-        Case(name=STREAMING, step=counting(streamed.batches("train", **common))),
-        Case(name=CACHED, step=counting(cached.batches("train", **common))),
-        Case(name=CACHED_BF16, step=counting(cached.batches("train", dtype=torch.bfloat16, **common))),
-    ]
+    epoch_steps = dataset.split("train").samples // batch_size
+    steps = {
+        DECODED: lambda: len(next(decoded)[0]),
+        STREAMING: counting(streamed.batches("train", **common)),
+        CACHED: counting(cached.batches("train", **common)),
+        CACHED_BF16: counting(cached.batches("train", dtype=torch.bfloat16, **common)),
+    }
+    return [Case(name=name, step=step, cycle_steps=epoch_steps) for name, step in steps.items()]
 
 
 def batch_settings(dataset: Dataset, res: int, batch_size: int) -> dict[str, Any]:

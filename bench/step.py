@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from rich.progress import TaskID
 
-from bench.ceilings import Bound, binding, ceiling_cases, ceiling_rows, products
+from bench.ceilings import binding, ceiling_cases, ceiling_rows, products
 from bench.fingerprint import environment
-from bench.measure import Case, Rates, measure
+from bench.measure import Case, measure
 from bench.original import original_step
+from bench.ours import tidali_train_on
 from bench.profile import profile_step
-from tidali.config import AmpChoice, CompileChoice, DeviceChoice, Stem, make_recipe
+from tidali.config import AmpChoice, CompileChoice, DeviceChoice, Stem
 from tidali.console import progress_bar, say
 from tidali.device import DevicePlan, plan_device
-from tidali.engine import TrainState, make_train_state, train_step
 from tidali.errors import TidaliError
-from tidali.models import build_resnet18, resnet18_gmacs
+from tidali.models import resnet18_gmacs
 from tidali.train import set_numerics
 
 ORIGINAL, TIDALI = "original study's loop", "tidali"
@@ -51,6 +51,7 @@ def bench_step(
     """
     plan = plan_device(device, amp, compile)
     set_numerics(deterministic=False)
+    limits = ceiling_cases(plan)
     stems: list[Stem] = ["imagenet", "small"]
     shapes = [(res, stem) for stem in stems for res in resolutions if stem == "imagenet" or res <= SMALL_STEM_MAX_PX]
     rows, ceilings = [], []
@@ -63,15 +64,15 @@ def bench_step(
 
             try:
                 cases = step_cases(plan, res=res, stem=stem, batch_size=batch_size)
-                bar.update(task, total=(len(cases) + len(ceiling_cases(plan))) * repeats)
-                rates = measure(cases + ceiling_cases(plan), repeats=repeats, on_done=on_done)
+                bar.update(task, total=(len(cases) + len(limits)) * repeats)
+                rates = measure(cases + limits, repeats=repeats, on_done=on_done)
             except torch.OutOfMemoryError:
                 raise TidaliError(
                     f"bench step: {batch_size} images of {res} px do not fit the GPU; give a smaller --batch-size"
                 ) from None
             gmacs = resnet18_gmacs(CLASSES, stem, res)
             for case in (ORIGINAL, TIDALI):
-                bound = step_bound(rates, None if case == ORIGINAL else plan.amp_dtype, gmacs)
+                bound = binding(rates, step_costs(None if case == ORIGINAL else plan.amp_dtype, res=res, stem=stem))
                 rows.append(
                     {
                         "res": res,
@@ -107,11 +108,10 @@ def step_cases(plan: DevicePlan, *, res: int, stem: Stem, batch_size: int) -> li
     labels = torch.randint(CLASSES, (batch_size,), device=plan.device)
     channels_last = values.contiguous(memory_format=torch.channels_last)
     original = original_step(CLASSES, stem, plan.device, lambda: (values, labels))
-    state = make_state(CLASSES, plan, stem)
-    state.model.train()
+    train_on = tidali_train_on(CLASSES, plan, stem, averaged=False)
 
     def step() -> int:
-        train_step(state, channels_last, labels)
+        train_on(channels_last, labels)
         return batch_size
 
     return [
@@ -120,21 +120,12 @@ def step_cases(plan: DevicePlan, *, res: int, stem: Stem, batch_size: int) -> li
     ]
 
 
-def make_state(num_classes: int, plan: DevicePlan, stem: Stem) -> TrainState:
-    """A fresh model under the modern recipe's optimizer."""
-    recipe = make_recipe("modern")
-    return make_train_state(
-        build_resnet18(num_classes, stem),
-        plan,
-        lambda step: 1e-3,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-        label_smoothing=recipe.label_smoothing,
-    )
+def step_costs(dtype: torch.dtype | None, *, res: int, stem: Stem) -> dict[str, float]:
+    """What an image of a training step takes of the dtype's matrix products, for `bench.ceilings.binding`.
 
-
-def step_bound(rates: dict[str, Rates], dtype: torch.dtype | None, gmacs: float) -> Bound | None:
-    """The matrix products of the dtype. A training step takes three forward passes' worth: one forward, one for the gradient of
-    each layer's input, and one for that of its weights."""
-    return binding(rates, {products(dtype): 3 * 2e9 * gmacs})
+    As much as three forward passes: one forward, one for the gradient of each layer's input, one for that of its weights; less
+    the first layer's input, which needs none.
+    """
+    side, kernel = (res // 2, 7) if stem == "imagenet" else (res, 3)
+    first_gmacs = 64 * 3 * kernel**2 * side**2 / 1e9
+    return {products(dtype): 2e9 * (3 * resnet18_gmacs(CLASSES, stem, res) - first_gmacs)}

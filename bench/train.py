@@ -9,23 +9,24 @@ from typing import Any
 import torch
 from rich.progress import TaskID
 
-from bench.ceilings import COPY, DECODE, Bound, binding, ceiling_cases, ceiling_rows, sample_jpegs
+from bench.ceilings import COPY, DECODE, UPLOAD, Bound, binding, ceiling_cases, ceiling_rows, sample_jpegs
 from bench.diagnosis import diagnose
 from bench.fingerprint import environment
+from bench.host_sync import host_synchronisations
 from bench.measure import Case, Rates, measure
+from bench.ours import make_state
 from bench.profile import profile_step
 from bench.routes import batch_bytes, batch_settings, endless
-from bench.step import CLASSES, make_state, step_bound
+from bench.step import step_costs
 from tidali import engine
 from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, Stem
 from tidali.console import progress_bar, say
 from tidali.contract import Dataset
 from tidali.data import Data
 from tidali.device import DevicePlan, plan_device
-from tidali.errors import UsageError
+from tidali.errors import TidaliError, UsageError
 from tidali.loader import decoded_forever
 from tidali.metrics import Meter
-from tidali.models import resnet18_gmacs
 from tidali.timing import WaitTimer
 from tidali.train import set_numerics
 
@@ -65,17 +66,23 @@ def bench_train(
         raise UsageError(f"--batch-size {batch_size}: the train split has {samples} samples; measure with at most that many")
     data = Data(dataset, ("train",), plan.device, cache=cache, max_res=max(resolutions))
     say(f"cache {'on' if data.route.cached else 'off'}: {data.route.reason}")
-    limits = ceiling_cases(plan, jpegs=sample_jpegs(dataset))
+    limits = ceiling_cases(plan, jpegs=sample_jpegs(data.dataset))
     rows, ceilings, diagnoses = [], [], []
     with progress_bar() as bar:
         for res in resolutions:
-            cases = train_cases(dataset, data, plan, res=res, stem=stem, batch_size=batch_size)
-            task = bar.add_task(f"training at {res}", total=(len(cases) + len(limits)) * repeats, note="")
+            task = bar.add_task(f"training at {res}", total=(len(CASES) + len(limits)) * repeats, note="")
 
             def on_done(name: str, task: TaskID = task) -> None:
                 bar.update(task, advance=1, note=name)
 
-            rates = measure(cases + limits, repeats=repeats, on_done=on_done)
+            try:
+                cases = train_cases(data, plan, res=res, stem=stem, batch_size=batch_size)
+                rates = measure(cases + limits, repeats=repeats, on_done=on_done)
+                synchronisations = host_synchronisations(cases[CASES.index(STEP)].step, plan.device)
+            except torch.OutOfMemoryError:
+                raise TidaliError(
+                    f"bench train: {batch_size} images of {res} px do not fit the GPU; give a smaller --batch-size"
+                ) from None
             bounds = train_bounds(rates, data, plan, stem=stem, res=res)
             rows += [row(case, rates[case], bounds[case], res) for case in CASES]
             ceilings += ceiling_rows(rates, res=res)
@@ -87,6 +94,7 @@ def bench_train(
                 loader_bound=bounds[LOADER],
                 step_bound=bounds[STEP],
                 step_on_host=plan.device.type == "cpu",
+                synchronisations=synchronisations,
             )
             diagnoses.append(found.to_dict())
             say(found.line)
@@ -121,14 +129,14 @@ def row(case: str, rates: Rates, bound: Bound | None, res: int) -> dict[str, Any
     }
 
 
-def train_cases(dataset: Dataset, data: Data, plan: DevicePlan, *, res: int, stem: Stem, batch_size: int) -> list[Case]:
+def train_cases(data: Data, plan: DevicePlan, *, res: int, stem: Stem, batch_size: int) -> list[Case]:
     """The four cases of one resolution; the two that train share one model, whose weights do not matter here."""
-    classes = len(dataset.manifest.classes)
+    dataset = data.dataset
+    classes, epoch_steps = len(dataset.manifest.classes), dataset.split("train").samples // batch_size
     decoded = decoded_forever(dataset, "train", batch_size=batch_size, device=plan.device)
     settings = batch_settings(dataset, res, batch_size)
     alone, fed = (endless(data.batches("train", **settings)) for _ in range(2))
-    state = make_state(classes, plan, stem)
-    state.model.train()
+    state = make_state(classes, plan, stem, averaged=True)
     images = torch.randn(batch_size, 3, res, res, device=plan.device).to(memory_format=torch.channels_last)
     labels = torch.randint(classes, (batch_size,), device=plan.device)
     meter, wait = Meter(plan.device), WaitTimer()
@@ -145,21 +153,22 @@ def train_cases(dataset: Dataset, data: Data, plan: DevicePlan, *, res: int, ste
 
     return [
         Case(name=DECODED, step=lambda: len(next(decoded)[0]), device=plan.device),
-        Case(name=LOADER, step=lambda: len(next(alone)[1]), device=plan.device),
+        Case(name=LOADER, step=lambda: len(next(alone)[1]), device=plan.device, cycle_steps=epoch_steps),
         Case(name=STEP, step=step_synthetic, device=plan.device),
         Case(name=END_TO_END, step=step_end_to_end, device=plan.device, wait=wait),
     ]
 
 
 def train_bounds(rates: dict[str, Rates], data: Data, plan: DevicePlan, *, stem: Stem, res: int) -> dict[str, Bound | None]:
-    """What each case stands under. A loader on a GPU stands under the copy to it, and under no memory copy of the host's."""
-    on_gpu = plan.device.type == "cuda"
-    moved = {} if on_gpu else {COPY: batch_bytes(data, res)}
-    decoding = {} if data.route.cached else {DECODE: 1.0}
-    step = step_bound(rates, plan.amp_dtype, resnet18_gmacs(CLASSES, stem, res))
-    return {
-        DECODED: binding(rates, {} if on_gpu else {DECODE: 1.0}),
-        LOADER: binding(rates, {**moved, **decoding} if not on_gpu else {}),
-        STEP: step,
-        END_TO_END: step,
-    }
+    """What each case stands under; end to end under all that the loader and the step do.
+
+    A GPU may decode by itself and copies in its own memory; what is sure of it is that the files' bytes come to it.
+    """
+    on_gpu, split = plan.device.type == "cuda", data.dataset.split("train")
+    decoding = {} if on_gpu else {DECODE: 1.0}
+    loading = {} if on_gpu else {COPY: batch_bytes(data, res)}
+    if not data.route.cached:
+        loading |= {UPLOAD: split.size_bytes / split.samples} if on_gpu else decoding
+    step = step_costs(plan.amp_dtype, res=res, stem=stem)
+    costs = {DECODED: decoding, LOADER: loading, STEP: step, END_TO_END: {**loading, **step}}
+    return {case: binding(rates, cost) for case, cost in costs.items()}

@@ -23,14 +23,31 @@ TRAINING_BATCH_SIZE = 32
 """Of whole loops beside each other: 256 images of 224 px are ten seconds a step on a CPU, and there are eight loops."""
 
 
+USED_BY = {
+    "res": ("train", "step", "loader", "peers"),
+    "data": ("train", "loader", "pack", "peers"),
+    "stem": ("train",),
+    "batch_size": ("train", "step", "loader", "peers"),
+    "device": ("train", "step"),
+    "amp": ("train", "step"),
+    "compile": ("train", "step"),
+    "cache": ("train",),
+    "peers": ("peers",),
+    "training": ("peers",),
+    "profile": ("train", "step"),
+}
+"""Options and the cases that they change; those that are not here change all."""
+
+
 def bench(
+    context: typer.Context,
     case: Annotated[
         Literal["train", "step", "loader", "pack", "peers", "all"],
-        typer.Argument(help="What to measure; all: train, step, loader and pack in turn."),
+        typer.Argument(help="What to measure; all: one after the other."),
     ] = "train",
     res: Annotated[str, typer.Option(help="Input sides in pixels, such as 64,224.", rich_help_panel=WHAT)] = "64,224",
     data: Annotated[
-        str | None, typer.Option(help="A packed data set.", show_default="the built-in demo data", rich_help_panel=WHAT)
+        str | None, typer.Option(help="A packed data set.", show_default="built-in demo data", rich_help_panel=WHAT)
     ] = None,
     stem: Annotated[
         Literal["imagenet", "small"], typer.Option(help="train: the model's stem.", rich_help_panel=WHAT)
@@ -98,10 +115,7 @@ def bench(
             raise UsageError(f"{flag} {name}: there is no folder {Path(name).parent}")
     if plot is not None and Path(plot).suffix not in PLOT_SUFFIXES:
         raise UsageError(f"--plot {plot}: end its name in {', '.join(PLOT_SUFFIXES)}")
-    if profile and case not in ("train", "step"):
-        raise UsageError(f"--profile: of the training step; use it with 'bench step' or 'bench train', not {case}")
-    if case != "peers" and (peers is not None or training):
-        raise UsageError("--peers and --training go with 'bench peers'")
+    _refuse_unused(context, case)
 
     from bench.compare import load
     from bench.report import show, write_json
@@ -150,9 +164,9 @@ def bench(
         return bench_loader(dataset(), resolutions=resolutions, batch_size=batch_size or 256, repeats=repeats)
 
     def run_pack() -> dict[str, Any]:
-        from bench import pack
+        from bench.pack import bench_pack
 
-        return pack.run(repeats=repeats)
+        return bench_pack(dataset() if data is not None else None, repeats=repeats)
 
     def run_peers() -> dict[str, Any]:
         from bench.peers import bench_peers, bench_training_peers
@@ -165,13 +179,17 @@ def bench(
             peers=peers.split(",") if peers is not None else None,
         )
 
-    benchmarks = {"train": run_train, "step": run_step, "loader": run_loader, "pack": run_pack}
+    benchmarks = {"train": run_train, "step": run_step, "loader": run_loader, "pack": run_pack, "peers": run_peers}
     if case == "all":
         from bench.all import bench_all
 
-        document = bench_all(benchmarks)
+        def keep(so_far: dict[str, Any]) -> None:
+            if json_ is not None and json_ != "-":
+                write_json(so_far, json_)
+
+        document = bench_all(benchmarks, keep)
     else:
-        document = {**benchmarks, "peers": run_peers}[case]()
+        document = benchmarks[case]()
 
     if json_ != "-":
         show(document)
@@ -188,6 +206,21 @@ def bench(
         _tell(compare_documents(document, old, tolerance), on_stdout=json_ != "-")
 
 
+def _refuse_unused(context: typer.Context, case: str) -> None:
+    """An option that a case has no use for would be taken for measured.
+
+    Raises:
+        UsageError: names the option, and the cases that it goes with.
+    """
+    if case == "all":
+        return
+    for name, cases in USED_BY.items():
+        source = context.get_parameter_source(name)
+        if case not in cases and source is not None and source.name == "COMMANDLINE":
+            fitting = ", ".join(f"'bench {one}'" for one in cases)
+            raise UsageError(f"--{name.replace('_', '-')}: goes with {fitting}, not with 'bench {case}'")
+
+
 def _trace_path(json_: str | None) -> Path:
     """What the traces' names begin with."""
     if json_ is None or json_ == "-":
@@ -201,15 +234,17 @@ def _tell(comparison: Comparison, *, on_stdout: bool) -> None:
     Raises:
         TidaliError: something became slower.
     """
-    from tidali.console import print_table, say
+    from tidali.console import print_table, say, warn
 
     for line in comparison.warnings:
-        say(f"warning: {line}")
+        warn(line)
     if on_stdout:
         print_table(*comparison.table())
     else:
         for row in comparison.table()[2]:
             say("  ".join(row))
+    if comparison.stopped:
+        raise TidaliError(f"measured in the old document, and not run now: {'; '.join(comparison.stopped)}")
     if comparison.slower:
         names = "; ".join(f"{change.case} {change.where}".strip() for change in comparison.slower)
         raise TidaliError(f"slower than the old document by more than {comparison.tolerance_percent:g} %: {names}")

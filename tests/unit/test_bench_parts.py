@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.autograd import DeviceType
 
-from bench import plot
+from bench import plot, profile, report
 from bench.ceilings import COPY, DECODE, Bound, binding, ceiling_rows
 from bench.compare import compare
 from bench.diagnosis import diagnose
 from bench.fingerprint import environment
+from bench.host_sync import host_synchronisations
 from bench.measure import Rates
 from tidali.device import plan_device
 from tidali.errors import UsageError
@@ -44,7 +49,16 @@ def test_the_lowest_ceiling_binds() -> None:
 # ------------------------------------------------------------------------------------------------------------------ diagnosis
 
 
-def found(*, loader: float, step: float, both: float, wait: float, idle: float | None = 0.0, on_host: bool = True) -> Any:
+def found(
+    *,
+    loader: float,
+    step: float,
+    both: float,
+    wait: float,
+    idle: float | None = 0.0,
+    on_host: bool = True,
+    synchronisations: int | None = None,
+) -> Any:
     return diagnose(
         64,
         loader=rates(loader),
@@ -53,6 +67,7 @@ def found(*, loader: float, step: float, both: float, wait: float, idle: float |
         loader_bound=Bound(ceiling=DECODE, images_per_s=2000.0),
         step_bound=Bound(ceiling="bf16 matrix-product", images_per_s=100.0),
         step_on_host=on_host,
+        synchronisations=synchronisations,
     )
 
 
@@ -155,7 +170,86 @@ def test_documents_of_all_are_compared_part_by_part() -> None:
     assert [(change.benchmark, change.ratio) for change in comparison.changes] == [("train", 1.0), ("step", 0.5)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------- plot
+def test_a_case_that_stopped_running_is_told() -> None:
+    new = document(100, 100)
+    new["rows"][1] = {"res": 64, "case": "case 1", "not_run": "it does not start any more"}
+    assert compare(new, document(100, 100), 10).stopped == ("case 1 64 px",)
+    assert compare(document(100, 100), new, 10).stopped == ()
+
+
+# --------------------------------------------------------------------------------------------------------- profile, host waits
+
+
+def event(key: str, device: DeviceType, *, cpu_us: float = 0, gpu_us: float = 0, note: bool = False) -> Any:
+    return SimpleNamespace(
+        key=key,
+        device_type=device,
+        is_user_annotation=note,
+        self_cpu_time_total=cpu_us,
+        self_device_time_total=gpu_us,
+        count=profile.STEPS,
+    )
+
+
+def test_a_gpus_time_is_counted_once() -> None:
+    """The profiler gives a kernel's time to the kernel, to the operator that queued it, and to annotations around it."""
+    events = [
+        event("aten::mm", DeviceType.CPU, cpu_us=30, gpu_us=6000),
+        event("sgemm", DeviceType.CUDA, gpu_us=6000),
+        event("copy", DeviceType.CUDA, gpu_us=3000),
+        event("Optimizer.step", DeviceType.CUDA, gpu_us=9000, note=True),
+    ]
+    title, *lines = profile.summary(events, on_gpu=True, title="a step")
+    assert title == "a step: 3.0 ms a step on the GPU, by kernel"
+    assert [line.split() for line in lines] == [
+        ["66.7", "%", "2.00", "ms", "1", "calls", "sgemm"],
+        ["33.3", "%", "1.00", "ms", "1", "calls", "copy"],
+    ]
+    title, *lines = profile.summary(events, on_gpu=False, title="a step")
+    assert (title, len(lines)) == ("a step: 0.0 ms a step on the CPU, by operator", 1)
+
+
+def test_what_makes_the_host_wait_is_counted(monkeypatch) -> None:
+    """Under a debug mode that warns as torch's does; of the step alone, not of the one before it."""
+    modes = ["default"]
+
+    def step() -> None:
+        if modes[-1] == "warn":
+            for _ in range(2):
+                warnings.warn(
+                    "called a synchronizing CUDA operation (Triggered internally at CUDAFunctions.cpp:148.)", stacklevel=1
+                )
+            warnings.warn("another thing", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    assert host_synchronisations(step, torch.device("cuda")) == 2
+    assert modes == ["default", "warn", 0]
+    assert host_synchronisations(step, torch.device("cpu")) is None
+
+
+def test_the_line_says_that_a_step_makes_the_host_wait() -> None:
+    busy = found(loader=5000, step=87, both=86, wait=0.004, on_host=False, synchronisations=3)
+    assert busy.culprit == "the step"
+    assert busy.line.endswith("it makes the host wait for the GPU 3 times a step: something in it synchronises")
+    assert busy.to_dict()["host_synchronisations"] == 3
+    assert "synchronises" not in found(loader=5000, step=87, both=86, wait=0.004, on_host=False, synchronisations=0).line
+
+
+def test_a_long_wait_is_the_loaders_whatever_the_steps_rate_was() -> None:
+    assert found(loader=90, step=87, both=86, wait=0.4).culprit == "the loader"
+
+
+# ---------------------------------------------------------------------------------------------------------------- table, plot
+
+
+def test_why_a_case_did_not_run_stands_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """A reason is a sentence; in a cell it would make the column, and every row, as long."""
+    report.show(plotted())
+    table, _, below = capsys.readouterr().out.partition("not run: ")
+    assert "not run" in table
+    assert below.startswith("FFCV <raw> (64 px): it has no wheel for this Python & machine\n")
+    assert max(map(len, table.splitlines())) < 100
 
 
 def plotted() -> dict[str, Any]:

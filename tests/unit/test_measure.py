@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
-
-import pytest
 
 from bench import idle, measure
 from bench.measure import Case, Rates
@@ -67,10 +66,32 @@ def test_the_device_is_drained_before_the_clock_is_read(monkeypatch) -> None:
     assert rates["a"].per_s == (5.0, 5.0)
 
 
+def test_a_measurement_holds_whole_epochs(monkeypatch) -> None:
+    """Of eight steps, the first of which takes a second more: the rate of a long run, wherever a measurement begins."""
+    bed = Bed(monkeypatch)
+    step_s = [2.0, *[1.0] * 7] * 40
+    case = dataclasses.replace(bed.case("a", 9, *step_s), cycle_steps=8)
+    rates = measure.measure([case], repeats=3, min_seconds=5.0)["a"]  # five to warm up, so each begins elsewhere
+    assert rates.per_s == (8.0, 8.0, 8.0)
+    assert rates.steps == 24
+
+
+def test_an_epoch_that_is_too_long_is_cut(monkeypatch) -> None:
+    bed = Bed(monkeypatch)
+    case = dataclasses.replace(bed.case("a", 1, 1.0), cycle_steps=1000)
+    assert measure.measure([case], repeats=1)["a"].seconds == measure.MAX_CYCLE_SECONDS
+
+
+def test_measurements_made_one_at_a_time_are_put_together() -> None:
+    parts = [Rates(per_s=(float(n),), first_step_s=n, warmup_steps=1, warmup_s=0.5, steps=n, seconds=n) for n in (3, 1, 2)]
+    together = Rates.together(parts)
+    assert (together.per_s, together.median) == ((3.0, 1.0, 2.0), 2.0)
+    assert together.measured() == {"first_step_s": 3, "warmup_steps": 3, "warmup_s": 1.5, "steps": 6, "seconds": 6}
+
+
 def test_median_and_spread() -> None:
     rates = Rates(per_s=(90.0, 130.0, 100.0, 110.0))
     assert rates.median == 105.0
-    assert rates.spread_percent == pytest.approx(100 * 40 / 105)
     # By hand, with linear interpolation: of 90, 100, 110, 130 a quarter lies at 97.5 and three quarters at 115.
     assert rates.to_dict() == {"median": 105.0, "min": 90.0, "max": 130.0, "q1": 97.5, "q3": 115.0}
     assert Rates(per_s=(7.0,)).to_dict() == dict.fromkeys(("median", "min", "max", "q1", "q3"), 7.0)

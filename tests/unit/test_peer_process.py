@@ -20,6 +20,8 @@ import os, sys, time
 
 class Fake:
     device = None
+    cycle_steps = 1
+    first_step_s = 0.5
 
     def __init__(self, job):
         print("noise on standard output", flush=True)
@@ -112,7 +114,9 @@ def test_answers_and_rest(process: PeerProcess) -> None:
 
 
 def test_it_measures_itself(process: PeerProcess) -> None:
-    assert 5 < process.measure() <= 51  # ten images in two tenths of a second, and never faster than it sleeps
+    rates = process.measure()
+    assert rates.first_step_s == 0.5
+    assert 5 < rates.median <= 51  # ten images in two tenths of a second, and never faster than it sleeps
 
 
 def test_a_failure_is_its_first_line(process: PeerProcess) -> None:
