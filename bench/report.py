@@ -53,6 +53,8 @@ def show(document: Mapping[str, Any]) -> None:
         _show_ceilings(part)
         _show_growth(part)
         _show_memory(part)
+        if part.get("times_the_fastest_peer"):
+            results.print(f"tidali to the fastest of the others: {ratio(part['times_the_fastest_peer'])}")
         results.print(made_of(part), markup=False)
 
 

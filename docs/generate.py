@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from typer.models import OptionInfo
 
 import tidali
+from bench.markdown import table
+from bench.report import parts
 from tidali import config
 from tidali.cli import app, root
 from tidali.cli_examples import EXAMPLES
@@ -209,13 +212,26 @@ BESIDES = (
 )
 
 
+# --------------------------------------------------------------------------------------------------------------------- results
+
+
+def results(page: str) -> str:
+    """The page with its tables of measurements made from the recorded documents, ``<!-- begin: FILE, BENCHMARK -->``."""
+    for file, benchmark in re.findall(r"<!-- begin: (bench/results/\S+\.json), (.+?) -->", page):
+        recorded = json.loads((DOCS.parent / file).read_text(encoding="utf-8"))
+        (part,) = (part for part in parts(recorded) if part["benchmark"] == benchmark)
+        page = replace_part(page, f"{file}, {benchmark}", f"\n{table(part)}\n")
+    return page
+
+
 # ----------------------------------------------------------------------------------------------------------------------- pages
 
 
 def pages() -> dict[Path, str]:
     """Every page that is made, or has a part that is, as it should be."""
-    recipes = DOCS / "recipes.md"
+    recipes, readme = DOCS / "recipes.md", DOCS.parent / "README.md"
     return {
+        readme: results(readme.read_text(encoding="utf-8")),
         DOCS / "cli.md": command_line(),
         DOCS / "api.md": python_names(),
         recipes: replace_part(recipes.read_text(encoding="utf-8"), "recipe fields", recipe_table()),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench import plot, profile, report
+from bench import markdown, plot, profile, report
 from bench.ceilings import COPY, DECODE, Bound, binding, ceiling_rows
 from bench.compare import compare
 from bench.diagnosis import diagnose
@@ -267,6 +267,20 @@ def plotted() -> dict[str, Any]:
         for n in (1, 2, 4)
     ]
     return drawn
+
+
+def test_markdown_has_a_column_for_each_place() -> None:
+    rows = document(100, 2.5)["rows"]
+    rows[1] |= {"times_original": 0.025, "ceiling": {"name": "memory copy", "images_per_s": 10.0, "share": 0.25}}
+    there = {**rows[0], "res": 224}
+    missing = {"res": 224, "case": "case 1", "not_run": "no wheel"}
+    lines = markdown.table({"rows": [*rows, there, missing]}).splitlines()
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
+        ["", "64 px", "", "224 px", ""],
+        ["---"] * 5,
+        ["case 0", "100 (90.0 to 110)", "", "100 (90.0 to 110)", ""],
+        ["case 1", "2.5 (2.2 to 2.8)", "0.03 x original, 25 % of memory copy", "not run", "no wheel"],
+    ]
 
 
 def test_bars_and_curves_show_the_figures() -> None:
