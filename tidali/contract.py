@@ -38,6 +38,7 @@ IMAGE_EXTENSIONS = ("jpg", "png", "webp", "bmp")
 # so that keys stay readable in listings.
 _STEM_MAX_BYTES = 64
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*\.tar")
+_QUARANTINED_NAME = re.compile(r"quarantine/[A-Za-z0-9_][A-Za-z0-9_-]*\.bin")
 _UNSAFE_IN_KEY = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -183,6 +184,10 @@ class Quarantined:
     reason: str
     file: str
     """Where its bytes are, relative to the data set."""
+
+    def __post_init__(self) -> None:
+        if not _QUARANTINED_NAME.fullmatch(self.file):  # a record may come from anywhere, and files are made by this name
+            raise ValueError(f"{self.file!r} is no name of a quarantined file")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

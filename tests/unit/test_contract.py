@@ -22,6 +22,7 @@ from tidali.contract import (
     MANIFEST_NAME,
     Component,
     Manifest,
+    Quarantined,
     Shard,
     Split,
     format_index,
@@ -189,8 +190,10 @@ shard_names = st.builds("{}-{:06d}.tar".format, st.sampled_from(["train", "val",
 splits = st.builds(
     Split, image_sizes=counts, extensions=counts, shards=st.lists(st.builds(Shard, name=shard_names), max_size=2).map(tuple)
 )
+quarantined_names = st.builds("quarantine/{}-{:08d}_{}.bin".format, st.just("train"), st.integers(0, 10**9), st.just("a_b-c"))
 manifests = st.builds(
     Manifest,
+    quarantine=st.lists(st.builds(Quarantined, file=quarantined_names), max_size=2).map(tuple),
     splits=st.dictionaries(st.text(max_size=8), splits, max_size=2),
     mean=triples,
     std=triples,
@@ -222,6 +225,13 @@ def test_manifest_round_trip(manifest: Manifest) -> None:
         (
             lambda document: json.dumps(document).replace("val-000000.tar", "../000000.tar"),
             "damaged manifest .*no name of a shard",
+        ),
+        (
+            lambda document: {
+                **document,
+                "quarantine": [{"split": "train", "source": "a", "label": 0, "reason": "", "file": "quarantine/../../a.bin"}],
+            },
+            "damaged manifest .*no name of a quarantined file",
         ),
     ],
 )
