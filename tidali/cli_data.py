@@ -219,7 +219,7 @@ def info(
 
 
 def download(
-    dest: Annotated[Path, typer.Argument(help="File to make, or a folder to put it in.")],
+    dest: Annotated[str, typer.Argument(help="Folder to put it in, made where there is none; or a file, such as tiny.zip.")],
     url: Annotated[str | None, typer.Option(help="Where from.", show_default="Tiny-ImageNet's public home")] = None,
     md5: Annotated[str | None, typer.Option(help="What the file's MD5 must be.", show_default="Tiny-ImageNet's")] = None,
 ) -> None:
