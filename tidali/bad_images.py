@@ -7,6 +7,8 @@ exception at best: with several of them at hand its threads have ended the proce
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -53,11 +55,11 @@ def leave_out_bad(dataset: Dataset, split: str, max_bad: int | None = None) -> D
     if len(bad) > limit:
         raise DatasetError(
             f"{dataset.root}: {len(bad)} of the {samples} images of {split!r} are damaged, the first {bad[0]}, and --max-bad "
-            f"is {limit}; 'tidali verify' names them all, packing the source again mends them"
+            f"is {limit}; 'tidali verify' names them all; {dataset.mend}"
         )
     for image in bad:
         warn(f"left out, damaged: {image}")
-    warn(f"{len(bad)} of the {samples} images of {split!r} are left out; packing the source again mends them")
+    warn(f"{len(bad)} of the {samples} images of {split!r} are left out; {dataset.mend}")
     return without(dataset, split, bad)
 
 
@@ -78,6 +80,7 @@ def find_bad(dataset: Dataset, split: str) -> list[BadImage]:
 def without(dataset: Dataset, split: str, bad: Sequence[BadImage]) -> Dataset:
     """The same data set with indexes of its own, in a temporary folder, that do not list the bad images."""
     folder = Path(tempfile.mkdtemp(prefix="tidali-index-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # whoever holds the data set may open a reader until then
     offsets = {(image.shard, image.offset) for image in bad}
     indexes = dict(dataset.indexes)
     shards = []
@@ -110,7 +113,7 @@ def _bad_in(dataset: Dataset, shard: Shard) -> list[BadImage]:
                 bad.append(BadImage(shard=shard.name, key=record.key, offset=record.offset))
     if not bad:
         raise DatasetError(
-            f"{dataset.root / shard.name}: damaged between its images (SHA-256 differs); 'tidali verify' says where, packing "
-            f"the source again mends it"
+            f"{dataset.root / shard.name}: damaged between its images (SHA-256 differs); 'tidali verify' says where; "
+            f"{dataset.mend}"
         )
     return bad

@@ -327,6 +327,8 @@ class Dataset:
     manifest: Manifest
     indexes: Mapping[str, Path] = field(default_factory=dict)
     """Tar name -> an index to read it by in place of its own."""
+    mend: str = "pack the source again into this folder: what is right is kept"
+    """What to do about damage."""
 
     def split(self, name: str) -> Split:
         """
