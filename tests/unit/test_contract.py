@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import string
@@ -11,6 +13,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -291,6 +294,9 @@ def _shift_index(root: Path) -> None:
         (lambda root: _truncate(root / "train-000000.tar"), r"train-000000\.tar: \d+ bytes, the manifest says \d+"),
         (lambda root: (root / "train-000000.idx").write_text("v1.2 0\n"), r"train-000000\.idx: not the index"),
         (lambda root: shutil.copy(root / "val-000000.idx", root / "train-000000.idx"), r"train-000000\.idx: not the index"),
+        (lambda root: _restate_index(root, "v1.2 0\n"), r"train-000000\.idx: does not end in a sample, the manifest says \d+"),
+        (lambda root: _restate_index(root, ""), r"train-000000\.idx: does not end in a sample"),
+        (lambda root: _restate_index(root, "v1.2 1\njpg 5 5 a.jpg\n"), r"train-000000\.idx: does not end in a sample"),
         (_shift_index, r"train-000000\.tar: no header of '\S+\.cls' where train-000000\.idx has it"),
     ],
     ids=[
@@ -301,6 +307,9 @@ def _shift_index(root: Path) -> None:
         "truncated tar",
         "stale index",
         "swapped index",
+        "index of no samples",
+        "empty index",
+        "index of an offset before the tar",
         "wrong offsets",
     ],
 )
@@ -309,6 +318,20 @@ def test_damage_is_named(demo_copy: Path, damage: Callable[[Path], object], comp
     with pytest.raises(DatasetError, match=complaint) as refused:
         open_dataset(demo_copy)
     assert "\n" not in str(refused.value)
+
+
+def test_a_tar_that_cannot_be_opened(demo_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its owner's will; staged, as the tests may run as root."""
+    opened = Path.open
+
+    def refuse_tars(path: Path, *args: Any, **options: Any) -> Any:
+        if path.suffix == ".tar":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse_tars)
+    with pytest.raises(DatasetError, match=r"train-000000\.tar: Permission denied; run 'tidali verify'"):
+        open_dataset(demo_data)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"samples": [{}]}', '{"samples": 3}'])
