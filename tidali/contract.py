@@ -293,7 +293,8 @@ class Manifest:
             document.pop("checksum", None)
             if document.get("version") != FORMAT_VERSION:
                 raise DatasetError(
-                    f"{where}: format version {document.get('version')}, this tidali reads {FORMAT_VERSION}; pack it again"
+                    f"{where}: format version {document.get('version')}, this tidali reads {FORMAT_VERSION}; "
+                    f"pack the source again with --overwrite"
                 )
             splits = {
                 name: Split(
@@ -313,7 +314,9 @@ class Manifest:
             )
             return Manifest(splits=splits, **document)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DatasetError(f"{where}: damaged manifest ({type(error).__name__}: {error}); pack the source again") from None
+            raise DatasetError(
+                f"{where}: damaged manifest ({type(error).__name__}: {error}); pack the source again with --overwrite"
+            ) from None
 
 
 # ------------------------------------------------------------------------------------------------------------------- reading
