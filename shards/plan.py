@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from shards.scan import Scan
-from shards.source import Item, printable
+from shards.source import Item
 from tidali.contract import BLOCK_BYTES, ClassName, label_digits
 from tidali.errors import UsageError
+from tidali.names import printable
 
 KERNELS = ("pil", "opencv")
 

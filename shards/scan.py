@@ -9,9 +9,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
-from shards.source import Item, Listing, Reader, list_source, printable
+from shards.source import Item, Listing, Reader, list_source
 from tidali.contract import ClassName
 from tidali.errors import UsageError
+from tidali.names import printable
 
 LAYOUTS = ("auto", "tiny-imagenet", "folder")
 

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from shards.zip_directory import Member, read_directory
 from tidali.errors import TidaliError, UsageError
+from tidali.names import printable
 
 
 class Item(NamedTuple):
@@ -92,11 +93,6 @@ def list_source(path: Path) -> Listing:
     if not listing.items:
         raise UsageError(f"{path}: holds no files")
     return listing
-
-
-def printable(name: str) -> str:
-    """The name as it is stored and shown: bytes of a file name that are no UTF-8 become ``\\udc..`` escapes."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _is_hidden(name: str) -> bool:

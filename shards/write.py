@@ -13,7 +13,7 @@ from shards.images import Inspected, Unusable, inspect
 from shards.pixels import ChannelSums
 from shards.plan import ShardTask
 from shards.record import ShardSummary, seal, summarise, unseal
-from shards.source import Item, Reader, Unreadable, printable
+from shards.source import Item, Reader, Unreadable
 from shards.store import Store, publish_bytes, publishing, sync_folder
 from tidali.contract import (
     BLOCK_BYTES,
@@ -28,6 +28,7 @@ from tidali.contract import (
     safe_key,
 )
 from tidali.errors import TidaliError
+from tidali.names import printable
 
 QUARANTINE = "quarantine"
 

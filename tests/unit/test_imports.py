@@ -24,7 +24,7 @@ HEAVY = {
     *("torch", "torchvision", "nvidia", "numpy", "PIL", "simplejpeg", "safetensors", "fsspec", "ray", "webdataset"),
     *("matplotlib", "jinja2"),
 }
-LEAVES = ("contract", "config", "errors", "files", "remote", "schedule", "timing")
+LEAVES = ("contract", "config", "errors", "files", "remote", "schedule", "timing", "names")
 
 
 class Import(NamedTuple):
@@ -77,7 +77,7 @@ def test_shards_runs_without_torch_and_dali(module: str) -> None:
     found = imports_of(module)
     assert not {one.top for one in found} & {"torch", "torchvision", "nvidia", "bench"}
     of_tidali = {one.module for one in found if one.top == "tidali"}
-    assert of_tidali <= {"tidali.contract", "tidali.errors", "tidali.remote"}
+    assert of_tidali <= {"tidali.contract", "tidali.errors", "tidali.names", "tidali.remote"}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("bench.")])
