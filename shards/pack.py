@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -171,7 +172,7 @@ def _refuse_overlap(source: Source, dest: str | Path) -> None:
     root = getattr(source, "path", None)
     if root is None or is_remote(str(dest)):
         return
-    here, there = Path(dest).resolve(), root.resolve()
+    here, there = (Path(os.path.realpath(path)) for path in (dest, root))  # Path.resolve raises on a link to itself
     if here == there or here.is_relative_to(there) or there.is_relative_to(here):
         raise UsageError(f"{dest}: DEST and SOURCE ({root}) lie inside each other; choose another DEST")
 
