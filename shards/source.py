@@ -197,6 +197,9 @@ def _list_zip(path: Path) -> Listing:
         suspects = list({(member.flags, member.method, member.external_attributes): member for member in members}.values())
     for member in suspects:
         _refuse_hostile(path, member)
+    if names.startswith("./") or "\n./" in names:  # as some archivers write what lies in the folder they run in
+        plain = ((member, member.name.removeprefix("./")) for member in members)
+        members = [member._replace(name=name) for member, name in plain if name]
     if "/." in names or "\n." in names or names.startswith(".") or "__MACOSX" in names:
         members = [member for member in members if not _is_hidden(member.name)]
     twice = [name for name, count in Counter(member.name for member in members).items() if count > 1]
