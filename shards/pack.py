@@ -76,11 +76,11 @@ def pack(
     _refuse_overlap(source, dest)
     if workers != 1 and executor == "local":
         start_early()
-    with _out_of_the_collectors_sight():
-        scan = source.scan()
-        plan = make_plan(scan, settings)
-    with store.locked():
-        try:
+    try:
+        with _out_of_the_collectors_sight():
+            scan = source.scan()
+            plan = make_plan(scan, settings)
+        with store.locked():
             _claim(store, plan, overwrite=overwrite)
             removed = _sweep(store, plan)
             results = _write_shards(plan, scan, settings, store, _run(executor, plan, workers), progress)
@@ -95,11 +95,11 @@ def pack(
             )
             _refuse_empty_train(store, manifest)
             _finish(store, manifest)
-        except OSError as error:
-            where = f"{error.filename or store.location}: {error.strerror or error}"
-            raise TidaliError(f"{where}; mend that and run the same command again") from None
-        finally:
-            gc.unfreeze()
+    except OSError as error:
+        where = f"{error.filename or store.location}: {error.strerror or error}"
+        raise TidaliError(f"{where}; mend that and run the same command again") from None
+    finally:
+        gc.unfreeze()
     by_state = {state: tuple(r.summary.shard.name for r in results if r.state == state) for state in ("kept", "repaired")}
     return PackReport(
         location=store.location,
