@@ -128,7 +128,7 @@ def _check_record(root: Path, shard: Shard, file_of: Mapping[str, str], check: S
         if fault and "is that of" in fault.text:
             return None
         check.summary = summarise(shard.record_name.removesuffix(".json"), sealed, record)
-        check.ordinals = [int(entry["key"][:8]) for part in ("samples", "quarantined") for entry in record[part]]
+        check.ordinals = [int(entry["key"].partition("_")[0]) for part in ("samples", "quarantined") for entry in record[part]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         if not fault:
             check.faults.append(Fault(shard.record_name, f"is no record of a shard ({error})"))
