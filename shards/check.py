@@ -12,21 +12,20 @@ from typing import Any
 
 from shards.images import Unusable, inspect
 from shards.record import ShardSummary, summarise, unseal
-from shards.write import label_bytes
-from tidali.contract import (
+from tidali.contract import Shard, file_sha256
+from tidali.errors import DatasetError
+from tidali.shard_bytes import (
     BLOCK_BYTES,
     END_OF_ARCHIVE,
     LABEL_EXTENSION,
     Component,
-    Shard,
-    file_sha256,
     format_index,
+    label_bytes,
     label_digits,
     member_header,
     padding,
     parse_index,
 )
-from tidali.errors import DatasetError
 
 _MEND = "pack the source again into this folder: what is right is kept, this is written anew"
 _MOST_FAULTS_A_FILE = 10

@@ -15,20 +15,20 @@ from shards.plan import ShardTask
 from shards.record import ShardSummary, seal, summarise, unseal
 from shards.source import Item, Reader, Unreadable
 from shards.store import Store, publish_bytes, publishing, sync_folder
-from tidali.contract import (
+from tidali.contract import Quarantined, file_sha256
+from tidali.errors import TidaliError
+from tidali.names import printable
+from tidali.shard_bytes import (
     BLOCK_BYTES,
     END_OF_ARCHIVE,
     LABEL_EXTENSION,
     Component,
-    Quarantined,
-    file_sha256,
     format_index,
+    label_bytes,
     member_header,
     padding,
     safe_key,
 )
-from tidali.errors import TidaliError
-from tidali.names import printable
 
 QUARANTINE = "quarantine"
 
@@ -202,11 +202,6 @@ class _OpenShard:
         publish_bytes(self.folder / record_name(self.task), seal(record))
         sync_folder(self.folder)
         return record
-
-
-def label_bytes(label: int, digits: int) -> bytes:
-    """A ``.cls`` member: fixed-width ASCII digits."""
-    return b"%0*d" % (digits, label)
 
 
 # --------------------------------------------------------------------------------------------------------------------- resume

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tidali.console import warn
-from tidali.contract import LABEL_EXTENSION, Dataset, Shard, file_sha256, format_index, parse_index, read_record
+from tidali.contract import Dataset, Shard, file_sha256, read_record
 from tidali.device import cpu_count
 from tidali.errors import DatasetError
+from tidali.shard_bytes import LABEL_EXTENSION, format_index, label_bytes, parse_index
 
 DEFAULT_SHARE = 0.001
 """Of a split's images that may be bad before the run fails: more is no accident, and wants mending."""
@@ -108,7 +109,7 @@ def _bad_in(dataset: Dataset, shard: Shard) -> list[BadImage]:
             for part in parts:
                 file.seek(part.offset)
                 content[part.extension] = file.read(part.size_bytes)
-            label = b"" if record.label is None else b"%0*d" % (digits, record.label)
+            label = b"" if record.label is None else label_bytes(record.label, digits)
             if zlib.crc32(content[record.extension]) != record.crc32 or content.get(LABEL_EXTENSION, b"") != label:
                 bad.append(BadImage(shard=shard.name, key=record.key, offset=record.offset))
     if not bad:
