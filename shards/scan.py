@@ -36,7 +36,7 @@ class Scan:
     """Files that are no images by their suffix."""
     reader: Reader
     fingerprint: str
-    """SHA-256 over the names and sizes of every image, and in a zip their CRC-32."""
+    """SHA-256 over every image's name, size and label, and in a zip its CRC-32."""
 
     @property
     def images(self) -> int:
