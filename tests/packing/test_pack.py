@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shards.executor import default_workers
 from shards.pack import pack
 from shards.scan import FileSource
 from shards.store import LocalStore
@@ -358,3 +360,10 @@ def test_the_garbage_collector_is_left_as_it_was(make: Any, tiny_zip: Path, tmp_
     with LocalStore(tmp_path / "data").locked(), pytest.raises(TidaliError, match="another tidali"):
         make.pack(tiny_zip, tmp_path / "data")
     assert (gc.get_freeze_count(), gc.isenabled()) == before
+
+
+def test_workers_where_a_process_has_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert default_workers() == 7

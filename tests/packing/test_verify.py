@@ -350,6 +350,13 @@ def test_many_faults_are_counted_not_listed(data: Path) -> None:
     assert len(text.splitlines()) < 15
 
 
+def test_ordinals_may_have_more_than_eight_digits(data: Path) -> None:
+    rehash(data, lambda record: [record["samples"][n].update(key=f"12345678{n}_x") for n in (0, 1)])
+    assert "a sample twice" not in found(verify(data))
+    rehash(data, lambda record: [record["samples"][n].update(key="123456780_x") for n in (0, 1)])
+    assert "key 123456780_... is in train-000002.tar" in found(verify(data))
+
+
 def test_workers_find_the_same(data: Path) -> None:
     flip(data / f"{SHARD}.tar", Sample(data).image_at + 700)
     (data / "val-000000.idx").unlink()
