@@ -132,7 +132,8 @@ def dali_webdataset(job: Job) -> Batches:
     import torch
     from nvidia.dali import fn, types
 
-    from tidali.contract import LABEL_EXTENSION, open_dataset
+    from tidali.contract import open_dataset
+    from tidali.shard_bytes import LABEL_EXTENSION
 
     dataset = open_dataset(Path(job.root))
     weights = np.array([10**k for k in reversed(range(dataset.manifest.label_digits))], np.int32)

@@ -91,6 +91,7 @@ def _tables(function: Callable[..., Any]) -> list[str]:
         lines += [f"| {title} | default | |", "|---|---|---|"]
         for parameter in members:
             shown = _option_cell(parameter) if parameter.is_option else f"`{_argument_name(parameter)}`"
+            shown = shown.replace("|", "\\|")  # the end of a cell, in code too
             lines.append(f"| {shown} | {_default(parameter)} | {_cell(parameter.info.help)} |")
         lines.append("")
     return lines

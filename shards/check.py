@@ -12,21 +12,20 @@ from typing import Any
 
 from shards.images import Unusable, inspect
 from shards.record import ShardSummary, summarise, unseal
-from shards.write import label_bytes
-from tidali.contract import (
+from tidali.contract import Shard, file_sha256
+from tidali.errors import DatasetError
+from tidali.shard_bytes import (
     BLOCK_BYTES,
     END_OF_ARCHIVE,
     LABEL_EXTENSION,
     Component,
-    Shard,
-    file_sha256,
     format_index,
+    label_bytes,
     label_digits,
     member_header,
     padding,
     parse_index,
 )
-from tidali.errors import DatasetError
 
 _MEND = "pack the source again into this folder: what is right is kept, this is written anew"
 _MOST_FAULTS_A_FILE = 10
@@ -128,7 +127,7 @@ def _check_record(root: Path, shard: Shard, file_of: Mapping[str, str], check: S
         if fault and "is that of" in fault.text:
             return None
         check.summary = summarise(shard.record_name.removesuffix(".json"), sealed, record)
-        check.ordinals = [int(entry["key"][:8]) for part in ("samples", "quarantined") for entry in record[part]]
+        check.ordinals = [int(entry["key"].partition("_")[0]) for part in ("samples", "quarantined") for entry in record[part]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         if not fault:
             check.faults.append(Fault(shard.record_name, f"is no record of a shard ({error})"))

@@ -28,31 +28,36 @@ Progress = Callable[[int, int | None], None]
 
 
 def download(
-    dest: Path,
+    dest: str | Path,
     *,
     url: str = TINY_IMAGENET_URL,
     md5: str = TINY_IMAGENET_MD5,
     progress: Progress | None = None,
     pause_s: float = 1.0,
 ) -> Path:
-    """Download ``url`` to ``dest`` (into it, where that is a folder) and return the file's path.
+    """Download ``url`` to ``dest`` and return the file's path.
+
+    ``dest`` is a folder to put it in where there is such a folder, where it ends in a slash, or where its last part has no
+    suffix, and is made where it is not there; else it is the file.
 
     What has arrived is kept beside it as ``NAME.part``, also when the process is killed, and the rest is asked for.
     A file that is there with the right MD5 is left alone. ``pause_s`` is the first wait between two attempts; it doubles.
 
     Raises:
-        UsageError: another file is there, the URL is none, or the folder cannot be written.
-        TidaliError: the server refused or went away for good, or the MD5 is wrong; then nothing is left.
+        UsageError: another file is there, or the URL is none.
+        TidaliError: the place cannot be read or written, the server refused or went away for good, or the MD5 is wrong; then
+            nothing is left.
     """
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{url}: not an http or https URL")
-    path = dest / (url.rpartition("/")[2] or "download") if dest.is_dir() else dest
-    if path.exists():
-        if _md5(path) == md5:
-            return path
-        raise UsageError(f"{path}: there is another file already (its MD5 is not {md5}); remove it, or choose another DEST")
-    partial = path.with_name(path.name + ".part")
+    md5 = md5.lower()
     try:
+        path = _target(dest, url)
+        partial = path.with_name(path.name + ".part")
+        if path.exists():
+            if _md5(path) == md5:
+                return path
+            raise UsageError(f"{path}: there is another file already (its MD5 is not {md5}); remove it, or choose another DEST")
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(partial) as file:
             _fetch(url, file, progress, pause_s)
@@ -63,8 +68,16 @@ def download(
             os.fsync(file.fileno())
             os.replace(partial, path)
     except OSError as error:
-        raise TidaliError(f"{error.filename or path}: {error.strerror or error}; run the same command again to go on") from None
+        raise TidaliError(
+            f"{error.filename or dest}: {error.strerror or error}; mend that and run the same command again to go on"
+        ) from None
     return path
+
+
+def _target(dest: str | Path, url: str) -> Path:
+    path = Path(dest)
+    is_folder = path.is_dir() or str(dest).endswith("/") or not (path.suffix or path.exists())
+    return path / (url.rpartition("/")[2] or "download") if is_folder else path
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> _Decoded | None:
         raise Unusable(f"damaged JPEG: {error}") from None
     if colorspace in ("CMYK", "YCCK"):
         flags.append("cmyk")
-        with _open(data) as image:
+        with _open(data) as image, _decoding("JPEG"):
             rgb = np.asarray(image.convert("RGB"))  # libjpeg-turbo's own conversion is one grey level off PIL's and DALI's
     elif colorspace == "Gray":
         flags.append("grey")
@@ -108,18 +108,14 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> _Decoded | None:
 def _decode_other(data: bytes, max_pixels: int) -> _Decoded:
     with _open(data) as image:
         _check_size(image.width, image.height, max_pixels)
-        try:
+        with _decoding(image.format):
             image.load()
             orientation = _orientation(image)
             rgb = _rgb(image)
-        except Unusable:
-            raise
-        except Exception as error:  # PIL's decoders raise whatever hostile bytes lead them to
-            raise Unusable(f"damaged {image.format}: {error}") from None
-        flags = _flags(image, data)
+            flags = _flags(image, data)
+            extension = _kept_extension(image, data)
         if orientation != 1:
             flags.append("exif_rotated")
-        extension = _kept_extension(image, data)
     if extension:
         return _Decoded(rgb, extension, data, flags, orientation)
     upright = _upright(rgb, orientation)
@@ -221,3 +217,14 @@ def _open(data: bytes) -> Iterator[Image.Image]:
                 yield image
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextmanager
+def _decoding(kind: str | None) -> Iterator[None]:
+    """PIL's decoders raise whatever hostile bytes lead them to: counting frames or asking for transparency reads on, too."""
+    try:
+        yield
+    except Unusable:
+        raise
+    except Exception as error:
+        raise Unusable(f"damaged {kind}: {error}") from None

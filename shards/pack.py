@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,9 +20,10 @@ from shards.plan import PackSettings, Plan, make_plan
 from shards.scan import Scan, Source
 from shards.store import PARTIAL_SUFFIX, Store, open_store
 from shards.write import QUARANTINE, ImageOptions, ShardResult, finish_shard, index_name, record_name, tar_name
-from tidali.contract import MANIFEST_NAME, Manifest, label_digits
+from tidali.contract import MANIFEST_NAME, Manifest
 from tidali.errors import TidaliError, UsageError
 from tidali.remote import is_remote
+from tidali.shard_bytes import label_digits
 
 PLAN_NAME = ".tidali-plan.json"
 _OURS = re.compile(r"(train|val|heldout|test)-\d{6,}\.(tar|idx|json)(\.\d+\.part)?|(dataset|\.tidali-plan)\.json\.\d+\.part")
@@ -75,11 +77,11 @@ def pack(
     _refuse_overlap(source, dest)
     if workers != 1 and executor == "local":
         start_early()
-    with _out_of_the_collectors_sight():
-        scan = source.scan()
-        plan = make_plan(scan, settings)
-    with store.locked():
-        try:
+    try:
+        with _out_of_the_collectors_sight():
+            scan = source.scan()
+            plan = make_plan(scan, settings)
+        with store.locked():
             _claim(store, plan, overwrite=overwrite)
             removed = _sweep(store, plan)
             results = _write_shards(plan, scan, settings, store, _run(executor, plan, workers), progress)
@@ -94,11 +96,11 @@ def pack(
             )
             _refuse_empty_train(store, manifest)
             _finish(store, manifest)
-        except OSError as error:
-            where = f"{error.filename or store.location}: {error.strerror or error}"
-            raise TidaliError(f"{where}; mend that and run the same command again") from None
-        finally:
-            gc.unfreeze()
+    except OSError as error:
+        where = f"{error.filename or store.location}: {error.strerror or error}"
+        raise TidaliError(f"{where}; mend that and run the same command again") from None
+    finally:
+        gc.unfreeze()
     by_state = {state: tuple(r.summary.shard.name for r in results if r.state == state) for state in ("kept", "repaired")}
     return PackReport(
         location=store.location,
@@ -171,7 +173,7 @@ def _refuse_overlap(source: Source, dest: str | Path) -> None:
     root = getattr(source, "path", None)
     if root is None or is_remote(str(dest)):
         return
-    here, there = Path(dest).resolve(), root.resolve()
+    here, there = (Path(os.path.realpath(path)) for path in (dest, root))  # Path.resolve raises on a link to itself
     if here == there or here.is_relative_to(there) or there.is_relative_to(here):
         raise UsageError(f"{dest}: DEST and SOURCE ({root}) lie inside each other; choose another DEST")
 

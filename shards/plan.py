@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from shards.scan import Scan
-from shards.source import Item, printable
-from tidali.contract import BLOCK_BYTES, ClassName, label_digits
+from shards.source import Item
+from tidali.contract import ClassName
 from tidali.errors import UsageError
+from tidali.names import printable
+from tidali.shard_bytes import BLOCK_BYTES, label_digits
 
 KERNELS = ("pil", "opencv")
 

@@ -9,9 +9,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
-from shards.source import Item, Listing, Reader, list_source, printable
+from shards.source import Item, Listing, Reader, list_source
 from tidali.contract import ClassName
 from tidali.errors import UsageError
+from tidali.names import printable
 
 LAYOUTS = ("auto", "tiny-imagenet", "folder")
 
@@ -35,7 +36,7 @@ class Scan:
     """Files that are no images by their suffix."""
     reader: Reader
     fingerprint: str
-    """SHA-256 over the names and sizes of every image, and in a zip their CRC-32."""
+    """SHA-256 over every image's name, size and label, and in a zip its CRC-32."""
 
     @property
     def images(self) -> int:

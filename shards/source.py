@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from shards.zip_directory import Member, read_directory
 from tidali.errors import TidaliError, UsageError
+from tidali.names import printable
 
 
 class Item(NamedTuple):
@@ -83,20 +84,21 @@ def list_source(path: Path) -> Listing:
     Raises:
         UsageError: there is nothing there, it is neither folder nor zip, or a member of the zip is hostile.
     """
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = 0
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    if stat.S_ISDIR(mode):
         listing = _list_folder(path)
-    elif path.is_file():
+    elif stat.S_ISREG(mode):
         listing = _list_zip(path)
     else:
         raise UsageError(f"{path}: no such folder or zip")
     if not listing.items:
         raise UsageError(f"{path}: holds no files")
     return listing
-
-
-def printable(name: str) -> str:
-    """The name as it is stored and shown: bytes of a file name that are no UTF-8 become ``\\udc..`` escapes."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _is_hidden(name: str) -> bool:
@@ -109,24 +111,23 @@ def _is_hidden(name: str) -> bool:
 def _list_folder(root: Path) -> Listing:
     items: list[Item] = []
     folders: set[str] = set()
-    for name, entry in _walk(str(root), "", {os.path.realpath(root)}):
-        if entry.is_dir():
+    for name, status in _walk(str(root), "", {os.path.realpath(root)}):
+        if stat.S_ISDIR(status.st_mode):
             folders.add(name)
-            continue
-        try:
-            status = entry.stat()
-        except OSError as error:
-            raise UsageError(f"{printable(entry.path)}: {error.strerror}; a broken link? Mend or remove it") from None
-        if stat.S_ISREG(status.st_mode):
+        elif stat.S_ISREG(status.st_mode):
             items.append(Item(name, status.st_size))
 
     def read_text(name: str) -> str:
-        return _decode_text((root / name).read_bytes(), f"{root}/{name}")
+        try:
+            data = (root / name).read_bytes()
+        except OSError as error:
+            raise UsageError(f"{root}/{name}: {error.strerror}") from None
+        return _decode_text(data, f"{root}/{name}")
 
     return Listing(location=str(root), items=items, folders=folders, read_text=read_text, reader=FolderReader(str(root)))
 
 
-def _walk(folder: str, prefix: str, above: set[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+def _walk(folder: str, prefix: str, above: set[str]) -> Iterator[tuple[str, os.stat_result]]:
     """Everything below a folder. Links are followed (people link data sets together), but not back into a folder above."""
     try:
         with os.scandir(folder) as scan:
@@ -136,8 +137,12 @@ def _walk(folder: str, prefix: str, above: set[str]) -> Iterator[tuple[str, os.D
     for entry in entries:
         if _is_hidden(entry.name):
             continue
-        yield prefix + entry.name, entry
-        if entry.is_dir():
+        try:
+            status = entry.stat()
+        except OSError as error:
+            raise UsageError(f"{printable(entry.path)}: {error.strerror}; a broken link? Mend or remove it") from None
+        yield prefix + entry.name, status
+        if stat.S_ISDIR(status.st_mode):
             real = os.path.realpath(entry.path)
             if real in above:
                 raise UsageError(f"{printable(entry.path)}: a link back to a folder above it; remove it")
@@ -192,6 +197,9 @@ def _list_zip(path: Path) -> Listing:
         suspects = list({(member.flags, member.method, member.external_attributes): member for member in members}.values())
     for member in suspects:
         _refuse_hostile(path, member)
+    if names.startswith("./") or "\n./" in names:  # as some archivers write what lies in the folder they run in
+        plain = ((member, member.name.removeprefix("./")) for member in members)
+        members = [member._replace(name=name) for member, name in plain if name]
     if "/." in names or "\n." in names or names.startswith(".") or "__MACOSX" in names:
         members = [member for member in members if not _is_hidden(member.name)]
     twice = [name for name, count in Counter(member.name for member in members).items() if count > 1]

@@ -21,6 +21,7 @@ from tidali.contract import MANIFEST_NAME, Manifest, Shard, manifest_text
 from tidali.errors import DatasetError
 
 _REPACK = "pack the source again into this folder: what is right is kept"
+_REPACK_ANEW = f"{_REPACK}, with --overwrite"  # a manifest that is read otherwise is of another pack
 _MOST_DIFFERENCES = 8
 _SHARD_FILE = re.compile(r".*\.(tar|idx)|[a-z]+-\d{6,}\.json")
 
@@ -33,7 +34,6 @@ class VerifyReport:
     shards: int
     samples: int
     size_bytes: int
-    decoded: bool
 
 
 def verify(root: Path, *, decode: bool = False, workers: int | None = None) -> VerifyReport:
@@ -46,11 +46,11 @@ def verify(root: Path, *, decode: bool = False, workers: int | None = None) -> V
     try:
         text = manifest_text(root)
     except (OSError, UnicodeDecodeError) as error:
-        return _only(Fault(MANIFEST_NAME, f"cannot be read: {error}", _REPACK), decode)
+        return _only(Fault(MANIFEST_NAME, f"cannot be read: {error}", _REPACK_ANEW))
     try:
         manifest = Manifest.from_json(text, str(path))
     except DatasetError as error:
-        return _only(Fault(MANIFEST_NAME, str(error), f"{_REPACK}, with --overwrite"), decode)
+        return _only(Fault(MANIFEST_NAME, str(error).partition("; ")[0], _REPACK_ANEW))
     shards = [(split.name, shard) for split in manifest.splits.values() for shard in split.shards]
     checks = _check_shards(root, manifest, shards, decode, workers)
     faults = [fault for check in checks for fault in check.faults]
@@ -62,12 +62,11 @@ def verify(root: Path, *, decode: bool = False, workers: int | None = None) -> V
         shards=len(shards),
         samples=sum(split.samples for split in manifest.splits.values()),
         size_bytes=sum(split.size_bytes for split in manifest.splits.values()),
-        decoded=decode,
     )
 
 
-def _only(fault: Fault, decode: bool) -> VerifyReport:
-    return VerifyReport(faults=(fault,), shards=0, samples=0, size_bytes=0, decoded=decode)
+def _only(fault: Fault) -> VerifyReport:
+    return VerifyReport(faults=(fault,), shards=0, samples=0, size_bytes=0)
 
 
 def _check_shards(
@@ -122,7 +121,7 @@ def _manifest_faults(manifest: Manifest, text: str, checks: list[ShardCheck]) ->
         faults[_MOST_DIFFERENCES:] = [f"and {len(faults) - _MOST_DIFFERENCES} more values differ"]
     if not faults and manifest.to_json() != text:
         faults = ["was edited: its text is not what its checksum is of"]
-    yield from (Fault(MANIFEST_NAME, fault, _REPACK) for fault in faults)
+    yield from (Fault(MANIFEST_NAME, fault, _REPACK_ANEW) for fault in faults)
 
 
 def _differences(manifest: Manifest, checks: list[ShardCheck]) -> Iterator[str]:

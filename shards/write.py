@@ -13,21 +13,22 @@ from shards.images import Inspected, Unusable, inspect
 from shards.pixels import ChannelSums
 from shards.plan import ShardTask
 from shards.record import ShardSummary, seal, summarise, unseal
-from shards.source import Item, Reader, Unreadable, printable
+from shards.source import Item, Reader, Unreadable
 from shards.store import Store, publish_bytes, publishing, sync_folder
-from tidali.contract import (
+from tidali.contract import Quarantined, file_sha256
+from tidali.errors import TidaliError
+from tidali.names import printable
+from tidali.shard_bytes import (
     BLOCK_BYTES,
     END_OF_ARCHIVE,
     LABEL_EXTENSION,
     Component,
-    Quarantined,
-    file_sha256,
     format_index,
+    label_bytes,
     member_header,
     padding,
     safe_key,
 )
-from tidali.errors import TidaliError
 
 QUARANTINE = "quarantine"
 
@@ -55,7 +56,7 @@ class ShardResult:
     """A finished shard."""
 
     state: str
-    """'written', 'kept' (it was there and right) or 'repaired' (it was there and wrong)."""
+    """'written', 'kept' (it was there and right) or 'repaired' (it was there, of this plan or unreadable, and wrong)."""
     summary: ShardSummary
 
 
@@ -70,15 +71,16 @@ def finish_shard(
     try:
         with store.workspace() as folder:
             store.fetch(folder, [record_name(task)])
-            was_there = (folder / record_name(task)).exists()
-            sealed = _load_finished(task, store, folder, plan_id)
-            if sealed is not None:
-                return ShardResult("kept", summarise(task.stem, sealed, unseal(sealed)))
+            path = folder / record_name(task)
+            there = path.read_bytes() if path.exists() else None
+            kept = None if there is None else _finished(task, there, store, folder, plan_id)
+            if kept is not None:
+                return ShardResult("kept", kept)
             record = _write(task, folder, reader, options, plan_id, digits)
             names = [entry["file"] for entry in record["quarantined"]]
             store.commit(folder, [*names, tar_name(task), index_name(task), record_name(task)])
-            sealed = (folder / record_name(task)).read_bytes()
-            return ShardResult("repaired" if was_there else "written", summarise(task.stem, sealed, record))
+            repaired = there is not None and not _is_of_another_plan(there, plan_id)
+            return ShardResult("repaired" if repaired else "written", summarise(task.stem, path.read_bytes(), record))
     except OSError as error:
         where = f"{error.filename or store.location}: {error.strerror or error}"
         raise TidaliError(f"{where}; mend that and run the same command again, it goes on from here") from None
@@ -202,30 +204,33 @@ class _OpenShard:
         return record
 
 
-def label_bytes(label: int, digits: int) -> bytes:
-    """A ``.cls`` member: fixed-width ASCII digits."""
-    return b"%0*d" % (digits, label)
-
-
 # --------------------------------------------------------------------------------------------------------------------- resume
 
 
-def _load_finished(task: ShardTask, store: Store, folder: Path, plan_id: str) -> bytes | None:
-    """The sealed record of the task's shard, if it is of this plan and every file is what it says; else None."""
+def _finished(task: ShardTask, sealed: bytes, store: Store, folder: Path, plan_id: str) -> ShardSummary | None:
+    """The summary of the task's shard, if its sealed record is of this plan and every file is what it says; else None."""
     try:
-        sealed = (folder / record_name(task)).read_bytes()
         record = unseal(sealed)
         if record["plan"] != plan_id or _planned(task) != _recorded(record):
             return None
+        summary = summarise(task.stem, sealed, record)  # refuses names that lead out of the folder, before one is used
         store.fetch(folder, [index_name(task), tar_name(task), *(entry["file"] for entry in record["quarantined"])])
         right = (
             file_sha256(folder / index_name(task)) == record["index_sha256"]
             and all(file_sha256(folder / entry["file"]) == entry["sha256"] for entry in record["quarantined"])
             and file_sha256(folder / tar_name(task)) == record["sha256"]
         )
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return sealed if right else None
+    return summary if right else None
+
+
+def _is_of_another_plan(sealed: bytes, plan_id: str) -> bool:
+    """Whether the record is whole, and was written for another source or other settings."""
+    try:
+        return bool(unseal(sealed)["plan"] != plan_id)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _planned(task: ShardTask) -> list[tuple[str, str, int | None]]:

@@ -7,6 +7,8 @@ exception at best: with several of them at hand its threads have ended the proce
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -15,9 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tidali.console import warn
-from tidali.contract import LABEL_EXTENSION, Dataset, Shard, file_sha256, format_index, parse_index, read_record
+from tidali.contract import Dataset, Shard, file_sha256, read_record
 from tidali.device import cpu_count
 from tidali.errors import DatasetError
+from tidali.shard_bytes import LABEL_EXTENSION, format_index, label_bytes, parse_index
 
 DEFAULT_SHARE = 0.001
 """Of a split's images that may be bad before the run fails: more is no accident, and wants mending."""
@@ -53,11 +56,11 @@ def leave_out_bad(dataset: Dataset, split: str, max_bad: int | None = None) -> D
     if len(bad) > limit:
         raise DatasetError(
             f"{dataset.root}: {len(bad)} of the {samples} images of {split!r} are damaged, the first {bad[0]}, and --max-bad "
-            f"is {limit}; 'tidali verify' names them all, packing the source again mends them"
+            f"is {limit}; 'tidali verify' names them all; {dataset.mend}"
         )
     for image in bad:
         warn(f"left out, damaged: {image}")
-    warn(f"{len(bad)} of the {samples} images of {split!r} are left out; packing the source again mends them")
+    warn(f"{len(bad)} of the {samples} images of {split!r} are left out; {dataset.mend}")
     return without(dataset, split, bad)
 
 
@@ -78,6 +81,7 @@ def find_bad(dataset: Dataset, split: str) -> list[BadImage]:
 def without(dataset: Dataset, split: str, bad: Sequence[BadImage]) -> Dataset:
     """The same data set with indexes of its own, in a temporary folder, that do not list the bad images."""
     folder = Path(tempfile.mkdtemp(prefix="tidali-index-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # whoever holds the data set may open a reader until then
     offsets = {(image.shard, image.offset) for image in bad}
     indexes = dict(dataset.indexes)
     shards = []
@@ -105,12 +109,12 @@ def _bad_in(dataset: Dataset, shard: Shard) -> list[BadImage]:
             for part in parts:
                 file.seek(part.offset)
                 content[part.extension] = file.read(part.size_bytes)
-            label = b"" if record.label is None else b"%0*d" % (digits, record.label)
+            label = b"" if record.label is None else label_bytes(record.label, digits)
             if zlib.crc32(content[record.extension]) != record.crc32 or content.get(LABEL_EXTENSION, b"") != label:
                 bad.append(BadImage(shard=shard.name, key=record.key, offset=record.offset))
     if not bad:
         raise DatasetError(
-            f"{dataset.root / shard.name}: damaged between its images (SHA-256 differs); 'tidali verify' says where, packing "
-            f"the source again mends it"
+            f"{dataset.root / shard.name}: damaged between its images (SHA-256 differs); 'tidali verify' says where; "
+            f"{dataset.mend}"
         )
     return bad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import re
@@ -84,13 +85,19 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()  # here, where a full disk can be said in a line; at the interpreter's end it cannot
     except TidaliError as error:
         if console.is_verbose():
             _print_traceback(error)
         sys.exit(_fail(str(error), error.exit_code))
     except BrokenPipeError:  # the reader of our output has gone, as `tidali info DATA | head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise  # of a file, which its writer should have caught, or of something else
+        _drop_output()
+        sys.exit(_fail(f"standard output: {error.strerror}", 1))
     except Exception as error:
         # click's own complaints about flags and values, as typer carries them, differ by where typer takes its click from.
         if not hasattr(error, "format_message"):
@@ -99,6 +106,11 @@ def main() -> None:
         command = f"{context.info_name} " if context is not None and context.parent is not None else ""
         sys.exit(_fail(f"{error.format_message()} See 'tidali {command}--help'.", getattr(error, "exit_code", 2)))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _drop_output() -> None:
+    """What standard output still holds goes nowhere: the interpreter would try again at its end, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_traceback(error: BaseException) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -196,7 +197,10 @@ def info(
         raise UsageError("--set and --res show a recipe's images; add --recipe modern")
     if sheet is not None:
         from shards.sheet import SHEET_IMAGES, contact_sheet, draw_sheet
+        from tidali.files import write_atomically
 
+        if sheet.is_dir() or not sheet.parent.is_dir():
+            raise UsageError(f"--sheet {sheet}: {'a folder; name a file' if sheet.is_dir() else f'no folder {sheet.parent}'}")
         dataset = open_data(data)
         if recipe is None:
             image = contact_sheet(dataset, split, seed=seed)
@@ -206,10 +210,9 @@ def info(
             chosen, side = change(make_recipe(recipe), set_ or ()), res if res is not None else dataset.default_res
             check_res(side)
             image = draw_sheet(seen_images(dataset, split, chosen, res=side, count=SHEET_IMAGES, seed=seed))
-        try:
-            image.save(sheet, format="PNG")
-        except OSError as error:
-            raise UsageError(f"{sheet}: {error.strerror or error}") from None
+        png = io.BytesIO()
+        image.save(png, format="PNG")
+        write_atomically(sheet, png.getvalue())
         say(f"wrote {sheet}")
     manifest = read_manifest(data)
     if as_json:
@@ -219,7 +222,7 @@ def info(
 
 
 def download(
-    dest: Annotated[Path, typer.Argument(help="File to make, or a folder to put it in.")],
+    dest: Annotated[str, typer.Argument(help="Folder to put it in, made where there is none; or a file, such as tiny.zip.")],
     url: Annotated[str | None, typer.Option(help="Where from.", show_default="Tiny-ImageNet's public home")] = None,
     md5: Annotated[str | None, typer.Option(help="What the file's MD5 must be.", show_default="Tiny-ImageNet's")] = None,
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tidali.cli_train import DeviceOption
-from tidali.errors import TidaliError
+from tidali.errors import TidaliError, first_line
 
 if TYPE_CHECKING:
     from tidali.contract import Dataset
@@ -39,10 +39,17 @@ def doctor(
     tests do: about 20 s on two cores, and longer on a GPU, where the model is compiled too.
     """
     from tidali.console import results
-    from tidali.doctor import Wishes, examine
+
+    try:
+        from tidali.doctor import Wishes, examine
+
+        packing = _packing_tool()
+    except (ImportError, OSError) as error:  # a shared library that is not there is an OSError
+        text = f"this installation cannot be imported ({type(error).__name__}: {first_line(error)})"
+        raise TidaliError(f"{text}; install tidali anew in a new virtual environment") from None
 
     findings = []
-    for finding in examine(Wishes(device=device, out=out, data=data, checkpoint=checkpoint), _packing_tool()):
+    for finding in examine(Wishes(device=device, out=out, data=data, checkpoint=checkpoint), packing):
         findings.append(finding)
         if not json_:
             mend = f"; {finding.mend}" if finding.mend else ""
@@ -59,6 +66,7 @@ def doctor(
 
 def _packing_tool() -> PackingTool:
     from shards.demo import pack_demo
+    from shards.store import local_copy
     from shards.verify import verify
     from tidali.contract import open_dataset
     from tidali.doctor import PackingTool
@@ -67,7 +75,11 @@ def _packing_tool() -> PackingTool:
         pack_demo(folder, classes=4, per_class=20, workers=1)
         return open_dataset(folder)
 
-    return PackingTool(make_samples=make_samples, verify=lambda folder: [str(fault) for fault in verify(folder).faults])
+    def faults(location: str) -> list[str]:
+        with local_copy(location) as folder:  # what is staged for training is without the quarantined files
+            return [str(fault) for fault in verify(folder).faults]
+
+    return PackingTool(make_samples=make_samples, verify=faults)
 
 
 def _document(findings: list[Finding], rows: list[Row]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import typer
 
 from tidali.cli_train import AmpOption, DeviceOption
 from tidali.errors import TidaliError, UsageError
+from tidali.names import printable
 
 if TYPE_CHECKING:
     from tidali.image_files import ImageError
@@ -64,14 +65,14 @@ def predict(
     with progress_bar(note=False) as bar:
         task = bar.add_task("predicting", total=len(files))
         for source, scores in model.stream(files, top=top, on_bad=skip):
-            found.append((str(source), scores))
+            found.append((printable(str(source)), scores))
             bar.update(task, completed=len(found) + len(skipped))
     if json_:
         document = {
             "checkpoint": checkpoint,
             "res": model.card.res,
             "images": [{"image": name, "classes": [asdict(score) for score in scores]} for name, scores in found],
-            "skipped": [{"image": str(error.source), "reason": error.reason} for error in skipped],
+            "skipped": [{"image": printable(str(error.source)), "reason": error.reason} for error in skipped],
         }
         print(json.dumps(document))
     elif csv_:

@@ -314,14 +314,28 @@ def _run_folder(data_name: str, res: int, recipe: str) -> str:
 
 
 def demo_data() -> Path:
-    """The demo data set under data/demo, packed on first use."""
+    """The demo data set under data/demo, packed on first use. Of torchrun's ranks, who all come here, one packs it.
+
+    Raises:
+        UsageError: the folder cannot be made.
+    """
     from tidali.contract import MANIFEST_NAME
+    from tidali.files import locked
 
     folder = Path("data") / "demo"
-    if not (folder / MANIFEST_NAME).exists():
-        from shards.demo import pack_demo
-        from tidali.console import say
+    manifest = folder / MANIFEST_NAME
+    if manifest.exists():
+        return folder
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        with locked(folder.parent):
+            if not manifest.exists():
+                from shards.demo import pack_demo
+                from tidali.console import say
 
-        say(f"making the built-in demo data set in {folder}")
-        pack_demo(folder)
+                say(f"making the built-in demo data set in {folder}")
+                pack_demo(folder)
+    except OSError as error:
+        where = f"{folder}: the demo data cannot be made here ({error.strerror})"
+        raise UsageError(f"{where}; go to a folder of yours, or give --data") from None
     return folder

@@ -1,5 +1,7 @@
 """The one definition of what a packed data set is, shared by the packing tool and the loader. Standard library only.
 
+The bytes inside a tar and an index are `tidali.shard_bytes`'s.
+
 A data set is a folder::
 
     dataset.json              the manifest, written last: a folder without it is not a data set
@@ -16,139 +18,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tidali.errors import DatasetError, UsageError
+from tidali.shard_bytes import BLOCK_BYTES, Component, label_digits, read_member_header
 
 FORMAT = "tidali-dataset"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
-INDEX_SIGNATURE = "v1.2"
-BLOCK_BYTES = 512  # POSIX.1-1988 (USTAR) record: headers and data are padded to it
-END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
-LABEL_EXTENSION = "cls"
-IMAGE_EXTENSIONS = ("jpg", "png", "webp", "bmp")
-
-# USTAR's name field holds 100 bytes; "00000000_" takes 9 and the longest extension ".webp" 5. Kept shorter than the rest (86)
-# so that keys stay readable in listings.
-_STEM_MAX_BYTES = 64
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*\.tar")
-_UNSAFE_IN_KEY = re.compile(r"[^A-Za-z0-9_-]+")
-
-
-# ---------------------------------------------------------------------------------------------------------------- tar members
-
-
-_MODE_AND_OWNER = b"0000644\0" + b"0000000\0" * 2
-_MTIME = b"00000000000\0"
-_TYPE_AND_REST = b"".join(
-    (
-        b"0",  # a regular file
-        bytes(100),  # link name
-        b"ustar\x0000",
-        bytes(32 + 32),  # user and group names
-        b"0000000\0" * 2,  # device numbers
-        bytes(155 + 12),  # name prefix, padding
-    )
-)
-_CONSTANT_SUM = sum(_MODE_AND_OWNER + _MTIME + b" " * 8 + _TYPE_AND_REST)  # the checksum counts itself as spaces
-
-
-def member_header(name: str, size_bytes: int) -> bytes:
-    """The 512-byte USTAR header of a regular file, with mtime, uid and gid 0 and mode 0644.
-
-    Equal headers for equal input are what makes two packs byte-identical. Layout: POSIX.1-1988, section 10.1.1.
-
-    Raises:
-        ValueError: the name is longer than 100 bytes or not ASCII, or the size does not fit 11 octal digits (8 GiB).
-    """
-    encoded = name.encode("ascii")
-    if len(encoded) > 100 or size_bytes >= 8**11:
-        raise ValueError(f"no USTAR header for {name!r} of {size_bytes} bytes")
-    size = b"%011o\0" % size_bytes
-    checksum = b"%06o\0 " % (_CONSTANT_SUM + sum(encoded) + sum(size))
-    return b"".join((encoded.ljust(100, b"\0"), _MODE_AND_OWNER, size, _MTIME, checksum, _TYPE_AND_REST))
-
-
-def padding(size_bytes: int) -> bytes:
-    """Zero bytes that bring a member's data to a multiple of 512."""
-    return bytes(-size_bytes % BLOCK_BYTES)
-
-
-def read_member_header(header: bytes) -> tuple[str, int] | None:
-    """Name and size of the regular file that a 512-byte header describes, or None where its checksum or type is wrong."""
-    if len(header) != BLOCK_BYTES or header[257:262] != b"ustar":
-        return None
-    try:
-        stated = int(header[148:156].rstrip(b"\0 ") or b"0", 8)
-        size_bytes = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
-        name = header[:100].rstrip(b"\0").decode("ascii")
-    except ValueError:
-        return None
-    if stated != sum(header[:148]) + 8 * 0x20 + sum(header[156:]) or header[156:157] not in (b"0", b"\0"):
-        return None
-    return name, size_bytes
-
-
-def safe_key(ordinal: int, source_name: str) -> str:
-    """The sample's key: unique by its ordinal, readable by its stem, safe in tar, index and webdataset.
-
-    DALI's index is split at spaces and webdataset's keys end at the first dot, so everything but ASCII letters, digits, ``_``
-    and ``-`` becomes ``_``.
-    """
-    stem = os.path.splitext(source_name.rsplit("/", 1)[-1])[0]
-    return f"{ordinal:08d}_{_UNSAFE_IN_KEY.sub('_', stem)[:_STEM_MAX_BYTES]}"
-
-
-def label_digits(num_classes: int) -> int:
-    """How many ASCII digits a label takes: enough for the largest one."""
-    return len(str(max(num_classes - 1, 0)))
-
-
-# --------------------------------------------------------------------------------------------------------------------- index
-
-
-class Component(NamedTuple):
-    """One tar member of a sample, as DALI's index states it. A named tuple: the packer makes 220,000 of them."""
-
-    extension: str
-    offset: int
-    """Of the data, not of its header."""
-    size_bytes: int
-    name: str
-
-
-def format_index(samples: Iterable[Sequence[Component]]) -> str:
-    """DALI's index v1.2: a signature and count, then one line a sample of ``ext offset size name`` groups."""
-    lines = [" ".join(f"{c.extension} {c.offset} {c.size_bytes} {c.name}" for c in sample) for sample in samples]
-    return "".join(f"{line}\n" for line in (f"{INDEX_SIGNATURE} {len(lines)}", *lines))
-
-
-def parse_index(text: str, where: str) -> list[list[Component]]:
-    """The samples of an index.
-
-    Raises:
-        DatasetError: it is not a well-formed v1.2 index; DALI would fail on it, or silently read a part.
-    """
-    lines = text.splitlines()
-    head = lines[0].split() if lines else []
-    if len(head) != 2 or head[0] != INDEX_SIGNATURE or not head[1].isdecimal():
-        raise DatasetError(f"{where}: not a DALI index ({INDEX_SIGNATURE})")
-    if int(head[1]) != len(lines) - 1:
-        raise DatasetError(f"{where}: states {head[1]} samples but lists {len(lines) - 1}")
-    samples = []
-    for number, line in enumerate(lines[1:], start=2):
-        parts = line.split(" ")
-        if len(parts) % 4 or not all(p.isdecimal() for i in (1, 2) for p in parts[i::4]):
-            raise DatasetError(f"{where}: line {number} is not made of 'ext offset size name'")
-        groups = zip(parts[::4], parts[1::4], parts[2::4], parts[3::4], strict=True)
-        samples.append([Component(ext, int(offset), int(size), name) for ext, offset, size, name in groups])
-    return samples
+_QUARANTINED_NAME = re.compile(r"quarantine/[A-Za-z0-9_][A-Za-z0-9_-]*\.bin")
 
 
 # ------------------------------------------------------------------------------------------------------------------- records
@@ -183,6 +66,10 @@ class Quarantined:
     reason: str
     file: str
     """Where its bytes are, relative to the data set."""
+
+    def __post_init__(self) -> None:
+        if not _QUARANTINED_NAME.fullmatch(self.file):  # a record may come from anywhere, and files are made by this name
+            raise ValueError(f"{self.file!r} is no name of a quarantined file")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -288,7 +175,8 @@ class Manifest:
             document.pop("checksum", None)
             if document.get("version") != FORMAT_VERSION:
                 raise DatasetError(
-                    f"{where}: format version {document.get('version')}, this tidali reads {FORMAT_VERSION}; pack it again"
+                    f"{where}: format version {document.get('version')}, this tidali reads {FORMAT_VERSION}; "
+                    f"pack the source again with --overwrite"
                 )
             splits = {
                 name: Split(
@@ -308,7 +196,9 @@ class Manifest:
             )
             return Manifest(splits=splits, **document)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DatasetError(f"{where}: damaged manifest ({type(error).__name__}: {error}); pack the source again") from None
+            raise DatasetError(
+                f"{where}: damaged manifest ({type(error).__name__}: {error}); pack the source again with --overwrite"
+            ) from None
 
 
 # ------------------------------------------------------------------------------------------------------------------- reading
@@ -322,6 +212,8 @@ class Dataset:
     manifest: Manifest
     indexes: Mapping[str, Path] = field(default_factory=dict)
     """Tar name -> an index to read it by in place of its own."""
+    mend: str = "pack the source again into this folder: what is right is kept"
+    """What to do about damage."""
 
     def split(self, name: str) -> Split:
         """
@@ -420,19 +312,32 @@ def check_shards(root: Path, split: Split) -> None:
         tar, index = root / shard.name, root / shard.index_name
         try:
             size_bytes, index_bytes = tar.stat().st_size, index.read_bytes()
+            if size_bytes != shard.size_bytes:
+                raise DatasetError(f"{tar}: {size_bytes} bytes, the manifest says {shard.size_bytes}; {mend}")
+            if hashlib.sha256(index_bytes).hexdigest() != shard.index_sha256:
+                raise DatasetError(f"{index}: not the index that the manifest names (SHA-256 differs); {mend}")
+            if shard.samples:
+                expected = _last_component(index_bytes)
+                with tar.open("rb") as file:
+                    file.seek(expected.offset - BLOCK_BYTES)
+                    if read_member_header(file.read(BLOCK_BYTES)) != (expected.name, expected.size_bytes):
+                        raise DatasetError(f"{tar}: no header of {expected.name!r} where {index.name} has it; {mend}")
         except OSError as error:
-            raise DatasetError(f"{error.filename}: {error.strerror}; {mend}") from None
-        if size_bytes != shard.size_bytes:
-            raise DatasetError(f"{tar}: {size_bytes} bytes, the manifest says {shard.size_bytes}; {mend}")
-        if hashlib.sha256(index_bytes).hexdigest() != shard.index_sha256:
-            raise DatasetError(f"{index}: not the index that the manifest names (SHA-256 differs); {mend}")
-        if shard.samples:
-            last_line = index_bytes[index_bytes.rindex(b"\n", 0, -1) + 1 :].decode("ascii").split()
-            expected = Component(last_line[-4], int(last_line[-3]), int(last_line[-2]), last_line[-1])
-            with tar.open("rb") as file:
-                file.seek(expected.offset - BLOCK_BYTES)
-                if read_member_header(file.read(BLOCK_BYTES)) != (expected.name, expected.size_bytes):
-                    raise DatasetError(f"{tar}: no header of {expected.name!r} where {index.name} has it; {mend}")
+            raise DatasetError(f"{error.filename or tar}: {error.strerror}; {mend}") from None
+        except (ValueError, OverflowError):
+            raise DatasetError(f"{index}: does not end in a sample, the manifest says {shard.samples}; {mend}") from None
+
+
+def _last_component(index: bytes) -> Component:
+    """The last tar member that an index names. Not by `parse_index`, which takes a hundred times as long.
+
+    Raises:
+        ValueError: it names none.
+    """
+    *_, extension, offset, size, name = index[index.rindex(b"\n", 0, -1) + 1 :].decode("ascii").split()
+    if int(offset) < BLOCK_BYTES:
+        raise ValueError("there is no room for its header")
+    return Component(extension, int(offset), int(size), name)
 
 
 def read_record(root: Path, shard: Shard) -> list[SampleRecord]:

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tidali.contract import Dataset, SampleRecord, parse_index, read_record
+from tidali.contract import Dataset, SampleRecord, read_record
 from tidali.errors import TidaliError
+from tidali.shard_bytes import parse_index
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {

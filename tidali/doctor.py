@@ -49,8 +49,8 @@ class PackingTool:
 
     make_samples: Callable[[Path], Dataset]
     """Make a small data set in a new folder, with the splits train and val."""
-    verify: Callable[[Path], Sequence[str]]
-    """Every fault of a data set, a line each."""
+    verify: Callable[[str], Sequence[str]]
+    """Every fault of the data set in a folder or behind a URL, a line each."""
 
 
 def examine(wishes: Wishes, packing: PackingTool) -> Iterator[Finding]:

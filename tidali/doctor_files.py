@@ -26,9 +26,10 @@ _WRITE_MIB = 64
 
 
 def run_folder(out: Path) -> Finding:
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    there = out
     room = f"a run needs up to {MIN_FREE_DISK_MIB} MiB: make room, or choose another disk with --out"
     try:
+        there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         with tempfile.NamedTemporaryFile(dir=there, prefix=".tidali-doctor-") as file:
             free_mib = shutil.disk_usage(there).free / 2**20
             if free_mib < 2 * _WRITE_MIB:  # what is left is not for doctor to fill
@@ -50,23 +51,23 @@ def run_folder(out: Path) -> Finding:
     return ok(text)
 
 
-def data(location: str, dataset: Dataset, device: torch.device, verify: Callable[[Path], Sequence[str]]) -> Finding:
+def data(location: str, dataset: Dataset, device: torch.device, verify: Callable[[str], Sequence[str]]) -> Finding:
     manifest = dataset.manifest
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in manifest.splits.items())
     text = f"{location}: {len(manifest.classes)} classes; {splits}"
-    faults = verify(dataset.root)
+    faults = verify(location)
     if faults:
         more = f", and {len(faults) - 1} more faults" if len(faults) > 1 else ""
         mend = f"'tidali verify {location}' lists all; pack the source again: what is right is kept"
         return Finding(name="", status="failure", text=f"{location}: {faults[0].partition('; ')[0]}{more}", mend=mend)
     if not ({"val", "heldout"} & {name for name, split in manifest.splits.items() if split.samples and split.labelled}):
-        mend = "pack it with --val-fraction 0.1, which holds out a tenth of train"
+        mend = "pack it again with --val-fraction 0.1 --overwrite, which holds out a tenth of train"
         return Finding(name="", status="failure", text=f"{text}; no split to evaluate on", mend=mend)
     empty = [
         class_.id for class_, count in zip(manifest.classes, dataset.split("train").class_counts, strict=True) if not count
     ]
     if empty:
-        mend = "add images of them to the source and pack it again, or leave them out by --classes"
+        mend = "add images of them to the source, or leave them out by --classes, and pack it again with --overwrite"
         return Finding(name="", status="warning", text=f"{text}; no training image of {', '.join(empty[:5])}", mend=mend)
     route = choose_route(
         "auto",

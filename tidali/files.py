@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tidali.errors import TidaliError
@@ -14,8 +19,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         TidaliError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_path(path)
     try:
+        remove_left_over(path)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
@@ -27,5 +33,44 @@ def write_atomically(path: Path, content: bytes) -> None:
         finally:
             os.close(directory)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk, or where the name is too long, removing fails as writing did
+            temporary.unlink()
         raise TidaliError(f"{path}: cannot be written ({error.strerror}); the previous file is untouched") from None
+
+
+def temporary_path(path: Path) -> Path:
+    """A file's name while it is written. With machine and process: two that write one file do not share it."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+
+
+def remove_left_over(path: Path) -> None:
+    """Remove what processes of this machine that were killed have left of a file: a run's state takes 134 MB each time."""
+    for name in glob.glob(glob.escape(str(path.with_name(f".{path.name}.{platform.node()}."))) + "*.tmp"):
+        process = name.removesuffix(".tmp").rpartition(".")[2]
+        if process.isdecimal() and not _runs(int(process)):
+            Path(name).unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder that is there: one process works in it, the others wait here. The kernel lets go when a process dies.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

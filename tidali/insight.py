@@ -16,11 +16,12 @@ from torch.nn import functional
 from tidali.checkpoint import find_checkpoint, load_model
 from tidali.config import AmpChoice, CacheChoice, DeviceChoice
 from tidali.console import progress_bar
-from tidali.contract import ClassName, Dataset, SampleRecord, Shard, iter_records, parse_index
+from tidali.contract import ClassName, Dataset, SampleRecord, Shard, iter_records
 from tidali.data import Batches, Data
 from tidali.device import DevicePlan, plan_device
 from tidali.errors import DatasetError, TidaliError
 from tidali.evaluation import check_classes
+from tidali.shard_bytes import parse_index
 from tidali.wiring import EVAL_BATCH_SIZE
 
 PICTURE_SIDE_PX = 256

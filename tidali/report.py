@@ -9,7 +9,7 @@ from typing import Any
 
 from tidali import __version__
 from tidali.checkpoint import SUFFIX
-from tidali.console import say
+from tidali.console import warn
 from tidali.drawing import legend_entries
 from tidali.errors import TidaliError, UsageError
 from tidali.figures import accuracy_curves, loss_curves, throughput, waiting
@@ -40,7 +40,7 @@ def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> 
             if data is not None:
                 raise
             note = f"{run.name}: no pictures and no figures by class: {error}. --data names the data set if it has moved."
-            say(f"warning: {note}")
+            warn(note)
             notes.append(note)
     differing = differing_settings(runs)
     first = runs[0]

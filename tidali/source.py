@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tidali.contract import MANIFEST_NAME, Dataset, Manifest, open_dataset
 from tidali.errors import DatasetError, TidaliError
+from tidali.files import locked, remove_left_over, temporary_path, write_atomically
 from tidali.remote import filesystem, is_remote
 
 _PARALLEL_DOWNLOADS = 8  # a shard of 1,000 small images is 3 MB: requests wait for the network, not for a core
@@ -29,7 +28,14 @@ def open_data(location: str) -> Dataset:
         DatasetError: no data set there, or a file of it that is missing or damaged.
         TidaliError: the location cannot be reached, or a package for it is missing.
     """
-    return open_dataset(stage(location) if is_remote(location) else Path(location))
+    if not is_remote(location):
+        return open_dataset(Path(location))
+    folder = stage(location)
+    mend = f"delete {folder}, which is a copy of {location}: it is fetched again"
+    try:
+        return replace(open_dataset(folder), mend=mend)
+    except DatasetError as error:
+        raise DatasetError(f"{str(error).partition('; ')[0]}; {mend}") from None
 
 
 def read_manifest(location: str) -> Manifest:
@@ -54,19 +60,20 @@ def stage(url: str) -> Path:
         for split in manifest.splits.values()
         for shard in split.shards
         for file in (
-            (shard.name, shard.sha256),
-            (shard.index_name, shard.index_sha256),
-            (shard.record_name, shard.record_sha256),
+            (shard.name, shard.sha256, shard.size_bytes),
+            (shard.index_name, shard.index_sha256, None),
+            (shard.record_name, shard.record_sha256, None),
         )
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            missing = [file for file in wanted if not (folder / file[0]).exists()]
+        with locked(folder):
+            missing = [(name, sha256) for name, sha256, size_bytes in wanted if not _is_there(folder / name, size_bytes)]
             with ThreadPoolExecutor(_PARALLEL_DOWNLOADS) as pool:
                 list(pool.map(lambda file: _fetch(url, folder, *file), missing))
-            if not (folder / MANIFEST_NAME).exists():
-                _publish(folder / MANIFEST_NAME, text)
+            copy = folder / MANIFEST_NAME
+            if not copy.exists() or copy.read_bytes() != text:
+                write_atomically(copy, text)
     except OSError as error:
         raise TidaliError(f"{error.filename or folder}: {error.strerror or error}; TIDALI_CACHE names another folder") from None
     return folder
@@ -77,15 +84,9 @@ def cache_folder() -> Path:
     return Path(override) if override else Path.home() / ".cache" / "tidali"
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process fetches; the others wait here and find everything there. The kernel lets go when a process dies."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _is_there(path: Path, size_bytes: int | None) -> bool:
+    """Of the size that the manifest states, which it does of tars; an index is hashed whenever it is opened."""
+    return path.exists() if size_bytes is None else path.exists() and path.stat().st_size == size_bytes
 
 
 def _remote_manifest(url: str) -> bytes:
@@ -100,31 +101,31 @@ def _remote_manifest(url: str) -> bytes:
 
 
 def _fetch(url: str, folder: Path, name: str, sha256: str) -> None:
-    """Copy one file, hashing it on the way; it gets its name only if it is right."""
+    """Copy one file, hashing it on the way; it gets its name only if it is right, and on the disk."""
     fs, root = filesystem(url)
-    partial = folder / f"{name}.part"
+    remove_left_over(folder / name)
+    partial = temporary_path(folder / name)
     digest = hashlib.sha256()
+    mend = f"'tidali verify {url}' shows all damage, packing again mends it"
     try:
         with fs.open(f"{root}/{name}", "rb", cache_type="readahead") as remote, open(partial, "wb") as local:
             while block := remote.read(_BLOCK_BYTES):
                 digest.update(block)
                 local.write(block)
+            local.flush()
+            os.fsync(local.fileno())
+        if digest.hexdigest() != sha256:
+            raise DatasetError(f"{url}/{name}: damaged there or on the way (its SHA-256 is not the manifest's); {mend}")
+        os.replace(partial, folder / name)
+    except TidaliError:
+        raise
     except FileNotFoundError:
-        raise DatasetError(f"{url}/{name}: missing; 'tidali verify {url}' shows all damage, packing again mends it") from None
+        raise DatasetError(f"{url}/{name}: missing; {mend}") from None
     except OSError as error:
         if error.filename and str(error.filename).startswith(str(folder)):
             raise
         raise TidaliError(f"{url}/{name}: {error}") from None
-    except Exception as error:
+    except Exception as error:  # every kind of remote has exceptions of its own
         raise TidaliError(f"{url}/{name}: {type(error).__name__}: {error}") from None
-    if digest.hexdigest() != sha256:
-        partial.unlink()
-        text = "damaged there or on the way (its SHA-256 is not the manifest's)"
-        raise DatasetError(f"{url}/{name}: {text}; 'tidali verify {url}' shows all damage, packing again mends it")
-    os.replace(partial, folder / name)
-
-
-def _publish(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,39 @@ def test_data_that_cannot_be_evaluated_on(no_work: None, write_photos, tmp_path:
     finding = found(tmp_path, data=str(tmp_path / "packed"))["data"]
     assert finding.status == "failure"
     assert "no split to evaluate on" in finding.text
-    assert "--val-fraction 0.1" in finding.mend
+    assert "--val-fraction 0.1 --overwrite" in finding.mend
+
+
+def test_data_behind_a_url_with_quarantined_files(
+    no_work: None, write_photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy that training reads is without them."""
+    from shards.pack import pack
+    from shards.scan import FileSource
+
+    monkeypatch.setenv("TIDALI_CACHE", str(tmp_path / "cache"))
+    source = write_photos(tmp_path / "photos", {"train/cat": 3, "val/cat": 3})
+    (source / "train" / "cat" / "bad.jpg").write_text("no image")
+    url = f"memory://{tmp_path.name}/data"
+    assert len(pack(FileSource(source), url, workers=1).manifest.quarantine) == 1
+    finding = found(tmp_path, data=url)["data"]
+    assert (finding.status, finding.mend) == ("ok", "")
+
+
+def test_an_installation_that_cannot_be_imported(tidali, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tidali.doctor", None)
+    ended = tidali("doctor")
+    assert (ended.code, ended.stdout) == (1, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("tidali: this installation cannot be imported (ModuleNotFoundError: import of tidali.doctor")
+    assert line.endswith("; install tidali anew in a new virtual environment")
+
+
+def test_a_run_folder_of_no_possible_name(no_work: None, tmp_path: Path) -> None:
+    finding = found(tmp_path, out=tmp_path / ("x" * 300))["run folder"]
+    assert finding.status == "failure"
+    assert "cannot be written (File name too long)" in finding.text
+    assert finding.mend == "choose a folder of yours with --out"
 
 
 def test_a_data_set_that_is_not_there(no_work: None, tmp_path: Path) -> None:

@@ -118,6 +118,18 @@ def test_json_is_all_of_stdout(tidali, demo_data: Path, trained) -> None:
         json.loads(tidali(*argv).stdout)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("argv", [("info", "--json"), ("info",), ("--version",)])
+def test_output_to_a_full_disk(demo_data: Path, argv: tuple[str, ...]) -> None:
+    code = "import sys; sys.argv[0] = 'tidali'; from tidali.cli import main; main()"
+    words = [argv[0], str(demo_data), *argv[1:]] if argv[0] == "info" else argv
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (ended.returncode, ended.stderr) == (1, "tidali: standard output: No space left on device\n")
+
+
 @pytest.fixture
 def normal():
     yield

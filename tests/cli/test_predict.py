@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,18 @@ def test_bad_images_are_named_and_skipped(tidali, trained, val_files, tmp_path: 
     assert [Path(one["image"]).name for one in document["skipped"]] == ["cut.jpg", "text.png"]
     ended = tidali("predict", trained[0], tmp_path / "text.png", "--device", "cpu")
     assert (ended.code, ended.stdout) == (1, "")
+
+
+@pytest.mark.parametrize("options", [(), ("--csv",), ("--json",)])
+def test_names_that_are_no_utf8_are_escaped(tidali, trained, val_files, tmp_path: Path, options: tuple[str, ...]) -> None:
+    shutil.copy(val_files[1][0], tmp_path / os.fsdecode(b"caf\xe9.jpg"))
+    (tmp_path / os.fsdecode(b"bad\xff.jpg")).write_bytes(b"no image")
+    ended = tidali("predict", trained[0], tmp_path, "--device", "cpu", *options)
+    assert ended.code == 1
+    assert r"caf\udce9.jpg" in (json.loads(ended.stdout)["images"][0]["image"] if options == ("--json",) else ended.stdout)
+    ended.stdout.encode("utf-8")  # as a terminal or a file takes it
+    if options == ("--json",):
+        assert json.loads(ended.stdout)["skipped"][0]["image"].endswith(r"bad\udcff.jpg")
 
 
 def test_table_and_csv(tidali, trained, val_files) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,33 @@ from tidali.contract import open_dataset
 from tidali.device import plan_device
 
 FOLDER = {"config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors", "summary.json"}
+
+
+def test_ranks_share_the_demo_data_that_one_of_them_makes(tmp_path: Path) -> None:
+    """torchrun starts them together, in one folder."""
+    program = "from shards import demo; from tidali.cli_train import demo_data; import functools\n"
+    program += "demo.pack_demo = functools.partial(demo.pack_demo, classes=3, per_class=40, workers=1)\n"
+    program += "print(demo_data())"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    ends = [rank.communicate(timeout=60) for rank in ranks]
+    assert [(rank.returncode, out) for rank, (out, _) in zip(ranks, ends, strict=True)] == [(0, "data/demo\n")] * 3, ends
+    assert sum("making the built-in demo data set" in err for _, err in ends) == 1
+    assert open_dataset(tmp_path / "data" / "demo").split("train").samples == 120
+
+
+def test_demo_data_where_no_folder_can_be_made(tidali, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").write_text("mine")
+    ended = tidali("train", "--device", "cpu")
+    assert ended.code == 2
+    assert ended.stderr == (
+        "tidali: data/demo: the demo data cannot be made here (File exists); go to a folder of yours, or give --data\n"
+    )
 
 
 def test_run_folder(trained, demo_data: Path) -> None:

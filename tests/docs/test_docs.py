@@ -67,6 +67,14 @@ def test_every_command_option_and_field_is_in_the_reference(generate: ModuleType
         assert {option for option in options - {"-h", "--help"} if f"`{option}`" not in section} == set(), name
 
 
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_the_rows_of_a_table_have_its_columns(page: Path) -> None:
+    """A bar that is not escaped begins another cell, in code too."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
+
+
 def test_a_stale_page_is_noticed(generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     (tmp_path / "cli.md").write_text("old")
     monkeypatch.setattr(generate, "pages", lambda: {tmp_path / "cli.md": "new"})

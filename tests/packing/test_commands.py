@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +165,23 @@ def test_contact_sheet(tidali: Any, packed: Path, tmp_path: Path) -> None:
     assert tidali("info", packed, "--sheet", tmp_path / "x.png", "--split", "heldout").code == 1
     unwritable = tidali("info", packed, "--sheet", tmp_path / "no" / "x.png")
     assert unwritable.code == 2
-    assert "No such file or directory" in unwritable.stderr
+    assert f"no folder {tmp_path / 'no'}" in unwritable.stderr
+    assert tidali("info", packed, "--sheet", tmp_path).code == 2
+
+
+def test_a_contact_sheet_on_a_full_disk(tidali: Any, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sheet = tmp_path / "sheet.png"
+    assert tidali("info", packed, "--sheet", sheet).code == 0
+    before = sheet.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    ended = tidali("info", packed, "--sheet", sheet, "--seed", 1)
+    assert (ended.code, ended.stdout) == (1, "")
+    assert "sheet.png: cannot be written (No space left on device)" in ended.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {sheet: before}
 
 
 def test_contact_sheet_of_what_the_network_sees(tidali: Any, packed: Path, tmp_path: Path) -> None:

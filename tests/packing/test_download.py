@@ -78,7 +78,7 @@ def server() -> Iterator[Server]:
         yield running
 
 
-def fetch(server: Server, dest: Path, md5: str = MD5) -> Path:
+def fetch(server: Server, dest: str | Path, md5: str = MD5) -> Path:
     return download(dest, url=server.url, md5=md5, pause_s=0.01)
 
 
@@ -93,6 +93,34 @@ def test_whole_file(server: Server, tmp_path: Path) -> None:
     assert path.read_bytes() == BODY
     assert names(tmp_path) == [path.name]
     assert told[-1] == (len(BODY), len(BODY))
+
+
+@pytest.mark.parametrize("dest", ["data", "data/", "data.d/", "a/b/data"])
+def test_a_folder_that_is_not_there_yet_is_made(server: Server, tmp_path: Path, dest: str) -> None:
+    path = fetch(server, f"{tmp_path}/{dest}")
+    assert path == tmp_path / dest / "tiny-imagenet-200.zip"
+    assert path.read_bytes() == BODY
+
+
+def test_a_file_without_suffix_that_is_there_is_the_file(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(BODY)
+    assert fetch(server, tmp_path / "data") == tmp_path / "data"
+    assert server.asked == []
+
+
+def test_the_md5_may_be_in_capitals(server: Server, tmp_path: Path) -> None:
+    assert fetch(server, tmp_path / "file.zip", MD5.upper()).read_bytes() == BODY
+    assert fetch(server, tmp_path / "file.zip", MD5.upper()).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("dest", ["loop/file.zip", "folder.zip/", "a" * 300 + ".zip", "file/x.zip"])
+def test_places_that_cannot_be(server: Server, tmp_path: Path, dest: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "folder.zip" / "tiny-imagenet-200.zip").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TidaliError, match="; mend that and run the same command again"):
+        fetch(server, f"{tmp_path}/{dest}")
+    assert server.asked == []
 
 
 def test_two_dropped_connections_are_taken_up_where_they_broke(server: Server, tmp_path: Path) -> None:

@@ -175,11 +175,11 @@ def test_unusable(make: Any, name: str) -> None:
 @given(
     cut=st.integers(0, 10_000),
     flips=st.lists(st.integers(0, 10_000), max_size=3),
-    kind=st.sampled_from(["JPEG", "PNG", "WEBP"]),
+    kind=st.sampled_from(["JPEG", "CMYK", "PNG", "WEBP", "GIF", "TIFF"]),
 )
 def test_damage_is_usable_or_unusable(make: Any, cut: int, flips: list[int], kind: str) -> None:
     """Nothing but `Unusable` ever comes out, and what is called usable decodes in PIL too."""
-    data = bytearray(make.encode(make.image(3, 16, 16), kind)) + b"tail"
+    data = bytearray(damageable(make, kind)) + b"tail"
     for flip in flips:
         data[flip % len(data)] ^= 1 << flip % 8
     damaged = bytes(data[: cut % (len(data) + 1)])
@@ -188,6 +188,30 @@ def test_damage_is_usable_or_unusable(make: Any, cut: int, flips: list[int], kin
     except Unusable:
         return
     assert upright_rgb(got.data).shape == (got.height, got.width, 3)
+
+
+def damageable(make: Any, kind: str) -> bytes:
+    """An image of 16 x 16; of a GIF and a TIFF three frames, which PIL reads when it is asked how many there are."""
+    image = make.image(3, 16, 16)
+    if kind == "CMYK":
+        return make.encode(image.convert("CMYK"))
+    if kind in ("GIF", "TIFF"):
+        return make.encode(image, kind, save_all=True, append_images=[make.image(n, 16, 16) for n in (4, 5)])
+    return make.encode(image, kind)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+def test_each_byte_of_several_frames_may_be_damaged(make: Any, kind: str) -> None:
+    """What `hypothesis` would find on a lucky day: every cut, and every byte's worst values."""
+    whole = damageable(make, kind)
+    outcomes = set()
+    for at in range(8, len(whole), 1 + len(whole) // 1000):
+        for damaged in (whole[:at], *(whole[:at] + bytes([value]) + whole[at + 1 :] for value in (0, 255))):
+            try:
+                outcomes.add(look(damaged).extension)
+            except Unusable:
+                outcomes.add("unusable")
+    assert outcomes == {"png", "unusable"}
 
 
 @pytest.mark.parametrize("colour_type", [0, 2, 4, 6])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -15,8 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shards.executor import default_workers
 from shards.pack import pack
 from shards.scan import FileSource
+from shards.store import LocalStore
 from tidali.contract import MANIFEST_NAME, Manifest, iter_records, open_dataset
 from tidali.errors import TidaliError, UsageError
 
@@ -345,3 +349,21 @@ def test_source_that_changes_meanwhile_fails(make: Any, tmp_path: Path) -> None:
         pack(Changing(source), tmp_path / "out")
     assert json.loads((tmp_path / "out" / ".tidali-plan.json").read_text())["source"]["name"] == "src"
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
+
+
+def test_the_garbage_collector_is_left_as_it_was(make: Any, tiny_zip: Path, tmp_path: Path) -> None:
+    """Where there is no source, and where DEST is taken: what is frozen then would stay in memory for good."""
+    before = gc.get_freeze_count(), gc.isenabled()
+    with pytest.raises(UsageError):
+        make.pack(tmp_path / "nowhere", tmp_path / "data")
+    assert (gc.get_freeze_count(), gc.isenabled()) == before
+    with LocalStore(tmp_path / "data").locked(), pytest.raises(TidaliError, match="another tidali"):
+        make.pack(tiny_zip, tmp_path / "data")
+    assert (gc.get_freeze_count(), gc.isenabled()) == before
+
+
+def test_workers_where_a_process_has_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert default_workers() == 7

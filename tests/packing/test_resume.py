@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,7 +19,9 @@ from typing import Any
 
 import pytest
 
-from shards.store import LocalStore
+from shards.record import seal, unseal
+from shards.store import LocalStore, local_copy, open_store
+from shards.verify import verify
 from tidali.contract import MANIFEST_NAME
 from tidali.errors import TidaliError, UsageError
 
@@ -253,6 +257,51 @@ def test_repairs(make: Any, source: Path, packed: Path, unbroken: dict[str, byte
     assert len(report.kept) == SHARDS - len(report.repaired)
 
 
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("outside", ["{folder}/mine.txt", "../mine.txt", "quarantine/../../mine.txt"])
+def test_a_record_that_names_a_file_outside(
+    make: Any,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    contents: Any,
+    unbroken: Any,
+    outside: str,
+    local: bool,
+) -> None:
+    """A record comes from the store, which others may write to: what it names is neither read nor removed outside."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    dest = tmp_path / "data" if local else f"memory://{tmp_path.name}/data"
+    make.pack(source, dest, shard_samples=8)
+    store, name = open_store(dest), "train-000005.json"
+    record = unseal(store.read(name) or b"")
+    del record["checksum"]
+    record["quarantined"][0] |= {
+        "file": outside.format(folder=tmp_path),
+        "sha256": hashlib.sha256(mine.read_bytes()).hexdigest(),
+    }
+    store.publish(name, seal(record))
+    report = make.pack(source, dest, shard_samples=8)
+    assert mine.read_text() == "mine"
+    assert report.repaired == ("train-000005.tar",)
+    with local_copy(str(dest)) as folder:
+        assert contents(folder) == unbroken
+
+
+def test_verify_reads_no_file_that_a_record_names_outside(packed: Path) -> None:
+    (packed.parent / "mine.txt").write_text("mine")
+    path = packed / "train-000005.json"
+    record = unseal(path.read_bytes())
+    del record["checksum"]
+    record["quarantined"][0]["file"] = "../mine.txt"
+    path.write_bytes(seal(record))
+    faults = {fault.file: str(fault) for fault in verify(packed).faults}
+    assert "../mine.txt" not in faults
+    assert path.name in faults
+
+
 def test_shards_without_manifest_or_plan_are_not_ours(make: Any, source: Path, packed: Path, contents: Any) -> None:
     (packed / MANIFEST_NAME).unlink()
     before = contents(packed)
@@ -295,7 +344,8 @@ def test_another_source_is_refused_and_overwrite_replaces(
     with pytest.raises(UsageError, match="another source: images is 205 there and 12 here"):
         make.pack(other, packed, shard_samples=8)
     assert contents(packed) == unbroken
-    make.pack(other, packed, shard_samples=8, overwrite=True)
+    report = make.pack(other, packed, shard_samples=8, overwrite=True)
+    assert (report.written, report.kept, report.repaired) == (len(list(packed.glob("*.tar"))), (), ())
     make.pack(other, tmp_path / "fresh", shard_samples=8)
     assert contents(packed) == contents(tmp_path / "fresh")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
@@ -213,6 +214,41 @@ def test_encrypted_member_is_refused(make: Any, tmp_path: Path) -> None:
         data[at : at + 2] = struct.pack("<H", 1)
     source.write_bytes(data)
     with pytest.raises(UsageError, match="it is encrypted"):
+        FileSource(source).scan()
+
+
+@pytest.mark.parametrize("prefix", ["./", "./tiny/"])
+def test_a_zip_whose_names_begin_with_a_dot_and_a_slash(make: Any, tmp_path: Path, prefix: str) -> None:
+    """As they stand where someone zipped '.'; nothing of it is hidden."""
+    tree = make.tiny_tree() | {".hidden/train/x.jpg": b"x"}
+    path = make.zip({"": b"", **tree}, tmp_path / "tiny.zip", inside=prefix)
+    plain = make.zip(make.tiny_tree(), tmp_path / "plain.zip")
+    theirs, ours = FileSource(plain).scan(), FileSource(path).scan()
+    assert (ours.classes, ours.fingerprint) == (theirs.classes, theirs.fingerprint)
+    (item, *_), (other, *_) = ours.splits["train"], theirs.splits["train"]
+    with ours.reader.open() as read:
+        assert read(item, 1 << 20) == make.tiny_tree()[other.name]
+
+
+def test_what_cannot_be_looked_at_is_refused_in_one_line(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    for path in (loop, tmp_path / ("x" * 300), loop / "inside"):
+        with pytest.raises(UsageError, match=r"(Too many levels of symbolic links|File name too long)$"):
+            FileSource(path).scan()
+        with pytest.raises(UsageError, match=r"(Too many levels of symbolic links|File name too long)$"):
+            make.pack(path, tmp_path / "data")
+    source = make.folder(make.tiny_tree(), tmp_path / "tiny")
+    (source / "train" / "link").symlink_to("link")
+    with pytest.raises(UsageError, match=r"train/link: Too many levels of symbolic links; a broken link\? Mend or remove it"):
+        FileSource(source).scan()
+    (source / "train" / "link").unlink()
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UsageError, match=r"tiny/wnids\.txt: Permission denied$"):
         FileSource(source).scan()
 
 

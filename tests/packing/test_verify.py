@@ -309,12 +309,21 @@ def test_every_fault_is_found_and_named(data: Path, name: str) -> None:
     for message in messages:
         assert message.format(**places) in text
     assert all("; " in line for line in text.splitlines()), "each fault names its mend"
+    assert all("--overwrite" in line for line in text.splitlines() if line.startswith(MANIFEST_NAME)), "packing refuses else"
     assert len(text.splitlines()) <= 12, "one fault is not drowned in its consequences"
     if seen_by_cheap_check:
         with pytest.raises(DatasetError):
             open_dataset(data)
     else:
         open_dataset(data)
+
+
+@pytest.mark.parametrize("name", [name for name in FAULTS if name.startswith("manifest")])
+def test_the_mend_of_a_manifest_mends_it(make: Any, pristine: Path, data: Path, name: str) -> None:
+    FAULTS[name][0](data)
+    make.pack(pristine.parent / "tiny.zip", data, shard_samples=10, overwrite=True)
+    assert found(verify(data)) == ""
+    assert (data / MANIFEST_NAME).read_bytes() == (pristine / MANIFEST_NAME).read_bytes()
 
 
 def test_decode_finds_what_hashes_cannot(data: Path) -> None:
@@ -339,6 +348,13 @@ def test_many_faults_are_counted_not_listed(data: Path) -> None:
     text = found(verify(data))
     assert f"{SHARD}.tar: and" in text
     assert len(text.splitlines()) < 15
+
+
+def test_ordinals_may_have_more_than_eight_digits(data: Path) -> None:
+    rehash(data, lambda record: [record["samples"][n].update(key=f"12345678{n}_x") for n in (0, 1)])
+    assert "a sample twice" not in found(verify(data))
+    rehash(data, lambda record: [record["samples"][n].update(key="123456780_x") for n in (0, 1)])
+    assert "key 123456780_... is in train-000002.tar" in found(verify(data))
 
 
 def test_workers_find_the_same(data: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,3 +184,22 @@ def test_both_routes_have_both_kernels_and_any_sizes(demo_data: Path, kernel: st
     assert {images.shape[2] for images in found["device"]} == {32, 96}
     for cached, streamed in zip(found["device"], found["off"], strict=True):
         assert torch.equal(cached, streamed)
+
+
+def test_indexes_of_its_own_are_gone_when_the_process_ends(demo_copy: Path, tmp_path: Path) -> None:
+    damage(demo_copy, "train", [5], at=400)
+    program = "import sys; from pathlib import Path; from tidali.bad_images import leave_out_bad\n"
+    program += "from tidali.contract import open_dataset\n"
+    program += "kept = leave_out_bad(open_dataset(Path(sys.argv[1])), 'train', 1)\n"
+    program += "print([index.exists() for index in kept.indexes.values()])"
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(demo_copy)],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.stdout == "[True]\n", ended.stderr
+    assert list(temporary.iterdir()) == []

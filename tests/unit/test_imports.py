@@ -24,7 +24,7 @@ HEAVY = {
     *("torch", "torchvision", "nvidia", "numpy", "PIL", "simplejpeg", "safetensors", "fsspec", "ray", "webdataset"),
     *("matplotlib", "jinja2"),
 }
-LEAVES = ("contract", "config", "errors", "files", "remote", "schedule", "timing")
+LEAVES = ("contract", "config", "errors", "files", "remote", "schedule", "timing", "names", "shard_bytes")
 
 
 class Import(NamedTuple):
@@ -69,7 +69,8 @@ def test_standard_library_only(module: str) -> None:
     found = [one for one in imports_of(module) if not one.for_types]
     if module in ("tidali.remote", "tidali.timing"):  # what they drive is theirs to import, in the function that does
         found = [one for one in found if not (one.inside_function and one.top in ("fsspec", "torch"))]
-    assert {one.module for one in found if one.top not in sys.stdlib_module_names} <= {"tidali.errors"}
+    allowed = {"tidali.errors"} | ({"tidali.shard_bytes"} if module == "tidali.contract" else set())
+    assert {one.module for one in found if one.top not in sys.stdlib_module_names} <= allowed
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("shards.")])
@@ -77,7 +78,7 @@ def test_shards_runs_without_torch_and_dali(module: str) -> None:
     found = imports_of(module)
     assert not {one.top for one in found} & {"torch", "torchvision", "nvidia", "bench"}
     of_tidali = {one.module for one in found if one.top == "tidali"}
-    assert of_tidali <= {"tidali.contract", "tidali.errors", "tidali.remote"}
+    assert of_tidali <= {f"tidali.{leaf}" for leaf in ("contract", "shard_bytes", "errors", "names", "remote")}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("bench.")])
