@@ -99,6 +99,10 @@ def make_train_state(
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD(groups, lr=schedule(0), momentum=momentum, nesterov=nesterov, fused=True)
+    if momentum:
+        # Left to its first step, the fused optimizer allocates them unwritten, and a step that overflowed leaves them so.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     wrapped = model if ranks is None else ranks.wrap(model)
     return TrainState(
         model=model,

@@ -171,6 +171,26 @@ def test_the_model_stays_channels_last(plan: DevicePlan) -> None:
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
 
 
+def test_a_first_step_that_overflows_in_fp16_changes_nothing() -> None:
+    """Neither weights nor momentum: the step after it is the first step of a run without it, but for the loss's scale."""
+    images, labels = next(batches(1))
+    states = []
+    for overflows in (True, False):
+        torch.manual_seed(0)
+        state = linear_state(plan_device("cpu", "fp16", "off"), momentum=0.9, weight_decay=0.01)
+        if overflows:
+            before = copy.deepcopy(state.model.state_dict())
+            train_step(state, images * float("inf"), labels)
+            assert state.scaler.get_scale() == 2**15  # halved: the scaler saw it
+            assert all(torch.equal(tensor, before[name]) for name, tensor in state.model.state_dict().items())
+            for values in state.optimizer.state.values():
+                assert not values["momentum_buffer"].any()
+        train_step(state, images, labels)
+        states.append(state)
+    for ours, theirs in zip(states[0].model.parameters(), states[1].model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)  # gradients in float16 under two scales
+
+
 def test_label_smoothing_is_for_training_alone(plan: DevicePlan) -> None:
     state = linear_state(plan, label_smoothing=0.5)
     data = list(batches(2))
