@@ -58,7 +58,7 @@ class TrainState:
     label_smoothing: float = 0.0
     grad_clip_norm: float = 0.0
     accumulate: int = 1
-    """Pieces of a batch whose gradients are added up."""
+    """Pieces of a batch whose gradients are added up; their sizes differ by at most one."""
     ema: Ema | None = None
     step: int = 0
     """Optimizer steps done."""
@@ -139,7 +139,7 @@ def train_step(state: TrainState, images: Tensor, targets: Tensor) -> Tensor:
     for group in state.optimizer.param_groups:
         group["lr"] = state.schedule(state.step)
     logits = []
-    for some, wanted in zip(images.chunk(state.accumulate), targets.chunk(state.accumulate), strict=True):
+    for some, wanted in zip(images.tensor_split(state.accumulate), targets.tensor_split(state.accumulate), strict=True):
         with state.plan.autocast():
             logits.append(state.forward(some))
             loss = functional.cross_entropy(logits[-1].float(), wanted, label_smoothing=state.label_smoothing)
