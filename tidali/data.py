@@ -19,6 +19,8 @@ from tidali.cache import CachedBatches, PixelCache, fill_cache
 from tidali.config import CacheChoice, Kernel
 from tidali.console import progress_bar
 from tidali.contract import Dataset, Split, parse_image_size
+from tidali.device import ranks_on_machine
+from tidali.distributed import Ranks
 from tidali.errors import UsageError
 from tidali.order import refuse_partial_batch
 from tidali.sizes import SizePlan
@@ -116,12 +118,15 @@ class Data:
         cache: CacheChoice = "auto",
         max_res: int,
         max_bad: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """
         Args:
             splits: those that will be asked for.
             max_res: the largest resolution that will be asked for, in pixels.
             max_bad: images of a split that may be damaged and are then left out; 0.1 % of it by default.
+            ranks: those that share the splits, each with a `Data` of its own: the one with the least memory decides for all,
+                as the two routes cut a split differently.
 
         Raises:
             DatasetError: a split that is not there, or damaged beyond `max_bad`.
@@ -132,11 +137,12 @@ class Data:
         for split in splits:
             dataset = leave_out_bad(dataset, split, max_bad)
         self.dataset, self.device = dataset, device
+        free_bytes = free_memory_bytes(device)
         self.route = choose_route(
             cache,
             [dataset.split(split) for split in splits],
             max_res=max_res,
-            free_bytes=free_memory_bytes(device),
+            free_bytes=ranks.least(free_bytes, device) if ranks is not None else free_bytes,
             has_dali=dali_is_installed(),
         )
         self._caches: dict[str, PixelCache] = {}
@@ -230,9 +236,14 @@ def dali_is_installed() -> bool:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Of the GPU, or of this machine's memory within the container's limit."""
+    """Of the GPU, or this rank's share of the machine's memory within the container's limit."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # torch keeps what it freed, and the driver counts that as taken.
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _free_ram_bytes() // ranks_on_machine()
+
+
+def _free_ram_bytes() -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

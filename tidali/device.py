@@ -159,6 +159,16 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def ranks_on_machine() -> int:
+    """Ranks that torchrun started on this machine, which share its memory and cores; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def rank_threads() -> int:
+    """Cores for each rank on this machine, at least one."""
+    return max(cpu_count() // ranks_on_machine(), 1)
+
+
 def _cpu_name_and_flags() -> tuple[str, frozenset[str]]:
     try:
         text = Path("/proc/cpuinfo").read_text()

@@ -65,6 +65,7 @@ def wire(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks: Ran
         cache=settings.cache,
         max_res=max(settings.res, *sizes.sides),
         max_bad=settings.max_bad,
+        ranks=ranks,
     )
     common: dict[str, Any] = dict(
         res=settings.res, mean=mean, std=std, kernel=recipe.kernel, rank=ranks.rank, world_size=ranks.world_size
