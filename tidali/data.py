@@ -106,6 +106,28 @@ def choose_route(wish: CacheChoice, splits: Sequence[Split], *, max_res: int, fr
     return Route(cached=True, reason=stored, pixel_bytes=pixel_bytes, square=square)
 
 
+def against_streaming(
+    split: Split,
+    device: torch.device | None,
+    *,
+    kernel: Kernel = "pil",
+    sides: Sequence[int] = (),
+    augment: Augment | None = None,
+) -> str | None:
+    """Why a split cannot be streamed in this way, if it cannot.
+
+    Args:
+        sides: of the images given, in pixels.
+    """
+    if augment is not None and (augment != Augment(flip=augment.flip) or augment.flip == "alternating"):
+        return "streaming has random flips alone; other augmentation needs the cache (--cache device)"
+    by_dali = split.single_image_size is None or (device is not None and device.type != "cpu")
+    if by_dali and (kernel != "pil" or len(sides) > 1):
+        wish = f"kernel {kernel!r}" if kernel != "pil" else f"train_sizes {list(sides)}"
+        return f"{wish}: a stream that DALI resizes has the kernel 'pil' and one size; use --cache device"
+    return None
+
+
 class Data:
     """A data set on a device, ready to give batches of any of its splits at any resolution."""
 
@@ -192,8 +214,9 @@ class Data:
         from tidali.loader import StreamBatches
 
         augment = augment or Augment()
-        if augment != Augment(flip=augment.flip) or augment.flip == "alternating":
-            raise UsageError("streaming has random flips alone; other augmentation needs the cache (--cache device)")
+        obstacle = against_streaming(self.dataset.split(split), self.device, augment=augment)
+        if obstacle is not None:
+            raise UsageError(obstacle)
         if dtype != torch.float32:
             raise UsageError(f"streaming gives float32 alone; {dtype} needs the cache (--cache device)")
         return StreamBatches(self.dataset, split, flip=train and augment.flip == "random", device=self.device, **common)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tidali.augment import take
 from tidali.config import Kernel
 from tidali.contract import Dataset, Split
+from tidali.data import against_streaming
 from tidali.device import rank_threads
 from tidali.errors import TidaliError, UsageError
 from tidali.memory import keep_freed_memory
@@ -85,9 +86,9 @@ class StreamBatches:
             keep_freed_memory()
             if size is not None:
                 self._resample = {side: Resample(size, side, mean=mean, std=std, kernel=kernel) for side in self._sizes.sides}
-        if not self._resample and (kernel != "pil" or len(self._sizes.sides) > 1):
-            wish = f"kernel {kernel!r}" if kernel != "pil" else f"train_sizes {list(self._sizes.sides)}"
-            raise UsageError(f"{wish}: a stream that DALI resizes has the kernel 'pil' and one size; use --cache device")
+        obstacle = against_streaming(dataset.split(split), device, kernel=kernel, sides=self._sizes.sides)
+        if obstacle is not None:
+            raise UsageError(obstacle)
         self._epoch, self._run = 0, 0  # where the consumer is; runs are the pipeline's batches, dropped ones included
         self._resumed = False
         self._open(None)

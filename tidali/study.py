@@ -23,6 +23,7 @@ from tidali.checkpoint import SUFFIX, load_model
 from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, Recipe, Stem, TrainSettings
 from tidali.console import say
 from tidali.contract import Dataset, file_sha256
+from tidali.data import against_streaming, choose_route, dali_is_installed, free_memory_bytes
 from tidali.device import cpu_count, plan_device
 from tidali.environment import versions
 from tidali.errors import TidaliError, UsageError
@@ -33,6 +34,7 @@ from tidali.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, ima
 from tidali.resume import STATE_NAME
 from tidali.run_folder import write_json
 from tidali.served import ServedModel
+from tidali.sizes import SizePlan
 from tidali.study_page import write_study_page
 from tidali.study_rows import IMAGENET, ROWS, Row, needed_by, scaled
 from tidali.study_table import describe, markdown
@@ -113,6 +115,7 @@ class Study:
         if any(row.start == IMAGENET for row in needed_by(settings.rows)):
             self.find_weights()
         self.not_run: dict[str, str] = {}
+        self.obstacles = self.find_obstacles()
 
     def find_weights(self) -> None:
         """Look for the ImageNet weights before any row is trained; rows that need them are left out where there are none."""
@@ -131,6 +134,24 @@ class Study:
             say(f"rows that start from ImageNet are left out: {error}; or give --imagenet-weights PATH")
             return
         self.weights = {"name": IMAGENET_NAME, "path": IMAGENET, "sha256": file_sha256(imagenet_weights_path())}
+
+    def find_obstacles(self) -> dict[str, str]:
+        """Why rows cannot be trained, before hours go into those that they start from or follow."""
+        splits = [self.dataset.split(name) for name in ("train", self.split)]
+        free_bytes, obstacles = free_memory_bytes(self.plan.device), {}
+        for row in needed_by(self.settings.rows):
+            if row.recipe is None or all((self.folder(row.name, seed) / "summary.json").exists() for seed in self.seeds):
+                continue
+            sides = SizePlan.of(row.res, row.recipe.train_sizes).sides
+            route = choose_route(
+                self.settings.cache, splits, max_res=max(row.res, *sides), free_bytes=free_bytes, has_dali=dali_is_installed()
+            )
+            how: dict[str, Any] = dict(kernel=row.recipe.kernel, sides=sides, augment=row.recipe.augment)
+            obstacle = None if route.cached else against_streaming(splits[0], self.plan.device, **how)
+            if obstacle is not None:
+                obstacles[row.name] = f"{obstacle}; the cache is off: {route.reason}"
+                say(f"row {row.name} is left out: {obstacles[row.name]}")
+        return obstacles
 
     @property
     def stored_px(self) -> int | None:
@@ -230,6 +251,8 @@ class Study:
             return self.why_no_weights
         if row.start in self.not_run:
             return f"starts from row {row.start}, which was not run"
+        if row.name in self.obstacles:
+            return self.obstacles[row.name]
         if row.served and self.dataset.split(self.split).single_image_size is None:
             return "the images are of several sizes, and a served network takes one"
         return None
