@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -212,7 +213,7 @@ def prepared_ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.devic
     if device.type != "cuda":
         yield from batches
         return
-    side = torch.cuda.Stream(device)
+    side = _side_stream(device)
     side.wait_stream(torch.cuda.current_stream(device))  # the cache may still be on its way
 
     def queue_next() -> tuple[Tensor, Tensor] | None:
@@ -228,3 +229,9 @@ def prepared_ahead(batches: Iterator[tuple[Tensor, Tensor]], device: torch.devic
         following = queue_next()
         yield batch
         batch = following
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: the allocator keeps the freed memory of each stream for that stream alone."""
+    return torch.cuda.Stream(device)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tidali.errors import UsageError
 
@@ -30,6 +31,35 @@ MIN_RES_PX = 32
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """The constants that torchvision's ImageNet weights were trained with, on a 0..1 scale."""
+
+
+def _check_types(settings: Any, where: str = "") -> None:
+    """
+    Raises:
+        UsageError: a field of a dataclass holds what its annotation does not allow, as a file or ``--set`` may bring it.
+    """
+    kinds = get_type_hints(type(settings))
+    for field in fields(settings):
+        value, kind = getattr(settings, field.name), kinds[field.name]
+        if not _fits(value, kind):
+            wanted = f"none of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else f"no {field.type}"
+            raise UsageError(f"{where}{field.name} {value!r} is {wanted}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in parts
+    if origin is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        each = parts[:1] * len(value) if parts[-1] is ... else parts
+        return len(value) == len(each) and all(map(_fits, value, each))
+    if kind is float:
+        kind = (int, float)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +83,7 @@ class Augment:
     """Paste a rectangle of one image into another, its area from Beta(alpha, alpha). 0: never."""
 
     def __post_init__(self) -> None:
-        if self.flip not in ("none", "random", "alternating"):
-            raise UsageError(f"augment: flip {self.flip!r} is none of none, random, alternating")
+        _check_types(self, "augment: ")
         if self.shift_px < 0:
             raise UsageError(f"augment: shift_px {self.shift_px} must not be negative")
         for name, bounds, most in (("crop_scale", self.crop_scale or (1, 1), 1.0), ("crop_ratio", self.crop_ratio, math.inf)):
@@ -104,8 +133,8 @@ class Recipe:
     grad_clip_norm: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
     accumulate: int = 1
-    """Pieces that a batch is cut into, whose gradients are added up: less memory for the same step, but for batch norm, which
-    sees each piece by itself."""
+    """Pieces, as equal as can be, that a batch is cut into, whose gradients are added up: less memory for the same step, but
+    for batch norm, which sees each piece by itself."""
     normalise: bool
     """Subtract the mean and divide by the standard deviation; otherwise pixels are scaled to 0..1."""
     kernel: Kernel = "pil"
@@ -116,11 +145,14 @@ class Recipe:
     """``progressive``: an equal share of the epochs at each of `train_sizes`, in their order, the small and cheap ones
     first as a rule; ``mixed``: each step at one of them, drawn by seed, epoch and step, for one set of weights for all."""
     augment: Augment = Augment()
+    stem_bias: bool = False
+    """Give the small stem's convolution a bias, as the original study's fifth row has; batch norm takes it out again."""
     eval_flip: bool = False
     """Also score the last weights with the logits of each image and its mirror image averaged; reported beside the plain
     figure, which decides."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.epochs < 1:
             raise UsageError(f"--epochs {self.epochs}: at least 1")
         if self.batch_size < 2:
@@ -129,10 +161,18 @@ class Recipe:
             raise UsageError(f"--lr {self.lr}: must be above 0 and finite")
         if not 1 <= self.accumulate <= self.batch_size // 2:
             raise UsageError(f"accumulate {self.accumulate}: at least 1, and at least two of {self.batch_size} samples a piece")
-        if self.kernel not in ("pil", "opencv"):
-            raise UsageError(f"kernel {self.kernel!r} is none of pil, opencv")
-        if self.size_order not in ("progressive", "mixed"):
-            raise UsageError(f"size_order {self.size_order!r} is none of progressive, mixed")
+        if self.step_epochs < 1:
+            raise UsageError(f"step_epochs {self.step_epochs}: at least 1")
+        for name, most in (("momentum", 1), ("weight_decay", math.inf), ("warmup_epochs", math.inf), ("step_gamma", math.inf)):
+            if not 0 <= (value := getattr(self, name)) < most:
+                raise UsageError(f"{name} {value}: from 0 to below {most}")
+        for name, most in (("ema_decay", 1), ("grad_clip_norm", math.inf)):
+            if not 0 <= (value := getattr(self, name)) < most:
+                raise UsageError(f"{name} {value}: from 0, which is none, to below {most}")
+        if not 0 <= self.label_smoothing <= 1:
+            raise UsageError(f"label_smoothing {self.label_smoothing}: from 0 to 1")
+        if self.nesterov and not self.momentum:
+            raise UsageError("nesterov is a kind of momentum: with momentum 0 set nesterov=false too")
         for size in self.train_sizes:
             if size < MIN_RES_PX:
                 raise UsageError(f"train_sizes {list(self.train_sizes)}: at least {MIN_RES_PX} pixels each")
@@ -141,7 +181,14 @@ class Recipe:
 RECIPES = {
     # The original study: SGD 1e-3, momentum 0.9, StepLR(7, 0.1), batch 100, pixels in 0..1 without normalisation.
     "seed": Recipe(
-        name="seed", epochs=15, batch_size=100, lr=1e-3, schedule="step", normalise=False, augment=Augment(flip="random")
+        name="seed",
+        epochs=15,
+        batch_size=100,
+        lr=1e-3,
+        schedule="step",
+        normalise=False,
+        augment=Augment(flip="random"),
+        stem_bias=True,
     ),
     # Nesterov SGD with decay on weights only, label smoothing, warm-up and cosine, averaged weights: the ResNet practice of the
     # last years. The learning rate is 0.1 for 256 images, scaled linearly (Goyal et al., 2017, arXiv 1706.02677).
@@ -175,7 +222,14 @@ def make_recipe(name: str, **changes: Any) -> Recipe:
 
 
 def _recipe_from(document: Mapping[str, Any]) -> Recipe:
-    """A recipe as JSON has it: lists for tuples."""
+    """A recipe as JSON has it: lists for tuples.
+
+    Raises:
+        TypeError, KeyError: not a recipe.
+        UsageError: a value that cannot be right.
+    """
+    if not isinstance(document, Mapping) or not isinstance(document["augment"], Mapping):
+        raise TypeError("its recipe is not a table of fields")
 
     def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
@@ -258,7 +312,14 @@ class TrainSettings:
     """Also write what metrics.jsonl holds as TensorBoard events, under ``out``/tensorboard."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         check_res(self.res)
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed {self.seed}: from 0 to {2**32 - 1}")
+        if self.max_bad is not None and self.max_bad < 0:
+            raise UsageError(f"--max-bad {self.max_bad}: at least 0")
+        if not 0 < self.checkpoint_minutes < math.inf:
+            raise UsageError(f"checkpoint_minutes {self.checkpoint_minutes}: must be above 0 and finite")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -267,12 +328,14 @@ class TrainSettings:
     def from_dict(document: Mapping[str, Any], where: str) -> TrainSettings:
         """
         Raises:
-            UsageError: not the settings of a run, or of another version's.
+            UsageError: not the settings of a run, or of another version's, or values that cannot be right.
         """
         try:
             return TrainSettings(**{**document, "recipe": _recipe_from(document["recipe"])})
         except (TypeError, KeyError) as error:
             raise UsageError(f"{where}: not the settings of a training run ({error})") from None
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
 
 
 def check_res(res: int) -> None:

@@ -19,6 +19,8 @@ from tidali.cache import CachedBatches, PixelCache, fill_cache
 from tidali.config import CacheChoice, Kernel
 from tidali.console import progress_bar
 from tidali.contract import Dataset, Split, parse_image_size
+from tidali.device import ranks_on_machine
+from tidali.distributed import Ranks
 from tidali.errors import UsageError
 from tidali.order import refuse_partial_batch
 from tidali.sizes import SizePlan
@@ -104,6 +106,28 @@ def choose_route(wish: CacheChoice, splits: Sequence[Split], *, max_res: int, fr
     return Route(cached=True, reason=stored, pixel_bytes=pixel_bytes, square=square)
 
 
+def against_streaming(
+    split: Split,
+    device: torch.device | None,
+    *,
+    kernel: Kernel = "pil",
+    sides: Sequence[int] = (),
+    augment: Augment | None = None,
+) -> str | None:
+    """Why a split cannot be streamed in this way, if it cannot.
+
+    Args:
+        sides: of the images given, in pixels.
+    """
+    if augment is not None and (augment != Augment(flip=augment.flip) or augment.flip == "alternating"):
+        return "streaming has random flips alone; other augmentation needs the cache (--cache device)"
+    by_dali = split.single_image_size is None or (device is not None and device.type != "cpu")
+    if by_dali and (kernel != "pil" or len(sides) > 1):
+        wish = f"kernel {kernel!r}" if kernel != "pil" else f"train_sizes {list(sides)}"
+        return f"{wish}: a stream that DALI resizes has the kernel 'pil' and one size; use --cache device"
+    return None
+
+
 class Data:
     """A data set on a device, ready to give batches of any of its splits at any resolution."""
 
@@ -116,12 +140,15 @@ class Data:
         cache: CacheChoice = "auto",
         max_res: int,
         max_bad: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """
         Args:
             splits: those that will be asked for.
             max_res: the largest resolution that will be asked for, in pixels.
             max_bad: images of a split that may be damaged and are then left out; 0.1 % of it by default.
+            ranks: those that share the splits, each with a `Data` of its own: the one with the least memory decides for all,
+                as the two routes cut a split differently.
 
         Raises:
             DatasetError: a split that is not there, or damaged beyond `max_bad`.
@@ -132,11 +159,12 @@ class Data:
         for split in splits:
             dataset = leave_out_bad(dataset, split, max_bad)
         self.dataset, self.device = dataset, device
+        free_bytes = free_memory_bytes(device)
         self.route = choose_route(
             cache,
             [dataset.split(split) for split in splits],
             max_res=max_res,
-            free_bytes=free_memory_bytes(device),
+            free_bytes=ranks.least(free_bytes, device) if ranks is not None else free_bytes,
             has_dali=dali_is_installed(),
         )
         self._caches: dict[str, PixelCache] = {}
@@ -186,8 +214,9 @@ class Data:
         from tidali.loader import StreamBatches
 
         augment = augment or Augment()
-        if augment != Augment(flip=augment.flip) or augment.flip == "alternating":
-            raise UsageError("streaming has random flips alone; other augmentation needs the cache (--cache device)")
+        obstacle = against_streaming(self.dataset.split(split), self.device, augment=augment)
+        if obstacle is not None:
+            raise UsageError(obstacle)
         if dtype != torch.float32:
             raise UsageError(f"streaming gives float32 alone; {dtype} needs the cache (--cache device)")
         return StreamBatches(self.dataset, split, flip=train and augment.flip == "random", device=self.device, **common)
@@ -230,9 +259,14 @@ def dali_is_installed() -> bool:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Of the GPU, or of this machine's memory within the container's limit."""
+    """Of the GPU, or this rank's share of the machine's memory within the container's limit."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # torch keeps what it freed, and the driver counts that as taken.
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _free_ram_bytes() // ranks_on_machine()
+
+
+def _free_ram_bytes() -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

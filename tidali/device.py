@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from tidali.config import AmpChoice, CompileChoice, DeviceChoice
-from tidali.errors import TidaliError
+from tidali.errors import TidaliError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +76,32 @@ def choose_amp(facts: DeviceFacts, wish: AmpChoice) -> tuple[torch.dtype | None,
 
 
 def choose_compile(facts: DeviceFacts, wish: CompileChoice) -> tuple[bool, str]:
-    """On CUDA yes; on a CPU no: Inductor's convolutions are oneDNN's anyway, and it measured slower than eager there."""
+    """On CUDA yes; on a CPU no: Inductor's convolutions are oneDNN's anyway, and it measured slower than eager there.
+
+    Raises:
+        TidaliError: it was asked for where it cannot be had.
+    """
+    if wish == "off":
+        return False, "--compile off"
+    obstacle = _against_compiling(facts)
     if wish != "auto":
-        return wish != "off", f"--compile {wish}"
+        if obstacle is not None:
+            raise TidaliError(f"--compile {wish}: {obstacle}; or use --compile off")
+        return True, f"--compile {wish}"
     if facts.type != "cuda":
         return False, "eager is faster on a CPU (57 against 47 img/s at 224 px, measured on two cores)"
+    return (False, obstacle) if obstacle is not None else (True, "pays on CUDA")
+
+
+def _against_compiling(facts: DeviceFacts) -> str | None:
+    """Why torch.compile cannot work, if it cannot."""
+    if facts.capability is not None and facts.capability < (7, 0):
+        major, minor = facts.capability
+        return f"Triton needs a GPU of compute capability 7.0, {facts.name} has {major}.{minor}"
     if not facts.has_compiler:
-        return False, "no C compiler on PATH, which Triton needs; install gcc to gain its speed"
-    return True, "pays on CUDA"
+        user = "Triton" if facts.type == "cuda" else "Inductor"
+        return f"no C compiler on PATH, which {user} needs; install gcc to gain its speed"
+    return None
 
 
 def describe_device(wish: DeviceChoice) -> DeviceFacts:
@@ -91,13 +109,19 @@ def describe_device(wish: DeviceChoice) -> DeviceFacts:
 
     Raises:
         TidaliError: ``cuda`` was asked for and cannot be had.
+        UsageError: torchrun started more ranks than there are GPUs.
     """
     has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
     if wish == "cuda" and not torch.cuda.is_available():
         cause = "this torch is built without CUDA" if torch.version.cuda is None else "no usable NVIDIA GPU or driver was found"
         raise TidaliError(f"--device cuda: {cause}; use --device cpu, or 'auto' to take a GPU only where there is one")
     if wish != "cpu" and torch.cuda.is_available():
-        index = int(os.environ.get("LOCAL_RANK", "0"))
+        index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if index >= count:
+            raise UsageError(
+                f"torchrun started local rank {index}, and {count} GPUs are visible; "
+                f"give it --nproc-per-node {count}, or use --device cpu"
+            )
         return DeviceFacts(
             type="cuda",
             name=torch.cuda.get_device_name(index),
@@ -112,7 +136,8 @@ def plan_device(device: DeviceChoice, amp: AmpChoice, compile: CompileChoice) ->
     """Describe the device and decide precision and compilation for it.
 
     Raises:
-        TidaliError: ``cuda`` was asked for and cannot be had.
+        TidaliError: ``cuda`` was asked for, or compilation, and cannot be had.
+        UsageError: torchrun started more ranks than there are GPUs.
     """
     facts = describe_device(device)
     amp_dtype, amp_reason = choose_amp(facts, amp)
@@ -132,6 +157,16 @@ def plan_device(device: DeviceChoice, amp: AmpChoice, compile: CompileChoice) ->
 def cpu_count() -> int:
     """Cores that this process may use, which is fewer than the machine's under taskset or a container."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ranks_on_machine() -> int:
+    """Ranks that torchrun started on this machine, which share its memory and cores; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def rank_threads() -> int:
+    """Cores for each rank on this machine, at least one."""
+    return max(cpu_count() // ranks_on_machine(), 1)
 
 
 def _cpu_name_and_flags() -> tuple[str, frozenset[str]]:

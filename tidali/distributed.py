@@ -51,6 +51,14 @@ class Ranks:
             return flag
         return bool(self.sum_(torch.tensor([float(flag)], device=device)).item())
 
+    def least(self, value: int, device: torch.device) -> int:
+        """The smallest of every rank's values: what lets all of them decide alike. Waits for the device."""
+        if self.world_size == 1:
+            return value
+        smallest = torch.tensor([value], dtype=torch.int64, device=device)
+        distributed.all_reduce(smallest, op=distributed.ReduceOp.MIN)
+        return int(smallest.item())
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
         if self.world_size == 1:

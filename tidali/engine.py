@@ -58,7 +58,7 @@ class TrainState:
     label_smoothing: float = 0.0
     grad_clip_norm: float = 0.0
     accumulate: int = 1
-    """Pieces of a batch whose gradients are added up."""
+    """Pieces of a batch whose gradients are added up; their sizes differ by at most one."""
     ema: Ema | None = None
     step: int = 0
     """Optimizer steps done."""
@@ -99,6 +99,10 @@ def make_train_state(
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD(groups, lr=schedule(0), momentum=momentum, nesterov=nesterov, fused=True)
+    if momentum:
+        # Left to its first step, the fused optimizer allocates them unwritten, and a step that overflowed leaves them so.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     wrapped = model if ranks is None else ranks.wrap(model)
     return TrainState(
         model=model,
@@ -135,7 +139,7 @@ def train_step(state: TrainState, images: Tensor, targets: Tensor) -> Tensor:
     for group in state.optimizer.param_groups:
         group["lr"] = state.schedule(state.step)
     logits = []
-    for some, wanted in zip(images.chunk(state.accumulate), targets.chunk(state.accumulate), strict=True):
+    for some, wanted in zip(images.tensor_split(state.accumulate), targets.tensor_split(state.accumulate), strict=True):
         with state.plan.autocast():
             logits.append(state.forward(some))
             loss = functional.cross_entropy(logits[-1].float(), wanted, label_smoothing=state.label_smoothing)

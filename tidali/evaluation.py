@@ -63,7 +63,7 @@ def evaluate_checkpoint(
     model.to(plan.device)
     rows = []
     with joined_ranks(plan.device.type) as ranks:
-        data = Data(dataset, (split,), plan.device, cache=cache, max_res=max(resolutions), max_bad=max_bad)
+        data = Data(dataset, (split,), plan.device, cache=cache, max_res=max(resolutions), max_bad=max_bad, ranks=ranks)
         for res in resolutions:
             batches = data.batches(
                 split,

@@ -13,7 +13,8 @@ from torch import Tensor
 from tidali.augment import take
 from tidali.config import Kernel
 from tidali.contract import Dataset, Split
-from tidali.device import cpu_count
+from tidali.data import against_streaming
+from tidali.device import rank_threads
 from tidali.errors import TidaliError, UsageError
 from tidali.memory import keep_freed_memory
 from tidali.order import check_order, refuse_partial_batch
@@ -55,7 +56,7 @@ class StreamBatches:
             res: side of the images given, in pixels.
             batch_size: of this rank.
             mean, std: per RGB channel on a 0..1 scale; the defaults give pixels in 0..1.
-            num_threads: of DALI; the process's cores by default.
+            num_threads: of DALI; this rank's share of the cores by default.
             kernel, sizes: as in `tidali.cache.CachedBatches`; where DALI resizes, its own kernel and one size alone.
 
         Raises:
@@ -76,7 +77,7 @@ class StreamBatches:
             world_size=world_size,
             seed=seed,
         )
-        self._num_threads = num_threads or cpu_count()
+        self._num_threads = num_threads or rank_threads()
         self._placement = placement_on(device)
         self._resample: dict[int, Resample] = {}  # by side; empty where DALI resizes
         self._sizes = sizes if sizes is not None else SizePlan.of(res)
@@ -85,9 +86,9 @@ class StreamBatches:
             keep_freed_memory()
             if size is not None:
                 self._resample = {side: Resample(size, side, mean=mean, std=std, kernel=kernel) for side in self._sizes.sides}
-        if not self._resample and (kernel != "pil" or len(self._sizes.sides) > 1):
-            wish = f"kernel {kernel!r}" if kernel != "pil" else f"train_sizes {list(self._sizes.sides)}"
-            raise UsageError(f"{wish}: a stream that DALI resizes has the kernel 'pil' and one size; use --cache device")
+        obstacle = against_streaming(dataset.split(split), device, kernel=kernel, sides=self._sizes.sides)
+        if obstacle is not None:
+            raise UsageError(obstacle)
         self._epoch, self._run = 0, 0  # where the consumer is; runs are the pipeline's batches, dropped ones included
         self._resumed = False
         self._open(None)
@@ -214,7 +215,7 @@ def decoded_forever(
         square=square,
         rank=0,
         world_size=1,
-        num_threads=num_threads or cpu_count(),
+        num_threads=num_threads or rank_threads(),
         placement=placement_on(device),
     )
     build(pipe, dataset, split)

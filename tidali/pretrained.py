@@ -12,7 +12,7 @@ from torchvision.models import ResNet18_Weights
 
 from tidali.checkpoint import SUFFIX, find_checkpoint, load_checkpoint, read_safetensors
 from tidali.config import IMAGENET_MEAN, IMAGENET_STD, StemInit
-from tidali.contract import Dataset
+from tidali.contract import Dataset, file_sha256
 from tidali.errors import TidaliError, UsageError, first_line
 from tidali.models import LoadReport, load_matching, weights_only
 
@@ -33,15 +33,20 @@ def imagenet_weights() -> dict[str, Tensor]:
     """torchvision's ``ResNet18_Weights.IMAGENET1K_V1``, from its cache or downloaded, its hash checked.
 
     Raises:
-        TidaliError: it is not in the cache and cannot be downloaded.
+        TidaliError: it is not in the cache and cannot be downloaded, or what is there is something else.
     """
-    weights = ResNet18_Weights.IMAGENET1K_V1
+    weights, path = ResNet18_Weights.IMAGENET1K_V1, imagenet_weights_path()
     try:
+        # torch checks only what it downloads itself; the name ends in the first digits of the hash.
+        if path.exists() and not file_sha256(path).startswith(path.stem.rpartition("-")[2]):
+            raise TidaliError(
+                f"--init imagenet: {path} is damaged or another file (its SHA-256 is not that of its name); remove it"
+            )
         return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except (URLError, OSError, RuntimeError) as error:
         raise TidaliError(
             f"--init imagenet: cannot download the weights ({first_line(error)}); "
-            f"put {weights.url} at {imagenet_weights_path()}, or give --init PATH"
+            f"put {weights.url} at {path}, or give --init PATH"
         ) from None
 
 

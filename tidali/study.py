@@ -1,11 +1,13 @@
 """The transfer-learning study: its rows trained in order, measured, and put into one table.
 
-The study's folder holds ``runs/ROW-seedN``, each an ordinary run folder, and ``study.json``, ``study.md`` and ``study.html``;
-the first two are written anew after each row. Run again, it keeps what is finished and goes on with what was stopped.
+The study's folder holds ``runs/ROW-seedN``, each an ordinary run folder, and ``runs/inputs.json``, the hashes of what each was
+made from; then ``study.json`` and ``study.md``, which are written anew after each row, and ``study.html``. Run again, it keeps
+what is finished and goes on with what was stopped.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import statistics
@@ -21,6 +23,7 @@ from tidali.checkpoint import SUFFIX, load_model
 from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, Recipe, Stem, TrainSettings
 from tidali.console import say
 from tidali.contract import Dataset, file_sha256
+from tidali.data import against_streaming, choose_route, dali_is_installed, free_memory_bytes
 from tidali.device import cpu_count, plan_device
 from tidali.environment import versions
 from tidali.errors import TidaliError, UsageError
@@ -31,6 +34,7 @@ from tidali.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, ima
 from tidali.resume import STATE_NAME
 from tidali.run_folder import write_json
 from tidali.served import ServedModel
+from tidali.sizes import SizePlan
 from tidali.study_page import write_study_page
 from tidali.study_rows import IMAGENET, ROWS, Row, needed_by, scaled
 from tidali.study_table import describe, markdown
@@ -38,6 +42,7 @@ from tidali.train import train
 from tidali.wiring import selection_split
 
 DOCUMENT_VERSION = 1
+INPUTS_NAME = "inputs.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +88,7 @@ def run_study(settings: StudySettings, dataset: Dataset, *, command: str) -> dic
 
     Raises:
         UsageError, TidaliError: the settings, the data or the device do not allow it, or a finished row in the folder was made
-            with other settings.
+            with other settings, or from other images or weights.
         Interrupted: it was asked to stop; run again, it goes on.
     """
     study = Study(settings, dataset)
@@ -110,6 +115,7 @@ class Study:
         if any(row.start == IMAGENET for row in needed_by(settings.rows)):
             self.find_weights()
         self.not_run: dict[str, str] = {}
+        self.obstacles = self.find_obstacles()
 
     def find_weights(self) -> None:
         """Look for the ImageNet weights before any row is trained; rows that need them are left out where there are none."""
@@ -128,6 +134,30 @@ class Study:
             say(f"rows that start from ImageNet are left out: {error}; or give --imagenet-weights PATH")
             return
         self.weights = {"name": IMAGENET_NAME, "path": IMAGENET, "sha256": file_sha256(imagenet_weights_path())}
+
+    def find_obstacles(self) -> dict[str, str]:
+        """Why rows cannot be trained, before hours go into those that they start from or follow."""
+        splits = [self.dataset.split(name) for name in ("train", self.split)]
+        free_bytes, obstacles = free_memory_bytes(self.plan.device), {}
+        for row in needed_by(self.settings.rows):
+            if row.recipe is None or all((self.folder(row.name, seed) / "summary.json").exists() for seed in self.seeds):
+                continue
+            sides = SizePlan.of(row.res, row.recipe.train_sizes).sides
+            route = choose_route(
+                self.settings.cache, splits, max_res=max(row.res, *sides), free_bytes=free_bytes, has_dali=dali_is_installed()
+            )
+            how: dict[str, Any] = dict(kernel=row.recipe.kernel, sides=sides, augment=row.recipe.augment)
+            obstacle = None if route.cached else against_streaming(splits[0], self.plan.device, **how)
+            if obstacle is not None:
+                obstacles[row.name] = f"{obstacle}; the cache is off: {route.reason}"
+                say(f"row {row.name} is left out: {obstacles[row.name]}")
+        return obstacles
+
+    @property
+    def stored_px(self) -> int | None:
+        """Side of the stored images where they all are squares of one size."""
+        size = self.dataset.split(self.split).single_image_size
+        return size[0] if size is not None and size[0] == size[1] else None
 
     def describe_all(self, command: str) -> dict[str, Any]:
         """The document without its rows."""
@@ -160,7 +190,7 @@ class Study:
         """Train or evaluate a row, and say what came of it."""
         recipe = scaled(row.recipe, self.settings.epochs_scale) if row.recipe is not None else None
         found: dict[str, Any] = {
-            **describe(row, recipe),
+            **describe(row, recipe, stored_px=self.stored_px),
             "gmacs": self.gmacs(row.stem, row.res),
             "status": "not run",
             "reason": self.reason_against(row),
@@ -221,6 +251,8 @@ class Study:
             return self.why_no_weights
         if row.start in self.not_run:
             return f"starts from row {row.start}, which was not run"
+        if row.name in self.obstacles:
+            return self.obstacles[row.name]
         if row.served and self.dataset.split(self.split).single_image_size is None:
             return "the images are of several sizes, and a served network takes one"
         return None
@@ -231,12 +263,13 @@ class Study:
     def trained(self, row: Row, recipe: Recipe, seed: int) -> dict[str, Any]:
         """The summary of a row's run: of the one that is there, of one that goes on, or of a new one."""
         folder = self.folder(row.name, seed)
-        start = row.start
+        start, start_sha256 = row.start, None
         if start == IMAGENET:
             assert self.weights is not None
-            start = self.weights["path"]
+            start, start_sha256 = self.weights["path"], self.weights["sha256"]
         elif start != "none":
-            start = str(self.folder(start, seed) / f"best{SUFFIX}")
+            best = self.folder(start, seed) / f"best{SUFFIX}"
+            start, start_sha256 = str(best), file_sha256(best)
         wanted = TrainSettings(
             data=self.settings.data,
             out=str(folder),
@@ -254,13 +287,40 @@ class Study:
         summary = folder / "summary.json"
         if summary.exists() or (folder / STATE_NAME).exists():
             refuse_other_settings(folder, wanted)
-        elif folder.exists():
-            shutil.rmtree(folder)  # killed before its first state was whole
+            self.refuse_other_inputs(folder, start_sha256)
+        else:
+            if folder.exists():
+                shutil.rmtree(folder)  # killed before its first state was whole
+            self.record_inputs(folder, start_sha256)
         if summary.exists():
             say(f"row {row.name}, seed {seed}: kept, finished before ({folder})")
         else:
             train(wanted, self.dataset, resume=folder.exists())
         return dict(json.loads(summary.read_text(encoding="utf-8")))
+
+    def inputs(self, start_sha256: str | None) -> dict[str, str | None]:
+        """The hashes of what decides a run besides its settings, under the names that people know them by."""
+        return {
+            "starting weights": start_sha256,
+            **{f"{name} images": _content_hash(self.dataset, name) for name in ("train", self.split)},
+        }
+
+    def record_inputs(self, folder: Path, start_sha256: str | None) -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_json(folder.parent / INPUTS_NAME, {**_read(folder.parent / INPUTS_NAME), folder.name: self.inputs(start_sha256)})
+
+    def refuse_other_inputs(self, folder: Path, start_sha256: str | None) -> None:
+        """
+        Raises:
+            UsageError: the run in the folder was made from other images or weights, or nothing says from which.
+        """
+        recorded, asked = _read(folder.parent / INPUTS_NAME).get(folder.name, {}), self.inputs(start_sha256)
+        different = [name for name, value in asked.items() if recorded.get(name) != value]
+        if different:
+            raise UsageError(
+                f"{folder}: made from other {' and '.join(different)}, by the hashes in {folder.parent / INPUTS_NAME}; "
+                f"give another --out, or remove the folder to train it anew"
+            )
 
     def evaluate_only(self, row: Row, seed: int, which: str) -> float:
         """Top-1 % of the last or the best weights of the row that this one starts from."""
@@ -270,8 +330,9 @@ class Study:
     def measured(self, checkpoint: Path, res: int, *, served: bool = False) -> float:
         """Top-1 % of a checkpoint, kept beside it so that it is measured once."""
         kept = checkpoint.parent / "evaluations.json"
-        known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-        key = f"{file_sha256(checkpoint)} {self.split} at {res}{' served' if served else ''}"
+        known = _read(kept)
+        how = "served" if served else self.plan.dtype_name
+        key = f"{file_sha256(checkpoint)} {self.split} {_content_hash(self.dataset, self.split)} at {res} {how}"
         if key not in known:
             options: dict[str, Any] = dict(split=self.split, device=self.settings.device)
             if served:
@@ -306,13 +367,7 @@ def refuse_other_settings(folder: Path, wanted: TrainSettings) -> None:
     """
 
     def comparable(settings: TrainSettings) -> dict[str, Any]:
-        init = Path(settings.init)
-        return {
-            **settings.to_dict(),
-            "data": str(Path(settings.data).resolve()),
-            "init": str(init.resolve()) if init.exists() else settings.init,
-            "out": "",
-        }
+        return {**settings.to_dict(), "data": "", "init": "", "out": ""}  # the first two are compared by their content
 
     where = folder / "config.json"
     try:
@@ -325,6 +380,22 @@ def refuse_other_settings(folder: Path, wanted: TrainSettings) -> None:
         raise UsageError(
             f"{folder}: made with other settings ({', '.join(different)}); give another --out, or remove it to train it anew"
         )
+
+
+def _content_hash(dataset: Dataset, split: str) -> str:
+    return hashlib.sha256(dataset.split(split).content.encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON document; empty where there is none.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not readable ({error}); remove it to have what it holds made anew") from None
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:

@@ -11,8 +11,12 @@ from tidali.study_rows import IMAGENET, Row
 COLUMNS = ("row", "setting", "published %", "last %", "best %", "mirrored too %", "GMACs", "images/s", "minutes")
 
 
-def describe(row: Row, recipe: Recipe | None) -> dict[str, Any]:
-    """What a row is, as study.json has it."""
+def describe(row: Row, recipe: Recipe | None, *, stored_px: int | None = None) -> dict[str, Any]:
+    """What a row is, as study.json has it.
+
+    Args:
+        stored_px: side of the stored images, which a served row takes as they are; None where they are no squares of one size.
+    """
     if row.served:
         setting = f"stored pixels in, resized to {row.res} px inside"
     elif recipe is None:
@@ -35,7 +39,7 @@ def describe(row: Row, recipe: Recipe | None) -> dict[str, Any]:
         "setting": setting,
         "stem": row.stem,
         "from": starts.get(row.start, f"row {row.start}"),
-        "input_px": 64 if row.served else row.res,
+        "input_px": stored_px if row.served else row.res,
         "network_px": row.res,
         "published_top1_percent": row.published_top1_percent,
     }

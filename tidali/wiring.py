@@ -49,9 +49,12 @@ def wire(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks: Ran
     """
     recipe = settings.recipe
     select_on = selection_split(dataset)
+    share = ranks.share(recipe.batch_size)
+    if recipe.accumulate > max(share // 2, 1):
+        raise UsageError(f"accumulate {recipe.accumulate}: a rank has {share} images a step, and needs two for each piece")
     sizes = SizePlan.of(settings.res, recipe.train_sizes, recipe.size_order, epochs=recipe.epochs, seed=settings.seed)
     torch.manual_seed(settings.seed)
-    stem_bias = recipe.name == "seed" and settings.stem == "small"  # the study's row 5 has one
+    stem_bias = recipe.stem_bias and settings.stem == "small"
     model = build_resnet18(len(dataset.manifest.classes), settings.stem, stem_bias=stem_bias)
     load_report, of_init = apply_init(model, settings.init, settings.stem_init)
     mean, std = choose_normalisation(recipe.normalise, of_init, dataset)
@@ -62,13 +65,14 @@ def wire(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks: Ran
         cache=settings.cache,
         max_res=max(settings.res, *sizes.sides),
         max_bad=settings.max_bad,
+        ranks=ranks,
     )
     common: dict[str, Any] = dict(
         res=settings.res, mean=mean, std=std, kernel=recipe.kernel, rank=ranks.rank, world_size=ranks.world_size
     )
     train_batches = data.batches(
         "train",
-        batch_size=ranks.share(recipe.batch_size),
+        batch_size=share,
         train=True,
         augment=recipe.augment,
         seed=settings.seed,

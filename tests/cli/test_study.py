@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torchvision
 from torchvision.models import ResNet18_Weights
 
+from tidali import study as study_module
 from tidali.config import make_recipe
+from tidali.contract import Dataset, open_dataset
+from tidali.study import Study, StudySettings
 from tidali.study_rows import ROWS, needed_by, scaled
 from tidali.study_table import cells, describe, markdown
 
@@ -112,6 +116,74 @@ def test_rows_are_run_in_order_kept_and_put_into_a_table(tidali, data: Path, wei
     other = tidali(*command[:-6], "--epochs-scale", 0.3, "--device", "cpu", "--out", out, "--imagenet-weights", weights)
     assert other.code == 2
     assert "made with other settings (recipe)" in other.stderr
+
+    # Other weights in the file of the same name: row 3 and all that follows from it would be stale.
+    torch.manual_seed(1)
+    inputs = out / "runs" / "inputs.json"
+    original = weights.read_bytes()
+    torch.save(torchvision.models.resnet18().state_dict(), weights)
+    stale = tidali(*command, "--imagenet-weights", weights)
+    weights.write_bytes(original)
+    assert stale.code == 2
+    assert f"3-seed0: made from other starting weights, by the hashes in {inputs}" in stale.stderr
+
+    # Row 3 trained anew is another start for row 4, by a file of the same name.
+    recorded = json.loads(inputs.read_text())
+    recorded["4-seed0"]["val images"] = "other"
+    inputs.write_text(json.dumps(recorded))
+    best = out / "runs" / "3-seed0" / "best.safetensors"
+    best.write_bytes((out / "runs" / "4-seed0" / "best.safetensors").read_bytes())
+    stale = tidali(*command, "--imagenet-weights", weights)
+    assert stale.code == 2
+    assert "4-seed0: made from other starting weights and val images" in stale.stderr
+
+
+def test_an_evaluation_is_kept_for_its_weights_its_images_and_its_precision(data: Path, tmp_path: Path, monkeypatch) -> None:
+    scores = iter(range(9))
+
+    def score(given: str, dataset: Dataset, **options: object) -> tuple[None, list[SimpleNamespace]]:
+        return None, [SimpleNamespace(score=SimpleNamespace(top1_percent=next(scores)))]
+
+    monkeypatch.setattr(study_module, "evaluate_checkpoint", score)
+    checkpoint = tmp_path / "best.safetensors"
+    checkpoint.write_bytes(b"weights")
+    settings = StudySettings(data=str(data), out=str(tmp_path), rows=("1",), device="cpu", amp="off")
+    dataset = open_dataset(data)
+    study = Study(settings, dataset)
+    assert [study.measured(checkpoint, 64) for _ in range(2)] == [0, 0]
+    assert Study(replace(settings, amp="bf16"), dataset).measured(checkpoint, 64) == 1
+    fewer = replace(dataset.split("val"), samples=9, shards=())
+    manifest = replace(dataset.manifest, splits={**dataset.manifest.splits, "val": fewer})
+    assert Study(settings, replace(dataset, manifest=manifest)).measured(checkpoint, 64) == 2
+    assert Study(settings, dataset).measured(checkpoint, 64) == 0
+
+
+def test_rows_that_a_stream_cannot_train_are_left_out_before_any_is(data: Path, tmp_path: Path, monkeypatch) -> None:
+    dataset = open_dataset(data)
+    settings = StudySettings(data=str(data), out=str(tmp_path), rows=("1", "3", "7"), device="cpu", cache="off")
+    settings = replace(settings, imagenet_weights=str(tmp_path / "w.pth"))
+    torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "w.pth")
+    study = Study(settings, dataset)
+    assert study.obstacles.keys() == {"7"}  # row 1 flips at random, and this CPU's stream has row 3's kernel
+    assert "random flips alone" in study.row(row("7"))["reason"]
+    assert study.not_run.keys() == {"7"}
+    assert not Study(replace(settings, cache="device"), dataset).obstacles
+    gpu = replace(study.plan, device=torch.device("cuda", 0))
+    monkeypatch.setattr(study_module, "plan_device", lambda *wishes: gpu)
+    monkeypatch.setattr(study_module, "free_memory_bytes", lambda device: 1)
+    for cache in ("off", "auto"):
+        found = Study(replace(settings, cache=cache), dataset).obstacles
+        assert found.keys() == {"3", "7"}
+        assert "kernel 'opencv': a stream that DALI resizes" in found["3"]
+    (tmp_path / "runs" / "7-seed0").mkdir(parents=True)
+    (tmp_path / "runs" / "7-seed0" / "summary.json").touch()
+    assert Study(settings, dataset).obstacles.keys() == {"3"}  # a finished row is kept
+
+
+def test_a_served_rows_input_is_what_is_stored() -> None:
+    assert describe(row("6"), None, stored_px=96)["input_px"] == 96
+    assert describe(row("6"), None)["input_px"] is None
+    assert describe(row("4"), row("4").recipe, stored_px=96)["input_px"] == 64
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tidali import cache
 from tidali.augment import AUGMENTS, Augment, Mix, erase, erase_boxes, mix_batch
 from tidali.cache import CachedBatches, PixelCache
 from tidali.config import IMAGENET_MEAN, IMAGENET_STD, Stem
@@ -22,13 +23,13 @@ def test_every_operation_stays_on_the_device(augment: Augment, res: int, dtype: 
     """Fake tensors refuse any operation on tensors of two devices and any value that the host would have to wait for."""
     with FakeTensorMode():
         device = torch.device("cuda", 0)
-        cache = PixelCache(
+        stored = PixelCache(
             pixels=torch.empty(1000, 64, 64, 3, dtype=torch.uint8, device=device),
             labels=torch.empty(1000, dtype=torch.int64, device=device),
             identity="fake",
         )
         loader = CachedBatches(
-            cache, res=res, batch_size=256, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype, train=True, augment=augment
+            stored, res=res, batch_size=256, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype, train=True, augment=augment
         )
         images, labels = next(loader._rest_of_epoch(0, 0))  # without the side stream, which needs a driver
         assert images.device == labels.device == device
@@ -52,13 +53,13 @@ def test_the_forward_pass_and_loss_stay_on_the_device(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     with FakeTensorMode():
         device = torch.device("cuda", 0)
-        cache = PixelCache(
+        stored = PixelCache(
             pixels=torch.empty(100, 64, 64, 3, dtype=torch.uint8, device=device),
             labels=torch.empty(100, dtype=torch.int64, device=device),
             identity="fake",
         )
         loader = CachedBatches(
-            cache, res=128, batch_size=32, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=images_dtype, train=True
+            stored, res=128, batch_size=32, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=images_dtype, train=True
         )
         images, labels = next(loader._rest_of_epoch(0, 0))
         with device:
@@ -75,3 +76,13 @@ def test_the_forward_pass_and_loss_stay_on_the_device(
         assert (features.dtype, logits.dtype, loss.dtype) == (dtype, dtype, torch.float32)
         assert (features.device, logits.device, loss.device) == (device, device, device)
         assert logits.shape == (32, 200)
+
+
+def test_every_epoch_is_prepared_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream's freed memory is kept for it alone, so a new stream each epoch would strand the last one's."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    cache._side_stream.cache_clear()
+    first, again, other = (cache._side_stream(torch.device("cuda", index)) for index in (0, 0, 1))
+    assert first is again
+    assert first is not other
+    cache._side_stream.cache_clear()

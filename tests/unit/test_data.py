@@ -13,6 +13,7 @@ import torch
 from shards.pack import pack
 from shards.scan import FileSource
 from tidali import data as data_module
+from tidali import device as device_module
 from tidali.augment import Augment
 from tidali.bad_images import find_bad
 from tidali.contract import Dataset, Split, open_dataset, read_record
@@ -67,6 +68,53 @@ def test_without_dali_everything_is_cached_and_streaming_refused() -> None:
 
 def test_free_memory_is_within_the_machines() -> None:
     assert MIB < free_memory_bytes(CPU) < 2**50
+
+
+def test_ranks_share_the_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "_free_ram_bytes", lambda: 100 * MIB)
+    assert free_memory_bytes(CPU) == 100 * MIB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory_bytes(CPU) == 25 * MIB
+    monkeypatch.setattr(device_module, "cpu_count", lambda: 6)
+    assert device_module.rank_threads() == 1
+
+
+def test_what_the_allocator_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("mem_get_info", (5 * MIB, 80 * MIB)), ("memory_reserved", 9 * MIB), ("memory_allocated", 2 * MIB)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert free_memory_bytes(torch.device("cuda", 0)) == 12 * MIB
+
+
+RANK = """
+import os, sys
+from pathlib import Path
+import torch
+from tidali import data as module
+from tidali.contract import open_dataset
+from tidali.distributed import joined_ranks
+
+module.free_memory_bytes = lambda device: (2**40, 2**10)[int(os.environ["RANK"])]
+with joined_ranks("cpu") as ranks:
+    data = module.Data(open_dataset(Path(sys.argv[1])), ("val",), torch.device("cpu"), max_res=64, ranks=ranks)
+    Path(sys.argv[2] + str(ranks.rank)).write_text(f"{data.route.cached}")
+"""
+
+
+@pytest.mark.slow
+def test_the_rank_with_the_least_memory_decides_for_all(demo_data: Path, tmp_path: Path) -> None:
+    """A rank that streams and one that has a cache would cut a split differently: images counted twice, or never."""
+    (tmp_path / "rank.py").write_text(RANK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "rank.py"), str(demo_data), str(tmp_path / "cached")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [(tmp_path / f"cached{rank}").read_text() for rank in range(2)] == ["False", "False"]
 
 
 def batches_of(dataset: Dataset, cache: str, *, res: int, max_bad: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

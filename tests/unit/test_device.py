@@ -7,7 +7,7 @@ import torch
 
 from tidali import device
 from tidali.device import DeviceFacts, choose_amp, choose_compile, describe_device, plan_device
-from tidali.errors import TidaliError
+from tidali.errors import TidaliError, UsageError
 
 H100 = DeviceFacts(type="cuda", name="H100", capability=(9, 0), has_compiler=True)
 A100 = DeviceFacts(type="cuda", name="A100", capability=(8, 0), has_compiler=True)
@@ -25,7 +25,7 @@ SAPPHIRE = DeviceFacts(type="cpu", name="Sapphire Rapids", cpu_flags=frozenset({
         (H100, torch.bfloat16, True),
         (A100, torch.bfloat16, True),
         (T4, torch.float16, True),
-        (P100, None, True),
+        (P100, None, False),
         (BARE_A100, torch.bfloat16, False),
         (OLD_CPU, None, False),
         (ZEN4, torch.bfloat16, False),
@@ -45,8 +45,26 @@ def test_a_wish_is_obeyed_and_named_as_the_reason(facts: DeviceFacts) -> None:
     assert choose_amp(facts, "off") == (None, "--amp off")
     assert choose_amp(facts, "bf16") == (torch.bfloat16, "--amp bf16")
     assert choose_amp(facts, "fp16") == (torch.float16, "--amp fp16")
-    assert choose_compile(facts, "on") == (True, "--compile on")
     assert choose_compile(facts, "off") == (False, "--compile off")
+
+
+@pytest.mark.parametrize("facts", [H100, T4, OLD_CPU], ids=lambda facts: facts.name)
+def test_compilation_is_had_where_it_is_asked_for(facts: DeviceFacts) -> None:
+    assert choose_compile(facts, "on") == (True, "--compile on")
+
+
+@pytest.mark.parametrize(
+    ("facts", "cause"),
+    [(P100, "compute capability 7.0, P100 has 6.0"), (BARE_A100, "no C compiler on PATH"), (SAPPHIRE, "no C compiler on PATH")],
+    ids=lambda value: value.name if isinstance(value, DeviceFacts) else "",
+)
+def test_compilation_that_cannot_work_is_refused(facts: DeviceFacts, cause: str) -> None:
+    assert choose_compile(facts, "off") == (False, "--compile off")
+    for wish in ("on", "max-autotune"):
+        with pytest.raises(TidaliError, match=f"--compile {wish}: .*{cause}.*--compile off"):
+            choose_compile(facts, wish)
+    if facts.type == "cuda":
+        assert cause in choose_compile(facts, "auto")[1]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +99,14 @@ def test_cuda_without_a_gpu_says_so_in_one_line(monkeypatch) -> None:
     with pytest.raises(TidaliError, match=r"--device cuda: this torch is built without CUDA"):
         describe_device("cuda")
     assert describe_device("auto").type == describe_device("cpu").type == "cpu"
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UsageError, match="local rank 2, and 2 GPUs are visible; give it --nproc-per-node 2"):
+        describe_device("auto")
 
 
 def test_this_cpu_is_described() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -11,11 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tidali.config import TrainSettings, make_recipe
+from tidali.contract import open_dataset
 from tidali.device import DevicePlan, plan_device
+from tidali.distributed import Ranks
 from tidali.engine import Ema, TrainState, evaluate, make_train_state, train_epoch, train_step
-from tidali.errors import TidaliError
+from tidali.errors import TidaliError, UsageError
 from tidali.metrics import Meter
 from tidali.models import build_resnet18
+from tidali.wiring import wire
 
 STEPS = 20
 
@@ -98,7 +103,7 @@ def test_twenty_steps_are_a_plain_loops(amp: Literal["off", "bf16"]) -> None:
 
 @pytest.mark.parametrize(("size", "accumulate"), [(8, 4), (10, 3)])
 def test_pieces_of_a_batch_add_up_to_its_gradient(plan: DevicePlan, size: int, accumulate: int) -> None:
-    """Where nothing looks across samples, as batch norm does. Pieces of 4, 4 and 2 count by their size."""
+    """Where nothing looks across samples, as batch norm does. Pieces of 4, 3 and 3 count by their size."""
     images, labels = next(batches(1, size=size))
     whole = linear_state(plan)
     pieces = linear_state(plan, accumulate=accumulate)
@@ -124,6 +129,20 @@ def test_batch_norm_sees_each_piece_by_itself(plan: DevicePlan) -> None:
     )
     train_step(state, images, labels)
     assert state.model[0].num_batches_tracked.item() == 2
+
+
+def test_no_piece_is_left_with_a_single_sample(plan: DevicePlan) -> None:
+    """Batch norm over one value a channel raises: 10 samples in 4 pieces are 3, 3, 2 and 2."""
+    images, labels = next(batches(1, size=10))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5), nn.BatchNorm1d(5))
+    settings = dict(momentum=0.0, nesterov=False, weight_decay=0.0, label_smoothing=0.0)
+    assert len(train_step(make_train_state(model, plan, lambda step: 0.1, accumulate=4, **settings), images, labels)) == 10
+
+
+def test_a_rank_needs_two_samples_for_each_piece(plan: DevicePlan, demo_data: Path) -> None:
+    settings = TrainSettings(data="", out="", recipe=make_recipe("seed", batch_size=40, accumulate=6))
+    with pytest.raises(UsageError, match="accumulate 6: a rank has 10 images a step"):
+        wire(settings, open_dataset(demo_data), plan, Ranks(world_size=4))
 
 
 def test_mirrored_images_are_averaged_in(plan: DevicePlan) -> None:
@@ -169,6 +188,26 @@ def test_the_model_stays_channels_last(plan: DevicePlan) -> None:
     convolutions = [parameter for parameter in state.model.parameters() if parameter.ndim == 4]
     assert len(convolutions) == 20
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
+
+
+def test_a_first_step_that_overflows_in_fp16_changes_nothing() -> None:
+    """Neither weights nor momentum: the step after it is the first step of a run without it, but for the loss's scale."""
+    images, labels = next(batches(1))
+    states = []
+    for overflows in (True, False):
+        torch.manual_seed(0)
+        state = linear_state(plan_device("cpu", "fp16", "off"), momentum=0.9, weight_decay=0.01)
+        if overflows:
+            before = copy.deepcopy(state.model.state_dict())
+            train_step(state, images * float("inf"), labels)
+            assert state.scaler.get_scale() == 2**15  # halved: the scaler saw it
+            assert all(torch.equal(tensor, before[name]) for name, tensor in state.model.state_dict().items())
+            for values in state.optimizer.state.values():
+                assert not values["momentum_buffer"].any()
+        train_step(state, images, labels)
+        states.append(state)
+    for ours, theirs in zip(states[0].model.parameters(), states[1].model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)  # gradients in float16 under two scales
 
 
 def test_label_smoothing_is_for_training_alone(plan: DevicePlan) -> None:

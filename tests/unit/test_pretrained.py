@@ -83,6 +83,20 @@ def test_offline_it_says_where_to_put_the_file(server: str, stock_file: Path, mo
     assert len(imagenet_weights()) == 122
 
 
+@pytest.mark.parametrize("content", [b"", b"not weights", None])
+def test_a_file_put_there_by_hand_is_checked(
+    server: str, stock_file: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    """Empty, garbage, and whole weights that are not those of the name."""
+    point_to(monkeypatch, "http://127.0.0.1:9/resnet18-0123abcd.pth")
+    imagenet_weights_path().parent.mkdir(parents=True)
+    imagenet_weights_path().write_bytes(stock_file.read_bytes() if content is None else content)
+    with pytest.raises(TidaliError) as refused:
+        imagenet_weights()
+    assert str(refused.value).startswith(f"--init imagenet: {imagenet_weights_path()} is damaged or another file")
+    assert "\n" not in str(refused.value)
+
+
 def test_a_file_with_a_head_of_a_thousand_classes_is_taken_for_imagenets(stock_file: Path, tmp_path: Path) -> None:
     assert file_weights(str(stock_file))[1] == (IMAGENET_MEAN, IMAGENET_STD)
     torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), tmp_path / "other.pth")

@@ -1,0 +1,81 @@
+"""Settings that cannot be right: each refused in one line that names the field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tidali.config import RECIPES, TrainSettings, change, make_recipe
+from tidali.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("recipe", "text", "complaint"),
+    [
+        ("modern", "momentum=0", "nesterov is a kind of momentum: with momentum 0 set nesterov=false too"),
+        ("seed", "momentum=1", "momentum 1: from 0 to below 1"),
+        ("modern", "weight_decay=-1", "weight_decay -1: from 0"),
+        ("modern", "warmup_epochs=-1", "warmup_epochs -1: from 0"),
+        ("seed", "step_epochs=0", "step_epochs 0: at least 1"),
+        ("seed", "step_gamma=-1", "step_gamma -1: from 0"),
+        ("modern", "label_smoothing=2", "label_smoothing 2: from 0 to 1"),
+        ("modern", "ema_decay=1", "ema_decay 1: from 0, which is none, to below 1"),
+        ("modern", "grad_clip_norm=-1", "grad_clip_norm -1: from 0"),
+        ("modern", "grad_clip_norm=NaN", "grad_clip_norm nan: from 0"),
+        ("modern", "schedule=flat", "schedule 'flat' is none of step, cosine"),
+        ("modern", "augment.crop_ratio=null", "augment: crop_ratio None is no tuple[float, float]"),
+        ("modern", 'augment.crop_scale=["a","b"]', "augment: crop_scale ('a', 'b') is no tuple[float, float] | None"),
+        ("modern", "augment.flip=up", "augment: flip 'up' is none of none, random, alternating"),
+    ],
+)
+def test_a_change_that_cannot_be_right(recipe: str, text: str, complaint: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        change(make_recipe(recipe), [text])
+    assert str(refused.value).startswith(complaint)
+
+
+@pytest.mark.parametrize(
+    "text", ["momentum=0.0", "augment.crop_scale=[0.08, 1]", "augment.crop_scale=null", "train_sizes=64,96"]
+)
+def test_a_change_that_can(text: str) -> None:
+    assert change(make_recipe("seed"), [text, "grad_clip_norm=1"]).grad_clip_norm == 1
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """Settings as a config.json brings them."""
+    settings = TrainSettings(data="d", out="o", recipe=make_recipe("modern")).to_dict()
+    return json.loads(json.dumps({**settings, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"recipe": "modern"}, "its recipe is not a table of fields"),
+        ({"recipe": {**document()["recipe"], "augment": []}}, "its recipe is not a table of fields"),
+        ({"recipe": {}}, "augment"),
+        ({"recipe": {**document()["recipe"], "kernel": "lanczos"}}, "kernel 'lanczos' is none of pil, opencv"),
+        ({"stem": "smal"}, "stem 'smal' is none of imagenet, small"),
+        ({"amp": "x"}, "amp 'x' is none of auto, bf16, fp16, off"),
+        ({"amp": ["off"]}, "amp ['off'] is none of"),
+        ({"res": "64"}, "res '64' is no int"),
+        ({"deterministic": 1}, "deterministic 1 is no bool"),
+        ({"seed": -1}, "--seed -1: from 0"),
+        ({"max_bad": -1}, "--max-bad -1: at least 0"),
+        ({"checkpoint_minutes": 0}, "checkpoint_minutes 0: must be above 0"),
+        ({"speed": 1}, "speed"),
+    ],
+)
+def test_a_config_file_that_cannot_be_right(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        TrainSettings.from_dict(document(**changes), "x/config.json")
+    assert str(refused.value).startswith("x/config.json: ")
+    assert complaint in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_settings_come_back_from_json() -> None:
+    for recipe in RECIPES.values():
+        settings = TrainSettings(data="d", out="o", recipe=change(recipe, ["train_sizes=64,96", "augment.crop_scale=[0.1, 1]"]))
+        assert TrainSettings.from_dict(json.loads(json.dumps(settings.to_dict())), "x") == settings
