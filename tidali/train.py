@@ -16,17 +16,16 @@ from torch import Tensor
 
 from tidali.augment import draw_mix, mix_batch
 from tidali.checkpoint import SUFFIX, save_checkpoint
-from tidali.config import TrainSettings
+from tidali.config import CacheChoice, TrainSettings
 from tidali.console import progress_bar, say
 from tidali.contract import Dataset
 from tidali.device import DevicePlan, plan_device
 from tidali.distributed import Ranks, joined_ranks
-from tidali.engine import EpochReport, evaluate, train_epoch
-from tidali.environment import versions
+from tidali.engine import EpochReport, all_finite, evaluate, train_epoch
 from tidali.errors import TidaliError
 from tidali.interrupt import Interrupted, StopRequest
 from tidali.metrics import JsonlLog, Meter, Score
-from tidali.resume import STATE_NAME, Progress, load_state, save_state
+from tidali.resume import STATE_NAME, Progress, load_state, save_state, saved_route
 from tidali.run_folder import RunResult, epoch_fields, make_run_folder, summary, write_json
 from tidali.tensorboard import TensorBoardLog, require_tensorboard
 from tidali.timing import Stopwatch
@@ -49,7 +48,8 @@ def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False) ->
     plan = plan_device(settings.device, settings.amp, settings.compile)
     set_numerics(settings.deterministic)
     with joined_ranks(plan.device.type) as ranks, StopRequest() as stop:
-        run = Run(settings, dataset, plan, ranks, stop)
+        cache = saved_route(Path(settings.out) / STATE_NAME) if resume else settings.cache
+        run = Run(settings, dataset, plan, ranks, stop, cache)
         run.open_folder(resume)
         while run.progress.epoch < settings.recipe.epochs:
             run.epoch()
@@ -59,14 +59,22 @@ def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False) ->
 class Run:
     """A training run in progress: what `train` goes through, epoch by epoch."""
 
-    def __init__(self, settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks: Ranks, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        dataset: Dataset,
+        plan: DevicePlan,
+        ranks: Ranks,
+        stop: StopRequest,
+        cache: CacheChoice,
+    ) -> None:
         """Make everything that can fail before anything is written."""
         self.settings, self.dataset, self.plan, self.ranks, self.stop = settings, dataset, plan, ranks, stop
         self.out = Path(settings.out)
         self.watch = Stopwatch()
         if settings.tensorboard:
             require_tensorboard()
-        self.parts = wire(settings, dataset, plan, ranks)
+        self.parts = wire(settings, dataset, plan, ranks, cache=cache)
         self.state, self.train_batches, self.select_on = self.parts.state, self.parts.train_batches, self.parts.select_on
         self.progress = Progress(images_per_s=[])
         self.meter = Meter(plan.device)
@@ -74,7 +82,7 @@ class Run:
     def open_folder(self, resume: bool) -> None:
         """Make the run folder, or go on from the state in it."""
         if resume:
-            self.progress, loader = load_state(self.out / STATE_NAME, self.state, self.meter, self.ranks.rank)
+            self.progress, loader = load_state(self.out / STATE_NAME, self.state, self.meter, self.parts.card, self.ranks.rank)
             self.train_batches.load_state_dict(loader)
         elif self.ranks.is_main:
             make_run_folder(self.out)
@@ -104,7 +112,7 @@ class Run:
                 nonlocal since_save
                 score = self.meter.peek()
                 if not math.isfinite(score.loss_sum):
-                    self.refuse_loss()
+                    self.refuse("loss is")
                 if not bar.disable and score.samples:
                     done = self.state.step - progress.epoch * len(self.train_batches)
                     rate = score.samples * self.ranks.world_size / watch.peek_s()
@@ -124,11 +132,13 @@ class Run:
             trained = train_epoch(
                 self.state, self.train_batches, self.meter, ranks=self.ranks, mix=self.mixer(), on_step=on_step
             )
+        if not math.isfinite(trained.score.loss_sum):  # on a GPU the last steps' loss is known only here
+            self.refuse("loss is")
 
         self.ranks.share_buffers(self.state.evaluated)
         score = self.evaluate()
         if not math.isfinite(score.loss_sum):
-            self.refuse_loss()
+            self.refuse("loss is")
         is_best = progress.best is None or score.correct1 > progress.best.correct1
         if is_best:
             progress.best, progress.best_epoch = score, number
@@ -167,9 +177,9 @@ class Run:
             return flag
         return self.state.step % RANKS_AGREE_STEPS == 0 and self.ranks.any(flag, self.plan.device)
 
-    def refuse_loss(self) -> None:
+    def refuse(self, what: str) -> None:
         saved = self.out / STATE_NAME
-        raise TidaliError(f"the loss is not finite by step {self.state.step}; the state before it is {saved}; try a lower --lr")
+        raise TidaliError(f"the {what} not finite by step {self.state.step}; the state before it is {saved}; try a lower --lr")
 
     def report_epoch(self, trained: EpochReport, score: Score, is_best: bool) -> None:
         """Weights, one line of metrics.jsonl, one line for people."""
@@ -197,14 +207,17 @@ class Run:
         )
 
     def save_state(self) -> None:
-        """Everything that `resume` needs, from rank 0, with every rank's place in the data; never weights that gave no loss."""
+        """Everything that `resume` needs, from rank 0, with every rank's place in the data; never weights that are not
+        finite or gave no loss: a step's loss is of the weights before it."""
         if not math.isfinite(self.meter.read().loss_sum):
-            self.refuse_loss()
+            self.refuse("loss is")
+        if not all_finite(self.state.model):
+            self.refuse("weights are")
         loaders = self.ranks.gather(self.train_batches.state_dict())
         if self.ranks.is_main:
             progress = replace(self.progress, seconds=self.progress.seconds + self.watch.elapsed_s())
             path = self.out / STATE_NAME
-            save_state(path, self.state, progress, self.meter, loaders, self.settings.to_dict(), versions())
+            save_state(path, self.state, progress, self.meter, loaders, self.parts.card)
 
     def finish(self) -> RunResult:
         """Write summary.json."""

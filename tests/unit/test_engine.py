@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from tidali.config import TrainSettings, make_recipe
 from tidali.contract import open_dataset
 from tidali.device import DevicePlan, plan_device
 from tidali.distributed import Ranks
-from tidali.engine import Ema, TrainState, evaluate, make_train_state, train_epoch, train_step
+from tidali.engine import Ema, TrainState, all_finite, evaluate, make_train_state, train_epoch, train_step
 from tidali.errors import TidaliError, UsageError
 from tidali.metrics import Meter
 from tidali.models import build_resnet18
@@ -269,10 +270,20 @@ def test_an_epoch_counts_and_reports(plan: DevicePlan) -> None:
     assert 0 <= report.data_wait_share <= 1
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(plan: DevicePlan) -> None:
+def test_a_loss_that_is_not_finite_is_the_epochs(plan: DevicePlan) -> None:
     images, labels = next(batches(1))
-    with pytest.raises(TidaliError, match="not finite by step 1; try a lower --lr"):
-        train_epoch(linear_state(plan), [(images * float("inf"), labels)], Meter(plan.device))
+    state = linear_state(plan)
+    assert all_finite(state.model)
+    report = train_epoch(state, [(images * float("inf"), labels), (images, labels)], Meter(plan.device))
+    assert not math.isfinite(report.score.loss_sum)
+    assert not all_finite(state.model)
+
+
+def test_statistics_that_are_not_finite_are_found() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    assert all_finite(model)
+    model[1].running_var[1] = float("inf")
+    assert not all_finite(model)
 
 
 def test_evaluation_counts_every_sample_once_and_learns_nothing(plan: DevicePlan) -> None:
