@@ -14,6 +14,7 @@ import typer
 from tidali import __version__, cli_bench, cli_data, cli_doctor, cli_model, cli_report, cli_study, cli_train, console
 from tidali.cli_examples import CommandWithExamples, ProgramWithExamples
 from tidali.errors import TidaliError, UsageError
+from tidali.interrupt import Interrupted
 
 app = typer.Typer(
     name="tidali",
@@ -87,6 +88,8 @@ def main() -> None:
     except TidaliError as error:
         if console.is_verbose():
             _print_traceback(error)
+        if isinstance(error, Interrupted) and not console.is_main_rank():
+            sys.exit(error.exit_code)  # all ranks stopped alike
         sys.exit(_fail(str(error), error.exit_code))
     except BrokenPipeError:  # the reader of our output has gone, as `tidali info DATA | head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -31,8 +31,10 @@ from tidali.tensorboard import TensorBoardLog, require_tensorboard
 from tidali.timing import Stopwatch
 from tidali.wiring import announce, wire
 
+RANKS_AGREE_S = 2.0
 RANKS_AGREE_STEPS = 20
-"""Ranks ask each other whether to stop or to save once in this many steps: asking makes each wait for its device."""
+"""Ranks ask each other whether to stop or to save: on CPUs after each step; on GPUs, where asking makes each wait for its
+device, about this often and at least once in this many steps. torchrun waits 30 s for a stop."""
 
 
 def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False) -> RunResult:
@@ -54,6 +56,13 @@ def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False) ->
         while run.progress.epoch < settings.recipe.epochs:
             run.epoch()
         return run.finish()
+
+
+def steps_between_questions(step_s: float, device: torch.device) -> int:
+    """After how many steps of this length ranks ask each other again: a number that must come out the same on all of them."""
+    if device.type == "cpu":
+        return 1
+    return min(max(int(RANKS_AGREE_S / max(step_s, 1e-6)), 1), RANKS_AGREE_STEPS)
 
 
 class Run:
@@ -98,6 +107,7 @@ class Run:
                 say(f"resumed at step {self.state.step}")
         if not resume:
             self.save_state()
+        self.asked_at, self.ask_at, self.since_asked = self.state.step, self.state.step + 1, Stopwatch()
 
     def epoch(self) -> None:
         """Train one epoch, or what is left of it; evaluate; save; say how it went."""
@@ -119,13 +129,14 @@ class Run:
                     note = f"loss {score.loss:.3f}  top-1 {score.top1_percent:.1f} %  {rate:.0f} images/s"
                     note += f"  waiting for data {100 * waited_s / watch.peek_s():.1f} %"
                     bar.update(task, completed=done, note=note)
-                if self.on_any_rank(self.stop.requested):
+                stop, save = self.agree(self.stop.requested, since_save.peek_s() > 60 * self.settings.checkpoint_minutes)
+                if stop:
                     self.save_state()
                     raise Interrupted(
                         f"stopped at step {self.state.step}; go on with 'tidali train --resume {self.out}'",
                         self.stop.signal_number or signal.SIGTERM,
                     )
-                if self.on_any_rank(since_save.peek_s() > 60 * self.settings.checkpoint_minutes):
+                if save:
                     self.save_state()
                     since_save = Stopwatch()
 
@@ -171,11 +182,17 @@ class Run:
 
         return mix
 
-    def on_any_rank(self, flag: bool) -> bool:
-        """Whether it holds on any rank, so that all of them do the same after the same step."""
+    def agree(self, *flags: bool) -> list[bool]:
+        """Whether each holds on any rank, so that all of them do the same after the same step; none between two questions."""
         if self.ranks.world_size == 1:
-            return flag
-        return self.state.step % RANKS_AGREE_STEPS == 0 and self.ranks.any(flag, self.plan.device)
+            return list(flags)
+        if self.state.step < self.ask_at:
+            return [False] * len(flags)
+        *agreed, asked_s = self.ranks.largest([*flags, self.since_asked.peek_s()], self.plan.device)
+        step_s = asked_s / (self.state.step - self.asked_at)
+        self.asked_at, self.since_asked = self.state.step, Stopwatch()
+        self.ask_at = self.asked_at + steps_between_questions(step_s, self.plan.device)
+        return [bool(flag) for flag in agreed]
 
     def refuse(self, what: str) -> None:
         saved = self.out / STATE_NAME
