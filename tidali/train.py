@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import statistics
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from tidali.checkpoint import SUFFIX, save_checkpoint
 from tidali.config import CacheChoice, TrainSettings
 from tidali.console import progress_bar, say
 from tidali.contract import Dataset
-from tidali.device import DevicePlan, plan_device
+from tidali.device import DevicePlan, plan_device, set_numerics
 from tidali.distributed import Ranks, joined_ranks
 from tidali.engine import EpochReport, all_finite, evaluate, train_epoch
 from tidali.errors import TidaliError
@@ -253,14 +252,3 @@ class Run:
         if self.ranks.is_main:
             write_json(self.out / "summary.json", summary(result, self.plan, self.select_on))
         return result
-
-
-def set_numerics(deterministic: bool) -> None:
-    """Process-wide switches. float32 products keep full precision unless autocast says otherwise (no TF32, torch's default for
-    matrix products; cuDNN's own default would allow it in convolutions)."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        # Without it cuBLAS refuses to run: torch's notes on reproducibility.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
