@@ -120,6 +120,10 @@ def compiled(model: nn.Module, plan: DevicePlan) -> Callable[[Tensor], Tensor]:
     """The one place that compiles: the whole graph at once, where DistributedDataParallel does not cut it into its buckets, and
     anew for each shape of a batch, which is faster than one program for all shapes."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_SHAPES)
+    if torch.are_deterministic_algorithms_enabled() and hasattr(torch._inductor.config, "deterministic"):
+        torch._inductor.config.deterministic = (
+            True  # otherwise it times kernels and takes the fastest, which may be another one
+        )
     whole = not isinstance(model, DistributedDataParallel)
     forward: Callable[[Tensor], Tensor] = torch.compile(model, fullgraph=whole, dynamic=False, mode=plan.compile_mode)
     return forward

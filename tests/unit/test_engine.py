@@ -17,7 +17,7 @@ from tidali.config import TrainSettings, make_recipe
 from tidali.contract import open_dataset
 from tidali.device import DevicePlan, plan_device
 from tidali.distributed import Ranks
-from tidali.engine import Ema, TrainState, all_finite, evaluate, make_train_state, train_epoch, train_step
+from tidali.engine import Ema, TrainState, all_finite, compiled, evaluate, make_train_state, train_epoch, train_step
 from tidali.errors import TidaliError, UsageError
 from tidali.metrics import Meter
 from tidali.models import build_resnet18
@@ -179,6 +179,17 @@ def test_each_size_is_compiled_once_and_its_seconds_are_told_apart() -> None:
         train_epoch(uncompiled, data, Meter(plan.device))
     for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)  # eight steps, fused sums in another order
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_deterministic_run_compiles_deterministically(monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
+    inductor = pytest.importorskip("torch._inductor.config")
+    if not hasattr(inductor, "deterministic"):
+        pytest.skip("this torch has no such mode")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    with inductor.patch(deterministic=False):
+        compiled(nn.Linear(2, 2), plan_device("cpu", "off", "on"))
+        assert inductor.deterministic is deterministic
 
 
 def test_the_model_stays_channels_last(plan: DevicePlan) -> None:
