@@ -15,6 +15,7 @@ import typer
 from tidali import __version__, cli_bench, cli_data, cli_doctor, cli_model, cli_report, cli_study, cli_train, console
 from tidali.cli_examples import CommandWithExamples, ProgramWithExamples
 from tidali.errors import TidaliError, UsageError
+from tidali.interrupt import Interrupted
 
 app = typer.Typer(
     name="tidali",
@@ -89,6 +90,8 @@ def main() -> None:
     except TidaliError as error:
         if console.is_verbose():
             _print_traceback(error)
+        if isinstance(error, Interrupted) and not console.is_main_rank():
+            sys.exit(error.exit_code)  # all ranks stopped alike
         sys.exit(_fail(str(error), error.exit_code))
     except BrokenPipeError:  # the reader of our output has gone, as `tidali info DATA | head` does
         _drop_output()

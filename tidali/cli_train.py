@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -213,7 +212,7 @@ def train(
 
 def _finish(settings: TrainSettings, *, resume: bool = False) -> None:
     """Train to the end and print what it came to."""
-    from tidali.console import print_table, say
+    from tidali.console import is_main_rank, print_table, say
     from tidali.source import open_data
     from tidali.train import train as run
 
@@ -228,11 +227,6 @@ def _finish(settings: TrainSettings, *, resume: bool = False) -> None:
         rows.append(("last, mirrored too", settings.recipe.epochs, *_score_cells(result.last_flip)))
     print_table(f"{result.out}", ("", "epoch", "top-1 %", "top-5 %", "loss"), rows)
     say(f"{result.images_per_s:.0f} images/s in training, {result.minutes:.1f} min in all")
-
-
-def is_main_rank() -> bool:
-    """Whether this process is the one of torchrun's that talks."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _saved_settings(path: Path, option: str) -> TrainSettings:
@@ -275,7 +269,7 @@ def eval_(
     """Score a checkpoint on a split at one or several resolutions; every sample counts exactly once."""
     resolutions = parse_resolutions(res) if res is not None else []
 
-    from tidali.console import print_table
+    from tidali.console import is_main_rank, print_table
     from tidali.evaluation import evaluate_checkpoint
     from tidali.source import open_data
 

@@ -320,6 +320,9 @@ class TrainSettings:
             raise UsageError(f"--max-bad {self.max_bad}: at least 0")
         if not 0 < self.checkpoint_minutes < math.inf:
             raise UsageError(f"checkpoint_minutes {self.checkpoint_minutes}: must be above 0 and finite")
+        if self.compile == "max-autotune" and self.recipe.accumulate > 1:
+            # Its CUDA graphs write a piece's logits and gradients over those of the one before (pytorch issues 169545, 96693).
+            raise UsageError(f"--compile max-autotune: not with accumulate {self.recipe.accumulate}; use --compile on")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

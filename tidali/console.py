@@ -1,10 +1,12 @@
 """What people see: messages and progress on standard error, results on standard output.
 
 ``tidali --quiet`` leaves out all messages but warnings, ``tidali --verbose`` adds details and the time that each line came at.
+Under torchrun one rank alone gives them; errors are each rank's own.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +50,11 @@ def silenced() -> Iterator[None]:
         set_verbosity(before)
 
 
+def is_main_rank() -> bool:
+    """Whether this process is the one of torchrun's that talks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def say(text: str) -> None:
     """One line on standard error, as it stands; not with ``--quiet``."""
     if _verbosity != "quiet":
@@ -66,6 +73,8 @@ def detail(text: str) -> None:
 
 
 def _print_message(text: str) -> None:
+    if not is_main_rank():
+        return
     messages.print(f"{now_s() - _start_s:7.2f} s  {text}" if is_verbose() else text, markup=False)
 
 
@@ -77,7 +86,7 @@ def progress_bar(*, note: bool = True, show: bool = True) -> Progress:
     if note:
         columns.append(TextColumn("{task.fields[note]}"))
     # Asked of the file: rich takes anything for a terminal where FORCE_COLOR is set, as build servers do.
-    show = show and _verbosity != "quiet" and sys.stderr.isatty()
+    show = show and is_main_rank() and _verbosity != "quiet" and sys.stderr.isatty()
     return Progress(*columns, console=messages, transient=True, disable=not show)
 
 

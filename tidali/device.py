@@ -154,6 +154,24 @@ def plan_device(device: DeviceChoice, amp: AmpChoice, compile: CompileChoice) ->
     )
 
 
+def set_numerics(deterministic: bool | None = None) -> None:
+    """Process-wide switches, the same wherever a network runs, so that a figure is the same wherever it is measured. float32
+    products keep full precision unless autocast says otherwise (no TF32, torch's default for matrix products; cuDNN's own
+    default would allow it in convolutions).
+
+    Args:
+        deterministic: None leaves it as it is.
+    """
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        # Without it cuBLAS refuses to run: torch's notes on reproducibility.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+
 def cpu_count() -> int:
     """Cores that this process may use, which is fewer than the machine's under taskset or a container."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

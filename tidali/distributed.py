@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tidali.errors import UsageError
+from tidali.interrupt import Interrupted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,14 @@ class Ranks:
             distributed.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether it holds on any rank: what lets all of them stop after the same step. Waits for the device."""
+    def largest(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """Of each of some values the largest of any rank: what lets all of them do the same after the same step. Waits for the
+        device."""
         if self.world_size == 1:
-            return flag
-        return bool(self.sum_(torch.tensor([float(flag)], device=device)).item())
+            return list(values)
+        found = torch.tensor(values, dtype=torch.float64, device=device)
+        distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+        return [float(value) for value in found.tolist()]
 
     def least(self, value: int, device: torch.device) -> int:
         """The smallest of every rank's values: what lets all of them decide alike. Waits for the device."""
@@ -102,7 +106,12 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(device_type: str) -> Iterator[Ranks]:
-    """Join the other ranks for the time of a run, by NCCL between GPUs and gloo between CPUs; one rank without torchrun."""
+    """Join the other ranks for the time of a run, by NCCL between GPUs and gloo between CPUs; one rank without torchrun.
+
+    The group is left in order after the work, or where all ranks stopped after the same step. A rank that failed leaves it as
+    it is: the others may be waiting in a collective, leaving could wait for them, and its error would never be printed.
+    torchrun ends them once it has exited.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         yield Ranks()
@@ -113,8 +122,10 @@ def joined_ranks(device_type: str) -> Iterator[Ranks]:
     distributed.init_process_group("nccl" if device_type == "cuda" else "gloo")
     try:
         yield ranks
-    finally:
+    except Interrupted:
         distributed.destroy_process_group()
+        raise
+    distributed.destroy_process_group()
 
 
 def add_up(rank: int, backend: str, world_size: int, folder: str) -> None:

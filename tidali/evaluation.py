@@ -12,7 +12,7 @@ from tidali.checkpoint import ModelCard, find_checkpoint, load_model
 from tidali.config import AmpChoice, CacheChoice, DeviceChoice, check_res
 from tidali.contract import Dataset
 from tidali.data import Data, fill
-from tidali.device import plan_device
+from tidali.device import plan_device, set_numerics
 from tidali.distributed import joined_ranks
 from tidali.engine import evaluate
 from tidali.errors import UsageError
@@ -60,6 +60,7 @@ def evaluate_checkpoint(
     for res in resolutions:
         check_res(res)
     plan = plan_device(device, amp, "off")
+    set_numerics()
     model.to(plan.device)
     rows = []
     with joined_ranks(plan.device.type) as ranks:
@@ -91,6 +92,7 @@ def evaluate_served(given: str, dataset: Dataset, *, split: str = "val", device:
     model, card = load_model(find_checkpoint(given))
     check_classes(card, dataset, given)
     plan = plan_device(device, "off", "off")
+    set_numerics()
     dataset = leave_out_bad(dataset, split)
     size = dataset.split(split).single_image_size
     if size is None:

@@ -18,7 +18,7 @@ from tidali.config import AmpChoice, CacheChoice, DeviceChoice
 from tidali.console import progress_bar
 from tidali.contract import ClassName, Dataset, SampleRecord, Shard, iter_records
 from tidali.data import Batches, Data
-from tidali.device import DevicePlan, plan_device
+from tidali.device import DevicePlan, plan_device, set_numerics
 from tidali.errors import DatasetError, TidaliError
 from tidali.evaluation import check_classes
 from tidali.shard_bytes import parse_index
@@ -135,6 +135,7 @@ def inspect_checkpoint(
     model, card = load_model(find_checkpoint(given))
     check_classes(card, dataset, given)
     plan = plan_device(device, amp, "off")
+    set_numerics()
     res = res or card.res
     data = Data(dataset, (split,), plan.device, cache=cache, max_res=res, max_bad=max_bad)
     batches = data.batches(split, res=res, batch_size=EVAL_BATCH_SIZE, mean=card.mean, std=card.std, kernel=card.kernel)

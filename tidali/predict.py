@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tidali.checkpoint import ModelCard, find_checkpoint
 from tidali.checkpoint import load_model as load_network
 from tidali.config import AmpChoice, DeviceChoice
-from tidali.device import DevicePlan, cpu_count, plan_device
+from tidali.device import DevicePlan, cpu_count, plan_device, set_numerics
 from tidali.image_files import ImageError, read_pixels
 from tidali.resample import Resample
 from tidali.wiring import EVAL_BATCH_SIZE
@@ -160,6 +160,7 @@ def load_model(path: str | Path, *, device: DeviceChoice = "auto", amp: AmpChoic
         TidaliError: ``cuda`` was asked for and cannot be had.
     """
     plan = plan_device(device, amp, "off")
+    set_numerics()
     return Classifier(*load_network(find_checkpoint(os.fspath(path))), plan, flip=flip)
 
 

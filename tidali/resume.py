@@ -12,15 +12,22 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tidali.checkpoint import SUFFIX, read_safetensors
+from tidali.checkpoint import SUFFIX, ModelCard, read_metadata, read_safetensors
+from tidali.config import CacheChoice
+from tidali.console import warn
 from tidali.engine import TrainState
-from tidali.errors import UsageError
+from tidali.errors import UsageError, first_line
 from tidali.files import write_atomically
 from tidali.metrics import Meter, Score
 
 STATE_NAME = f"state{SUFFIX}"
 _METADATA_KEY = "tidali-state"
-_VERSION = 1
+_VERSION = 2
+_MAY_CHANGE = frozenset(
+    {"data", "out", "init", "device", "compile", "cache", "max_bad", "deterministic", "checkpoint_minutes", "tensorboard"}
+)
+"""Settings that a resumed run may have otherwise: those that weights do not depend on, but for rounding, and those that are
+compared by content instead, the data by the order and the starting weights by the normalisation that they bring."""
 
 
 @dataclass(kw_only=True)
@@ -44,14 +51,14 @@ def save_state(
     progress: Progress,
     meter: Meter,
     loaders: Sequence[Mapping[str, Any]],
-    settings: Mapping[str, Any],
-    versions: Mapping[str, str],
+    card: ModelCard,
 ) -> None:
     """Write everything; the file appears whole or not at all.
 
     Args:
         meter: the running counts of the epoch in hand.
         loaders: `state_dict` of every rank's training batches, JSON-able.
+        card: of the run's checkpoints: its classes, settings and versions.
 
     Raises:
         TidaliError: it cannot be written; the previous state is still there.
@@ -71,8 +78,7 @@ def save_state(
         "scaler": state.scaler.state_dict(),
         "progress": asdict(progress),
         "loaders": loaders,
-        "settings": settings,
-        "versions": versions,
+        "run": asdict(card),
     }
     content = save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
@@ -81,29 +87,86 @@ def save_state(
     write_atomically(path, content)
 
 
-def load_state(path: Path, state: TrainState, meter: Meter, rank: int = 0) -> tuple[Progress, dict[str, Any]]:
-    """Put a saved state into a freshly made one of the same settings.
+def read_document(path: Path) -> dict[str, Any]:
+    """What a saved state says besides its tensors.
+
+    Raises:
+        UsageError: no state, or none that can be read.
+    """
+    if not path.is_file():
+        raise UsageError(f"--resume {path.parent}: holds no {STATE_NAME}, so there is nothing to go on from")
+    try:
+        document = json.loads(read_metadata(path)[_METADATA_KEY])
+        version = document["version"]
+    except (KeyError, ValueError, TypeError):
+        raise UsageError(f"{path}: not the state of a run") from None
+    if version != _VERSION:
+        raise UsageError(f"{path}: a state of version {version}, this tidali goes on from {_VERSION}; train anew")
+    return dict(document)
+
+
+def saved_route(path: Path) -> CacheChoice:
+    """The route that the run's order is of, which free memory may not decide anew.
+
+    Raises:
+        UsageError: no state, or none that can be read.
+    """
+    try:
+        return "device" if read_document(path)["loaders"][0]["order"]["route"] == "cache" else "off"
+    except (KeyError, IndexError, TypeError):
+        raise UsageError(f"{path}: not the state of a run") from None
+
+
+def load_state(path: Path, state: TrainState, meter: Meter, card: ModelCard, rank: int = 0) -> tuple[Progress, dict[str, Any]]:
+    """Put a saved state into a freshly made one of the same settings. Says so where it was saved by other versions.
+
+    Args:
+        card: of this run's checkpoints.
 
     Returns:
         The progress, and the `state_dict` of this rank's training batches, or of the last rank's where there were fewer.
 
     Raises:
-        UsageError: no state, or one that does not fit.
+        UsageError: no state, or one that does not fit, or of other settings or classes.
     """
-    if not path.is_file():
-        raise UsageError(f"--resume {path.parent}: holds no {STATE_NAME}, so there is nothing to go on from")
-    tensors, metadata = read_safetensors(path)
+    document = read_document(path)
     try:
-        document = json.loads(metadata[_METADATA_KEY])
-        _restore(tensors, document, state, meter, rank)
+        _refuse_another_run(path, document["run"], json.loads(json.dumps(asdict(card))))
+        _restore(read_safetensors(path)[0], document, state, meter, rank)
         progress = document["progress"]
         for name in ("best", "last"):
             progress[name] = Score(**progress[name]) if progress[name] else None
         loaders = document["loaders"]
         return Progress(**progress), loaders[min(rank, len(loaders) - 1)]
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{path}: does not fit this run ({reason})") from None
+        raise UsageError(f"{path}: does not fit this run ({first_line(error)})") from None
+
+
+def _refuse_another_run(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        UsageError: what decides the weights is not what it was.
+    """
+
+    def deciding(card: Mapping[str, Any]) -> dict[str, Any]:
+        settings = {name: value for name, value in card["settings"].items() if name not in (*_MAY_CHANGE, "recipe")}
+        recipe = {f"recipe.{name}": value for name, value in card["settings"]["recipe"].items()}
+        normalisation = {name: card[name] for name in ("mean", "std")}
+        return {**settings, **recipe, **normalisation, "classes": [one["id"] for one in card["classes"]]}
+
+    then, now = deciding(saved), deciding(own)
+    different = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if different:
+        raise UsageError(
+            f"{path}: saved with other settings ({', '.join(different)}); go on with those, or train anew with --config"
+        )
+    changed = [
+        f"{name} {saved['versions'].get(name)} then, {version} now"
+        for name, version in own["versions"].items()
+        if saved["versions"].get(name) != version
+    ]
+    if changed:
+        warn(f"resumed with other versions, so not to the bit: {'; '.join(changed)}")
 
 
 def _restore(tensors: Mapping[str, Tensor], document: Mapping[str, Any], state: TrainState, meter: Meter, rank: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import statistics
 from collections.abc import Callable
@@ -16,24 +15,25 @@ from torch import Tensor
 
 from tidali.augment import draw_mix, mix_batch
 from tidali.checkpoint import SUFFIX, save_checkpoint
-from tidali.config import TrainSettings
+from tidali.config import CacheChoice, TrainSettings
 from tidali.console import progress_bar, say
 from tidali.contract import Dataset
-from tidali.device import DevicePlan, plan_device
+from tidali.device import DevicePlan, plan_device, set_numerics
 from tidali.distributed import Ranks, joined_ranks
-from tidali.engine import EpochReport, evaluate, train_epoch
-from tidali.environment import versions
+from tidali.engine import EpochReport, all_finite, evaluate, train_epoch
 from tidali.errors import TidaliError
 from tidali.interrupt import Interrupted, StopRequest
 from tidali.metrics import JsonlLog, Meter, Score
-from tidali.resume import STATE_NAME, Progress, load_state, save_state
+from tidali.resume import STATE_NAME, Progress, load_state, save_state, saved_route
 from tidali.run_folder import RunResult, epoch_fields, make_run_folder, summary, write_json
 from tidali.tensorboard import TensorBoardLog, require_tensorboard
 from tidali.timing import Stopwatch
 from tidali.wiring import announce, wire
 
+RANKS_AGREE_S = 2.0
 RANKS_AGREE_STEPS = 20
-"""Ranks ask each other whether to stop or to save once in this many steps: asking makes each wait for its device."""
+"""Ranks ask each other whether to stop or to save: on CPUs after each step; on GPUs, where asking makes each wait for its
+device, about this often and at least once in this many steps. torchrun waits 30 s for a stop."""
 
 
 def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False) -> RunResult:
@@ -49,24 +49,40 @@ def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False) ->
     plan = plan_device(settings.device, settings.amp, settings.compile)
     set_numerics(settings.deterministic)
     with joined_ranks(plan.device.type) as ranks, StopRequest() as stop:
-        run = Run(settings, dataset, plan, ranks, stop)
+        cache = saved_route(Path(settings.out) / STATE_NAME) if resume else settings.cache
+        run = Run(settings, dataset, plan, ranks, stop, cache)
         run.open_folder(resume)
         while run.progress.epoch < settings.recipe.epochs:
             run.epoch()
         return run.finish()
 
 
+def steps_between_questions(step_s: float, device: torch.device) -> int:
+    """After how many steps of this length ranks ask each other again: a number that must come out the same on all of them."""
+    if device.type == "cpu":
+        return 1
+    return min(max(int(RANKS_AGREE_S / max(step_s, 1e-6)), 1), RANKS_AGREE_STEPS)
+
+
 class Run:
     """A training run in progress: what `train` goes through, epoch by epoch."""
 
-    def __init__(self, settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks: Ranks, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        dataset: Dataset,
+        plan: DevicePlan,
+        ranks: Ranks,
+        stop: StopRequest,
+        cache: CacheChoice,
+    ) -> None:
         """Make everything that can fail before anything is written."""
         self.settings, self.dataset, self.plan, self.ranks, self.stop = settings, dataset, plan, ranks, stop
         self.out = Path(settings.out)
         self.watch = Stopwatch()
         if settings.tensorboard:
             require_tensorboard()
-        self.parts = wire(settings, dataset, plan, ranks)
+        self.parts = wire(settings, dataset, plan, ranks, cache=cache)
         self.state, self.train_batches, self.select_on = self.parts.state, self.parts.train_batches, self.parts.select_on
         self.progress = Progress(images_per_s=[])
         self.meter = Meter(plan.device)
@@ -74,7 +90,7 @@ class Run:
     def open_folder(self, resume: bool) -> None:
         """Make the run folder, or go on from the state in it."""
         if resume:
-            self.progress, loader = load_state(self.out / STATE_NAME, self.state, self.meter, self.ranks.rank)
+            self.progress, loader = load_state(self.out / STATE_NAME, self.state, self.meter, self.parts.card, self.ranks.rank)
             self.train_batches.load_state_dict(loader)
         elif self.ranks.is_main:
             make_run_folder(self.out)
@@ -90,6 +106,7 @@ class Run:
                 say(f"resumed at step {self.state.step}")
         if not resume:
             self.save_state()
+        self.asked_at, self.ask_at, self.since_asked = self.state.step, self.state.step + 1, Stopwatch()
 
     def epoch(self) -> None:
         """Train one epoch, or what is left of it; evaluate; save; say how it went."""
@@ -104,31 +121,34 @@ class Run:
                 nonlocal since_save
                 score = self.meter.peek()
                 if not math.isfinite(score.loss_sum):
-                    self.refuse_loss()
+                    self.refuse("loss is")
                 if not bar.disable and score.samples:
                     done = self.state.step - progress.epoch * len(self.train_batches)
                     rate = score.samples * self.ranks.world_size / watch.peek_s()
                     note = f"loss {score.loss:.3f}  top-1 {score.top1_percent:.1f} %  {rate:.0f} images/s"
                     note += f"  waiting for data {100 * waited_s / watch.peek_s():.1f} %"
                     bar.update(task, completed=done, note=note)
-                if self.on_any_rank(self.stop.requested):
+                stop, save = self.agree(self.stop.requested, since_save.peek_s() > 60 * self.settings.checkpoint_minutes)
+                if stop:
                     self.save_state()
                     raise Interrupted(
                         f"stopped at step {self.state.step}; go on with 'tidali train --resume {self.out}'",
                         self.stop.signal_number or signal.SIGTERM,
                     )
-                if self.on_any_rank(since_save.peek_s() > 60 * self.settings.checkpoint_minutes):
+                if save:
                     self.save_state()
                     since_save = Stopwatch()
 
             trained = train_epoch(
                 self.state, self.train_batches, self.meter, ranks=self.ranks, mix=self.mixer(), on_step=on_step
             )
+        if not math.isfinite(trained.score.loss_sum):  # on a GPU the last steps' loss is known only here
+            self.refuse("loss is")
 
         self.ranks.share_buffers(self.state.evaluated)
         score = self.evaluate()
         if not math.isfinite(score.loss_sum):
-            self.refuse_loss()
+            self.refuse("loss is")
         is_best = progress.best is None or score.correct1 > progress.best.correct1
         if is_best:
             progress.best, progress.best_epoch = score, number
@@ -161,15 +181,21 @@ class Run:
 
         return mix
 
-    def on_any_rank(self, flag: bool) -> bool:
-        """Whether it holds on any rank, so that all of them do the same after the same step."""
+    def agree(self, *flags: bool) -> list[bool]:
+        """Whether each holds on any rank, so that all of them do the same after the same step; none between two questions."""
         if self.ranks.world_size == 1:
-            return flag
-        return self.state.step % RANKS_AGREE_STEPS == 0 and self.ranks.any(flag, self.plan.device)
+            return list(flags)
+        if self.state.step < self.ask_at:
+            return [False] * len(flags)
+        *agreed, asked_s = self.ranks.largest([*flags, self.since_asked.peek_s()], self.plan.device)
+        step_s = asked_s / (self.state.step - self.asked_at)
+        self.asked_at, self.since_asked = self.state.step, Stopwatch()
+        self.ask_at = self.asked_at + steps_between_questions(step_s, self.plan.device)
+        return [bool(flag) for flag in agreed]
 
-    def refuse_loss(self) -> None:
+    def refuse(self, what: str) -> None:
         saved = self.out / STATE_NAME
-        raise TidaliError(f"the loss is not finite by step {self.state.step}; the state before it is {saved}; try a lower --lr")
+        raise TidaliError(f"the {what} not finite by step {self.state.step}; the state before it is {saved}; try a lower --lr")
 
     def report_epoch(self, trained: EpochReport, score: Score, is_best: bool) -> None:
         """Weights, one line of metrics.jsonl, one line for people."""
@@ -197,14 +223,17 @@ class Run:
         )
 
     def save_state(self) -> None:
-        """Everything that `resume` needs, from rank 0, with every rank's place in the data; never weights that gave no loss."""
+        """Everything that `resume` needs, from rank 0, with every rank's place in the data; never weights that are not
+        finite or gave no loss: a step's loss is of the weights before it."""
         if not math.isfinite(self.meter.read().loss_sum):
-            self.refuse_loss()
+            self.refuse("loss is")
+        if not all_finite(self.state.model):
+            self.refuse("weights are")
         loaders = self.ranks.gather(self.train_batches.state_dict())
         if self.ranks.is_main:
             progress = replace(self.progress, seconds=self.progress.seconds + self.watch.elapsed_s())
             path = self.out / STATE_NAME
-            save_state(path, self.state, progress, self.meter, loaders, self.settings.to_dict(), versions())
+            save_state(path, self.state, progress, self.meter, loaders, self.parts.card)
 
     def finish(self) -> RunResult:
         """Write summary.json."""
@@ -223,14 +252,3 @@ class Run:
         if self.ranks.is_main:
             write_json(self.out / "summary.json", summary(result, self.plan, self.select_on))
         return result
-
-
-def set_numerics(deterministic: bool) -> None:
-    """Process-wide switches. float32 products keep full precision unless autocast says otherwise (no TF32, torch's default for
-    matrix products; cuDNN's own default would allow it in convolutions)."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        # Without it cuBLAS refuses to run: torch's notes on reproducibility.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tidali.checkpoint import ModelCard
-from tidali.config import RECIPES, TrainSettings
+from tidali.config import RECIPES, CacheChoice, TrainSettings
 from tidali.console import say
 from tidali.contract import Dataset
 from tidali.data import Batches, Data, Route
@@ -41,8 +41,13 @@ class Parts:
     route: Route
 
 
-def wire(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks: Ranks) -> Parts:
+def wire(
+    settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks: Ranks, *, cache: CacheChoice | None = None
+) -> Parts:
     """Make everything that can fail before anything is written.
+
+    Args:
+        cache: in the place of the settings', for a run whose route was decided before.
 
     Raises:
         TidaliError, UsageError, DatasetError: the settings, the data or the device do not allow the run.
@@ -62,7 +67,7 @@ def wire(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks: Ran
         dataset,
         ("train", select_on),
         plan.device,
-        cache=settings.cache,
+        cache=cache or settings.cache,
         max_res=max(settings.res, *sizes.sides),
         max_bad=settings.max_bad,
         ranks=ranks,

@@ -66,7 +66,7 @@ def test_killed_at_random_steps_and_resumed(demo_data: Path, tmp_path: Path, ran
         recipe=make_recipe("modern", epochs=3, batch_size=40),
         device="cpu",
         deterministic=True,
-        checkpoint_minutes=1e-9,  # after each step, where the ranks ask each other as often
+        checkpoint_minutes=1e-9,  # after each step
     )
     config, dies, whole = tmp_path / "config.json", tmp_path / "dies.py", tmp_path / "whole"
     config.write_text(json.dumps(settings.to_dict()))
@@ -82,8 +82,7 @@ def test_killed_at_random_steps_and_resumed(demo_data: Path, tmp_path: Path, ran
         assert died.returncode == (-signal.SIGKILL if ranks == 1 else 1), died.stderr
         resumed = run(ranks, "-m", "tidali", "train", "--resume", broken)
         assert resumed.returncode == 0, resumed.stderr
-        if ranks == 1:  # what was saved is the step before; several ranks save each epoch and every twenty steps
-            assert f"resumed at step {step - 1}" in resumed.stderr
+        assert resumed.stderr.count(f"resumed at step {step - 1}") == 1  # what was saved is the step before
         assert weights_hash(broken) == expected, f"killed at step {step}"
         assert [json.loads(line)["epoch"] for line in (broken / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 

@@ -54,6 +54,23 @@ def test_a_run_that_is_stopped_then_killed_ends_with_the_same_weights(demo_data:
     assert epochs == {1, 2, 3}
 
 
+@pytest.mark.slow
+def test_torchrun_is_stopped_at_once_and_one_rank_says_so(demo_data: Path, tmp_path: Path) -> None:
+    """Its workers have 30 seconds to save, and are killed then."""
+    out = tmp_path / "out"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tidali"]
+    options = ["--res", "32", "--epochs", "500", "--batch-size", "40", "--device", "cpu", "--out", str(out)]
+    command = [*launcher, "train", "--data", str(demo_data), *options]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (out / "metrics.jsonl").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert said.count("stopping after this step and saving") == 1, said
+    assert said.count("tidali: stopped at step ") == 1, said
+    assert (out / "state.safetensors").exists()
+
+
 def wait_for(condition, process: subprocess.Popen) -> None:
     """Until it holds; fails if the process ends first."""
     while not condition():

@@ -75,6 +75,13 @@ def test_a_config_file_that_cannot_be_right(changes: dict[str, Any], complaint: 
     assert "\n" not in str(refused.value)
 
 
+def test_cuda_graphs_are_not_for_pieces_of_a_batch() -> None:
+    recipe = make_recipe("modern", accumulate=2)
+    TrainSettings(data="d", out="o", recipe=recipe, compile="on")
+    with pytest.raises(UsageError, match="--compile max-autotune: not with accumulate 2; use --compile on"):
+        TrainSettings(data="d", out="o", recipe=recipe, compile="max-autotune")
+
+
 def test_settings_come_back_from_json() -> None:
     for recipe in RECIPES.values():
         settings = TrainSettings(data="d", out="o", recipe=change(recipe, ["train_sizes=64,96", "augment.crop_scale=[0.1, 1]"]))

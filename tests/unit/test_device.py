@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
 from tidali import device
-from tidali.device import DeviceFacts, choose_amp, choose_compile, describe_device, plan_device
+from tidali.checkpoint import ModelCard, save_checkpoint
+from tidali.contract import open_dataset
+from tidali.device import DeviceFacts, choose_amp, choose_compile, describe_device, plan_device, set_numerics
 from tidali.errors import TidaliError, UsageError
+from tidali.evaluation import evaluate_checkpoint, evaluate_served
+from tidali.insight import inspect_checkpoint
+from tidali.predict import load_model
 
 H100 = DeviceFacts(type="cuda", name="H100", capability=(9, 0), has_compiler=True)
 A100 = DeviceFacts(type="cuda", name="A100", capability=(8, 0), has_compiler=True)
@@ -107,6 +115,49 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UsageError, match="local rank 2, and 2 GPUs are visible; give it --nproc-per-node 2"):
         describe_device("auto")
+
+
+@pytest.fixture
+def numerics() -> Iterator[None]:
+    """torch's own switches, and what they were afterwards."""
+    cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, cudnn.benchmark = True, False
+    yield
+    cudnn.allow_tf32, cudnn.benchmark = before
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def test_numerics_are_those_of_training_and_determinism_is_kept(numerics: None, monkeypatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    set_numerics()
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == (False, True)
+    for deterministic in (True, False):
+        set_numerics(deterministic)
+        set_numerics()
+        assert torch.backends.cudnn.benchmark is not deterministic
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+
+
+@pytest.mark.parametrize("command", ["evaluate", "evaluate served", "report", "predict"])
+def test_figures_are_measured_with_the_numerics_of_training(
+    numerics: None, command: str, demo_data: Path, tmp_path: Path
+) -> None:
+    dataset = open_dataset(demo_data)
+    mean, std, classes = dataset.manifest.mean, dataset.manifest.std, dataset.manifest.classes
+    card = ModelCard(classes=classes, stem="imagenet", stem_bias=False, res=32, mean=mean, std=std)
+    path = str(tmp_path / "x.safetensors")
+    save_checkpoint(tmp_path / "x.safetensors", card.build_model(), card)
+    if command == "evaluate":
+        evaluate_checkpoint(path, dataset, device="cpu")
+    elif command == "evaluate served":
+        evaluate_served(path, dataset, device="cpu")
+    elif command == "report":
+        inspect_checkpoint(path, dataset, device="cpu")
+    else:
+        load_model(path, device="cpu")
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.benchmark
 
 
 def test_this_cpu_is_described() -> None:

@@ -6,13 +6,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tidali import console
+from tidali import distributed as distributed_module
+from tidali.distributed import joined_ranks
+from tidali.errors import TidaliError
+from tidali.interrupt import Interrupted
 from tidali.models import build_resnet18
+from tidali.train import steps_between_questions
 
 STEPS, HALF = 20, 8
 LR, DECAY = 1e-3, 5e-4
@@ -108,3 +115,48 @@ def test_two_ranks_are_a_loop_that_averages_the_halves_gradients(tmp_path: Path,
         assert moved > 0
         assert (found[0][weight] - parameter).norm() <= TOLERANCE[name] * moved, weight
     assert not torch.equal(found[0]["bn1.running_mean"], found[1]["bn1.running_mean"])  # each rank's own
+
+
+def test_ranks_ask_each_other_often_enough_for_torchruns_30_seconds() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert steps_between_questions(4.0, cpu) == steps_between_questions(0.01, cpu) == 1
+    assert [steps_between_questions(step_s, gpu) for step_s in (4.0, 0.5, 0.2, 0.01, 0.0)] == [1, 4, 10, 20, 20]
+
+
+@pytest.mark.parametrize(("rank", "talks"), [("0", True), ("1", False)])
+def test_one_rank_talks_for_all(monkeypatch: pytest.MonkeyPatch, capsys, rank: str, talks: bool) -> None:
+    monkeypatch.setenv("RANK", rank)
+    console.say("a message")
+    console.warn("a warning")
+    assert ("a message" in capsys.readouterr().err) is talks
+
+
+class FakeGroup:
+    """What `joined_ranks` asks of torch.distributed, written down."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def init_process_group(self, backend: str) -> None:
+        self.calls.append(backend)
+
+    def destroy_process_group(self) -> None:
+        self.calls.append("left")
+
+
+@pytest.mark.parametrize(
+    ("error", "calls"),
+    [(None, ["gloo", "left"]), (Interrupted("stopped", 15), ["gloo", "left"]), (TidaliError("failed"), ["gloo"])],
+    ids=["done", "stopped", "failed"],
+)
+def test_a_rank_that_failed_does_not_wait_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, error: TidaliError | None, calls: list[str]
+) -> None:
+    group = FakeGroup()
+    monkeypatch.setattr(distributed_module, "distributed", group)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(TidaliError) if error is not None else nullcontext(), joined_ranks("cpu"):
+        if error is not None:
+            raise error
+    assert group.calls == calls

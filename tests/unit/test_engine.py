@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from tidali.config import TrainSettings, make_recipe
 from tidali.contract import open_dataset
 from tidali.device import DevicePlan, plan_device
 from tidali.distributed import Ranks
-from tidali.engine import Ema, TrainState, evaluate, make_train_state, train_epoch, train_step
+from tidali.engine import Ema, TrainState, all_finite, compiled, evaluate, make_train_state, train_epoch, train_step
 from tidali.errors import TidaliError, UsageError
 from tidali.metrics import Meter
 from tidali.models import build_resnet18
@@ -180,6 +181,17 @@ def test_each_size_is_compiled_once_and_its_seconds_are_told_apart() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)  # eight steps, fused sums in another order
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_deterministic_run_compiles_deterministically(monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
+    inductor = pytest.importorskip("torch._inductor.config")
+    if not hasattr(inductor, "deterministic"):
+        pytest.skip("this torch has no such mode")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    with inductor.patch(deterministic=False):
+        compiled(nn.Linear(2, 2), plan_device("cpu", "off", "on"))
+        assert inductor.deterministic is deterministic
+
+
 def test_the_model_stays_channels_last(plan: DevicePlan) -> None:
     state = make_train_state(
         build_resnet18(5, "small"), plan, lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0, label_smoothing=0.0
@@ -269,10 +281,20 @@ def test_an_epoch_counts_and_reports(plan: DevicePlan) -> None:
     assert 0 <= report.data_wait_share <= 1
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(plan: DevicePlan) -> None:
+def test_a_loss_that_is_not_finite_is_the_epochs(plan: DevicePlan) -> None:
     images, labels = next(batches(1))
-    with pytest.raises(TidaliError, match="not finite by step 1; try a lower --lr"):
-        train_epoch(linear_state(plan), [(images * float("inf"), labels)], Meter(plan.device))
+    state = linear_state(plan)
+    assert all_finite(state.model)
+    report = train_epoch(state, [(images * float("inf"), labels), (images, labels)], Meter(plan.device))
+    assert not math.isfinite(report.score.loss_sum)
+    assert not all_finite(state.model)
+
+
+def test_statistics_that_are_not_finite_are_found() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    assert all_finite(model)
+    model[1].running_var[1] = float("inf")
+    assert not all_finite(model)
 
 
 def test_evaluation_counts_every_sample_once_and_learns_nothing(plan: DevicePlan) -> None:

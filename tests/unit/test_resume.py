@@ -1,0 +1,112 @@
+"""What a saved state is good for, and what is never saved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tidali import data as data_module
+from tidali import resume
+from tidali.checkpoint import read_metadata
+from tidali.config import TrainSettings, make_recipe
+from tidali.contract import Dataset, open_dataset
+from tidali.errors import TidaliError, UsageError
+from tidali.metrics import Meter, Score
+from tidali.train import train
+
+
+def settings_for(folder: Path, demo_data: Path, **changes: Any) -> TrainSettings:
+    recipe = make_recipe("seed", **{"epochs": 1, "batch_size": 80, **changes.pop("recipe", {})})
+    out = str(folder / "run")
+    return TrainSettings(data=str(demo_data), out=out, res=32, recipe=recipe, device="cpu", amp="off", **changes)
+
+
+@pytest.fixture(scope="module")
+def dataset(demo_data: Path) -> Dataset:
+    return open_dataset(demo_data)
+
+
+@pytest.fixture(scope="module")
+def finished(demo_data: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
+    """A run of one epoch from the cache, to be gone on with: there is nothing left of it."""
+    settings = settings_for(tmp_path_factory.mktemp("finished"), demo_data)
+    train(settings, dataset)
+    return settings
+
+
+def test_a_run_keeps_its_route_where_there_is_less_memory_now(
+    finished: TrainSettings, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert finished.cache == "auto"
+    monkeypatch.setattr(data_module, "free_memory_bytes", lambda device: 1)
+    assert train(finished, dataset, resume=True).last.samples == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"recipe": {"lr": 0.5}}, "recipe.lr"),
+        ({"recipe": {"normalise": True}}, "recipe.normalise, mean, std"),
+    ],
+)
+def test_other_settings_are_refused(
+    finished: TrainSettings, dataset: Dataset, demo_data: Path, changes: dict[str, Any], named: str
+) -> None:
+    other = replace(settings_for(Path("x"), demo_data, **changes), out=finished.out)
+    with pytest.raises(UsageError, match=rf"state.safetensors: saved with other settings \({named}\)"):
+        train(other, dataset, resume=True)
+
+
+def test_other_classes_are_refused(finished: TrainSettings, dataset: Dataset) -> None:
+    """As many of them, so that every tensor fits."""
+    classes = tuple(replace(one, id=f"other-{one.id}") for one in dataset.manifest.classes)
+    with pytest.raises(UsageError, match=r"saved with other settings \(classes\)"):
+        train(finished, replace(dataset, manifest=replace(dataset.manifest, classes=classes)), resume=True)
+
+
+def changed_state(finished: TrainSettings, folder: Path, **changes: Any) -> TrainSettings:
+    """The run with its state's document changed, in another folder, which a run may be moved to."""
+    folder.mkdir()
+    state = Path(finished.out) / resume.STATE_NAME
+    document = {**json.loads(read_metadata(state)["tidali-state"]), **changes}
+    save_file(load_file(state), folder / resume.STATE_NAME, {"tidali-state": json.dumps(document)})
+    return replace(finished, out=str(folder))
+
+
+def test_other_versions_are_warned_of(finished: TrainSettings, dataset: Dataset, tmp_path: Path, capsys) -> None:
+    train(changed_state(finished, tmp_path / "same"), dataset, resume=True)
+    assert "warning" not in capsys.readouterr().err
+    run = json.loads(read_metadata(Path(finished.out) / resume.STATE_NAME)["tidali-state"])["run"]
+    run["versions"]["torch"] = "1.0"
+    train(changed_state(finished, tmp_path / "other", run=run), dataset, resume=True)
+    assert "warning: resumed with other versions, so not to the bit: torch 1.0 then" in capsys.readouterr().err
+
+
+def test_a_state_of_another_version_or_of_nothing_is_refused(finished: TrainSettings, dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a state of version 1, this tidali goes on from 2"):
+        train(changed_state(finished, tmp_path / "old", version=1), dataset, resume=True)
+    with pytest.raises(UsageError, match="not the state of a run"):
+        train(changed_state(finished, tmp_path / "none", loaders=[]), dataset, resume=True)
+
+
+def test_a_loss_that_a_display_saw_too_late_names_the_state_before_it(
+    demo_data: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose last steps are not waited for."""
+    monkeypatch.setattr(Meter, "peek", lambda meter: Score(samples=0, loss_sum=0.0, correct1=0, correct5=0))
+    with pytest.raises(TidaliError, match=r"the loss is not finite by step 2; the state before it is .*state.safetensors"):
+        train(settings_for(tmp_path, demo_data, recipe={"lr": 1e30}), dataset)
+
+
+def test_weights_that_are_not_finite_are_not_saved(demo_data: Path, dataset: Dataset, tmp_path: Path) -> None:
+    """The loss of the step that broke them is finite: it was of the weights before."""
+    settings = settings_for(tmp_path, demo_data, recipe={"lr": 1e40, "batch_size": 160}, checkpoint_minutes=1e-9)
+    with pytest.raises(TidaliError, match=r"the weights are not finite by step 1; the state before it is .*state.safetensors"):
+        train(settings, dataset)
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / resume.STATE_NAME).values())
