@@ -19,9 +19,8 @@ from bench.peer_worker import Job, Stream
 from tidali.augment import Augment
 from tidali.contract import open_dataset
 from tidali.data import Data
-from tidali.device import plan_device
+from tidali.device import plan_device, set_numerics
 from tidali.timing import Stopwatch
-from tidali.train import set_numerics
 
 TrainOn = Callable[[Tensor, Tensor], Any]
 """One optimizer step on images and labels; gives the loss, as a tensor or a number."""
@@ -197,5 +196,5 @@ def tidali_loop(job: Job) -> Training:
 
 def _tidali(job: Job) -> TrainOn:
     """The default recipe's step, averaged weights included, as ``tidali train`` takes it."""
-    set_numerics(deterministic=False)
+    set_numerics()
     return tidali_train_on(job.classes, plan_device("auto", "auto", "auto"), "imagenet", averaged=True)

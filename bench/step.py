@@ -17,10 +17,9 @@ from bench.ours import tidali_train_on
 from bench.profile import profile_step
 from tidali.config import AmpChoice, CompileChoice, DeviceChoice, Stem
 from tidali.console import progress_bar, say
-from tidali.device import DevicePlan, plan_device
+from tidali.device import DevicePlan, plan_device, set_numerics
 from tidali.errors import TidaliError
 from tidali.models import resnet18_gmacs
-from tidali.train import set_numerics
 
 ORIGINAL, TIDALI = "original study's loop", "tidali"
 CLASSES = 200
@@ -50,7 +49,7 @@ def bench_step(
         TidaliError: the device cannot be used, or its memory does not hold the batch.
     """
     plan = plan_device(device, amp, compile)
-    set_numerics(deterministic=False)
+    set_numerics()
     limits = ceiling_cases(plan)
     stems: list[Stem] = ["imagenet", "small"]
     shapes = [(res, stem) for stem in stems for res in resolutions if stem == "imagenet" or res <= SMALL_STEM_MAX_PX]

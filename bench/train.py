@@ -23,12 +23,11 @@ from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, S
 from tidali.console import progress_bar, say
 from tidali.contract import Dataset
 from tidali.data import Data
-from tidali.device import DevicePlan, plan_device
+from tidali.device import DevicePlan, plan_device, set_numerics
 from tidali.errors import TidaliError, UsageError
 from tidali.loader import decoded_forever
 from tidali.metrics import Meter
 from tidali.timing import WaitTimer
-from tidali.train import set_numerics
 
 DECODED, LOADER, STEP, END_TO_END = "decode only", "loader only", "step, synthetic", "end to end"
 CASES = (DECODED, LOADER, STEP, END_TO_END)
@@ -58,7 +57,7 @@ def bench_train(
         TidaliError, DatasetError: the data or the device cannot be used.
     """
     plan = plan_device(device, amp, compile)
-    set_numerics(deterministic=False)
+    set_numerics()
     if batch_size is None:
         batch_size = 256 if plan.device.type == "cuda" else 32
     samples = dataset.split("train").samples

@@ -140,7 +140,7 @@ def selection_split(dataset: Dataset) -> str:
     for name in ("heldout", "val"):
         if name in dataset.manifest.splits and dataset.manifest.splits[name].samples:
             return name
-    raise UsageError(f"{dataset.root}: no val split to evaluate on; pack it again with --val-fraction 0.1")
+    raise UsageError(f"{dataset.root}: no val split to evaluate on; pack it again with --overwrite --val-fraction 0.1")
 
 
 def announce(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks: Ranks, parts: Parts) -> None:

@@ -45,6 +45,7 @@ def quick(monkeypatch) -> Iterator[None]:
     torch.set_num_threads(1)
     monkeypatch.setattr(measure, "WARMUP_STEPS", 1)
     monkeypatch.setattr(measure, "MIN_STEPS", 1)
+    monkeypatch.setattr(measure, "MAX_CYCLE_SECONDS", 0.0)
     monkeypatch.setattr(measure.measure, "__kwdefaults__", {**measure.measure.__kwdefaults__, "min_seconds": 0.0})
     monkeypatch.setattr(ceilings, "_PRODUCT_SIDE", {"cpu": 64, "cuda": 64})
     monkeypatch.setattr(ceilings, "_COPY_BYTES", 1 << 16)
