@@ -21,7 +21,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     temporary = temporary_path(path)
     try:
-        remove_left_over(path)
+        remove_left_over(path.parent, glob.escape(path.name))
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
@@ -43,12 +43,12 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
-def remove_left_over(path: Path) -> None:
-    """Remove what processes of this machine that were killed have left of a file: a run's state takes 134 MB each time."""
-    for name in glob.glob(glob.escape(str(path.with_name(f".{path.name}.{platform.node()}."))) + "*.tmp"):
-        process = name.removesuffix(".tmp").rpartition(".")[2]
+def remove_left_over(folder: Path, pattern: str = "*") -> None:
+    """Remove what processes of this machine that were killed have left of files: a run's state takes 134 MB each time."""
+    for left in folder.glob(f".{pattern}.{glob.escape(platform.node())}.*.tmp"):
+        process = left.name.removesuffix(".tmp").rpartition(".")[2]
         if process.isdecimal() and not _runs(int(process)):
-            Path(name).unlink(missing_ok=True)
+            left.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:

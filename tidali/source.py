@@ -68,6 +68,7 @@ def stage(url: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
+            remove_left_over(folder)
             missing = [(name, sha256) for name, sha256, size_bytes in wanted if not _is_there(folder / name, size_bytes)]
             with ThreadPoolExecutor(_PARALLEL_DOWNLOADS) as pool:
                 list(pool.map(lambda file: _fetch(url, folder, *file), missing))
@@ -103,7 +104,6 @@ def _remote_manifest(url: str) -> bytes:
 def _fetch(url: str, folder: Path, name: str, sha256: str) -> None:
     """Copy one file, hashing it on the way; it gets its name only if it is right, and on the disk."""
     fs, root = filesystem(url)
-    remove_left_over(folder / name)
     partial = temporary_path(folder / name)
     digest = hashlib.sha256()
     mend = f"'tidali verify {url}' shows all damage, packing again mends it"
