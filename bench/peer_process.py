@@ -16,6 +16,9 @@ from bench.measure import Rates
 from bench.peer_worker import Job
 from tidali.timing import Stopwatch
 
+MIN_SECONDS = 3.0
+"""Of a measurement. There are few repeats, for there are many cases, and one second of a case that memory holds back differs by
+a fifth from the next."""
 START_TIMEOUT_S = 3600.0
 """The data set is converted to the peer's own format first."""
 ANSWER_TIMEOUT_S = 1200.0
@@ -74,7 +77,7 @@ class PeerProcess:
         Raises:
             PeerFailed: it failed meanwhile.
         """
-        answer = self._ask({"do": "measure"})
+        answer = self._ask({"do": "measure", "min_seconds": MIN_SECONDS})
         return Rates(**{**answer, "per_s": tuple(answer["per_s"])})
 
     def stop(self) -> None:

@@ -24,10 +24,6 @@ from typing import Any, Protocol
 
 from tidali.timing import Stopwatch
 
-MIN_SECONDS = 3.0
-"""Of a measurement. There are few repeats, for there are many cases, and one second of a case that memory holds back differs by
-a fifth from the next."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -176,7 +172,7 @@ def serve(job: Job) -> None:
             if question["do"] == "check":
                 answer(subject.check(question["batches"]))
             else:
-                answer(_measure(subject))
+                answer(_measure(subject, question["min_seconds"]))
     except Exception as error:
         traceback.print_exc()
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -210,10 +206,10 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _measure(subject: Subject) -> dict[str, Any]:
+def _measure(subject: Subject, min_seconds: float) -> dict[str, Any]:
     """By the protocol of every benchmark here: see `bench.measure`."""
     from bench.measure import Case, measure
 
     case = Case(name="", step=subject.step, device=subject.device, cycle_steps=subject.cycle_steps)
-    rates = measure([case], repeats=1, min_seconds=MIN_SECONDS)[""]
+    rates = measure([case], repeats=1, min_seconds=min_seconds)[""]
     return {**asdict(rates), "first_step_s": subject.first_step_s}

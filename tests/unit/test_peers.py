@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import peer_env, peers
+from bench import peer_env, peer_process, peers
 from bench.peer_check import wrong_loader, wrong_training
 from bench.peer_env import Environment, PeerMissing, python_of, what_failed
 from bench.peer_worker import Job, Stream
@@ -282,6 +282,7 @@ def test_rows_of_cases_that_run_lie_or_cannot_be_had(monkeypatch, demo_data: Pat
         Peer(id="tidali-cached", name="tidali cached", target="bench.peer_loaders:tidali_cached", package="tidali"),
     )
     monkeypatch.setattr(peers, "LOADERS", table)
+    monkeypatch.setattr(peer_process, "MIN_SECONDS", 0.1)
     document = peers.bench_peers(open_dataset(demo_data), resolutions=[32], batch_size=8, repeats=1, peers=None)
     assert (document["benchmark"], document["repeats"], document["batch_size"]) == ("peers", 1, 8)
     rows = {row["case"]: row for row in document["rows"]}
