@@ -4,7 +4,7 @@ It measures tidali beside a peer in the same run and holds the ratios against be
 another machine, or of this one on a busy day, say nothing about the code. It ends with 1 where a ratio is below its least. No
 test runs it.
 
-The least ratios are four fifths of the smallest that was recorded, or less. Those of the step are of CPUs whose bf16 products are
+The least ratios leave a sixth of room or more below what was recorded. Those of the step are of CPUs whose bf16 products are
 2.2 times as fast as their float32 ones; the quieter the machine, the nearer both loops come to those, and the smaller the ratio.
 """
 
