@@ -5,7 +5,7 @@ another machine, or of this one on a busy day, say nothing about the code. It en
 test runs it.
 
 The least ratios leave a sixth of room or more below what was recorded. Those of the step are of CPUs whose bf16 products are
-2.2 times as fast as their float32 ones; the quieter the machine, the nearer both loops come to those, and the smaller the ratio.
+2.2 times as fast as their float32 ones: the quieter the machine, the nearer both loops come to their ceilings, and to 2.2.
 """
 
 from __future__ import annotations
