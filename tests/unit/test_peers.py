@@ -18,8 +18,8 @@ import torch
 from bench import peer_env, peer_process, peers
 from bench.peer_check import wrong_loader, wrong_training
 from bench.peer_env import Environment, PeerMissing, python_of, what_failed
+from bench.peer_table import LOADERS, REFERENCE, TRAINING, Peer, chosen
 from bench.peer_worker import Job, Stream
-from bench.peers import LOADERS, REFERENCE, TRAINING, Peer, chosen
 from tidali.contract import open_dataset
 from tidali.errors import UsageError
 
