@@ -12,6 +12,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from tidali.errors import TidaliError
+from tidali.files import temporary_path
 
 STEPS = 3
 _TOP = 8
@@ -40,7 +41,7 @@ def profile_step(step: Callable[[], object], device: torch.device, path: Path) -
             step()
         if on_gpu:
             torch.cuda.synchronize(device)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_path(path)
     try:
         found.export_chrome_trace(str(temporary))
         temporary.replace(path)
