@@ -70,10 +70,25 @@ class Rates:
 
     @staticmethod
     def together(parts: Sequence[Rates]) -> Rates:
-        """Measurements of one case that were made one at a time, without shares."""
+        """Measurements of one case that were made one at a time."""
         sums = {name: sum(getattr(part, name) for part in parts) for name in ("warmup_steps", "warmup_s", "steps", "seconds")}
         per_s = tuple(rate for part in parts for rate in part.per_s)
-        return Rates(per_s=per_s, first_step_s=parts[0].first_step_s, **sums)
+
+        def share(name: str) -> float | None:
+            """Of all their time; None where one of them has none."""
+            shares = [getattr(part, name) for part in parts]
+            if None in shares:
+                return None
+            spent: float = sum(part.seconds * of_part for part, of_part in zip(parts, shares, strict=True))
+            return spent / sums["seconds"]
+
+        return Rates(
+            per_s=per_s,
+            first_step_s=parts[0].first_step_s,
+            wait_share=share("wait_share"),
+            idle_share=share("idle_share"),
+            **sums,
+        )
 
     def to_dict(self) -> dict[str, float]:
         first, third = self.quartiles

@@ -3,34 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from tidali.config import Stem
 from tidali.models import build_resnet18
-
-
-def original_step(
-    num_classes: int, stem: Stem, device: torch.device, next_batch: Callable[[], tuple[Tensor, Tensor]]
-) -> Callable[[], int]:
-    """A training step on the next batch.
-
-    Args:
-        next_batch: images (N, 3, H, W) float32, contiguous, and labels (N,) int64, on the device.
-
-    Returns:
-        What does one step and returns the images in it.
-    """
-    train_on = original_train_on(num_classes, stem, device)
-
-    def step() -> int:
-        images, labels = next_batch()
-        train_on(images, labels)
-        return len(labels)
-
-    return step
 
 
 def original_train_on(num_classes: int, stem: Stem, device: torch.device) -> Callable[[Tensor, Tensor], float]:
@@ -46,23 +24,15 @@ def original_train_on(num_classes: int, stem: Stem, device: torch.device) -> Cal
     running = {"loss": 0.0, "correct": 0}
 
     def train_on(images: Tensor, labels: Tensor) -> float:
-        with _torch_defaults(device):
-            images, labels = images.to(device), labels.to(device)
-            optimizer.zero_grad()
-            outputs = model(images)
-            loss = criterion(outputs, labels)
-            loss.backward()
-            optimizer.step()
-            loss_value = loss.item()
-            running["loss"] += loss_value * len(labels)
-            running["correct"] += int((outputs.argmax(1) == labels).sum().item())
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        outputs = model(images)
+        loss = criterion(outputs, labels)
+        loss.backward()
+        optimizer.step()
+        loss_value = loss.item()
+        running["loss"] += loss_value * len(labels)
+        running["correct"] += int((outputs.argmax(1) == labels).sum().item())
         return loss_value
 
     return train_on
-
-
-def _torch_defaults(device: torch.device) -> AbstractContextManager[None]:
-    """cuDNN as a program that sets nothing has it, whatever tidali set for its own steps."""
-    if device.type != "cuda":
-        return nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from bench.peer_worker import Job
+from bench.case_worker import DataJob, Job
 
 CHECK_SAMPLES = 2048
 """Looked at where a loader does not have to give a whole epoch."""
@@ -21,11 +21,13 @@ CLASS_MEANS_TOLERANCE = 0.5
 """Of the spread of the classes' mean colours: images paired with the wrong labels differ by 1.4 times the spread."""
 
 
-def wrong_loader(facts: Mapping[str, Any], reference: Mapping[str, Any], job: Job, *, whole: bool, loose: int) -> str | None:
+def wrong_loader(
+    facts: Mapping[str, Any], reference: Mapping[str, Any], job: DataJob, *, whole: bool, loose: int
+) -> str | None:
     """What a loader's batches have wrong; None where they are the train split's, normalised.
 
     Args:
-        facts, reference: `bench.peer_worker.Stream.check` of it, and of every sample once, not mirrored.
+        facts, reference: `bench.case_worker.Stream.check` of it, and of every sample once, not mirrored.
         whole: it was asked for an epoch.
         loose: samples that an epoch may take from the next one.
     """
@@ -72,6 +74,7 @@ def wrong_training(facts: Mapping[str, Any], job: Job) -> str | None:
     if facts["images"] != job.batch_size or facts["shape"] != [3, job.res, job.res]:
         return f"its batch is {facts['images']} images of {facts['shape']}"
     guessing = math.log(job.classes)
-    if not abs(facts["loss"] - guessing) < 1.0:
+    # An image's own loss is about 1 from the mean: 4 images of 32 px gave 6.33 where guessing has 5.30.
+    if not abs(facts["loss"] - guessing) < 1.0 + 2.0 / math.sqrt(job.batch_size):
         return f"its first loss is {facts['loss']:.2f}; guessing has {guessing:.2f}"
     return None

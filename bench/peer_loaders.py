@@ -2,7 +2,7 @@
 
 Each function takes the job and returns its batches: images (N, 3, res, res), shuffled, mirrored at random and normalised, and
 labels (N,). Where a loader can resize by a bicubic kernel it does; where the stored images have the size asked for, those that
-would copy them leave the resize out. They run in processes of their own, see `bench.peer_worker`.
+would copy them leave the resize out. They run in processes of their own, see `bench.case_worker`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.peer_worker import Job
+from bench.case_worker import DataJob
 
 Batches = Iterable[Any]
 
 
-def files_of(job: Job) -> list[tuple[str, int]]:
+def files_of(job: DataJob) -> list[tuple[str, int]]:
     """Every image's path and label, in a random order, for loaders that shuffle less than all: tidali's shards are so too."""
     files = [(str(path), int(path.parent.name)) for path in sorted(Path(job.folder).glob("*/*"))]
     return random.Random(0).sample(files, len(files))
 
 
-def reference(job: Job) -> Batches:
+def reference(job: DataJob) -> Batches:
     """Every sample once, in order, not mirrored, by PIL and torchvision: what the others are checked by."""
     from torch.utils.data import DataLoader
     from torchvision import datasets
@@ -35,7 +35,7 @@ def reference(job: Job) -> Batches:
 # ---------------------------------------------------------------------------------------------------------------- torchvision
 
 
-def transform_v1(job: Job, *, flip: bool = True) -> Callable[[Any], Any]:
+def transform_v1(job: DataJob, *, flip: bool = True) -> Callable[[Any], Any]:
     """PIL image -> tensor."""
     from torchvision import transforms
 
@@ -44,7 +44,7 @@ def transform_v1(job: Job, *, flip: bool = True) -> Callable[[Any], Any]:
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(job.mean, job.std)])
 
 
-def transform_v2(job: Job, first: Any) -> Callable[[Any], Any]:
+def transform_v2(job: DataJob, first: Any) -> Callable[[Any], Any]:
     """``first`` makes a uint8 image tensor of what comes in."""
     import torch
     from torchvision.transforms import InterpolationMode, v2
@@ -61,7 +61,7 @@ def transform_v2(job: Job, first: Any) -> Callable[[Any], Any]:
     )
 
 
-def _image_folder(job: Job, transform: Callable[[Any], Any]) -> Batches:
+def _image_folder(job: DataJob, transform: Callable[[Any], Any]) -> Batches:
     from torch.utils.data import DataLoader
     from torchvision import datasets
 
@@ -75,11 +75,11 @@ def _image_folder(job: Job, transform: Callable[[Any], Any]) -> Batches:
     )
 
 
-def torchvision_v1(job: Job) -> Batches:
+def torchvision_v1(job: DataJob) -> Batches:
     return _image_folder(job, transform_v1(job))
 
 
-def torchvision_v2(job: Job) -> Batches:
+def torchvision_v2(job: DataJob) -> Batches:
     from torchvision.transforms import v2
 
     return _image_folder(job, transform_v2(job, v2.ToImage()))
@@ -88,7 +88,7 @@ def torchvision_v2(job: Job) -> Batches:
 # ----------------------------------------------------------------------------------------------------------------- webdataset
 
 
-def webdataset(job: Job) -> Batches:
+def webdataset(job: DataJob) -> Batches:
     """tidali's own tars. Batches are made in the workers; the documentation's second shuffle over all workers' samples, which
     would take the batches apart and copy them once more, is left out in its favour."""
     import webdataset as wds
@@ -113,7 +113,7 @@ def webdataset(job: Job) -> Batches:
 # ----------------------------------------------------------------------------------------------------------------------- DALI
 
 
-def dali_file(job: Job) -> Batches:
+def dali_file(job: DataJob) -> Batches:
     """As DALI's own ResNet training example reads."""
     from nvidia.dali import fn
     from nvidia.dali.plugin.pytorch import DALIClassificationIterator, LastBatchPolicy
@@ -126,7 +126,7 @@ def dali_file(job: Job) -> Batches:
     return _Mapped(batches, lambda batch: (batch[0]["data"], batch[0]["label"]))
 
 
-def dali_webdataset(job: Job) -> Batches:
+def dali_webdataset(job: DataJob) -> Batches:
     """As DALI's webdataset example reads, its buffers left at their defaults. It has no epochs of its own."""
     import numpy as np
     import torch
@@ -160,7 +160,7 @@ def dali_webdataset(job: Job) -> Batches:
     return Epochs()
 
 
-def _dali_pipeline(job: Job, read: Callable[[], Any]) -> Any:
+def _dali_pipeline(job: DataJob, read: Callable[[], Any]) -> Any:
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(batch_size=job.batch_size, num_threads=job.cores, device_id=None)
@@ -186,16 +186,16 @@ def _dali_pipeline(job: Job, read: Callable[[], Any]) -> Any:
 # ----------------------------------------------------------------------------------------------------------------------- FFCV
 
 
-def ffcv_raw(job: Job) -> Batches:
+def ffcv_raw(job: DataJob) -> Batches:
     return _ffcv(job, "raw")
 
 
-def ffcv_jpg(job: Job) -> Batches:
+def ffcv_jpg(job: DataJob) -> Batches:
     """It stores JPEGs of its own, made of the decoded pixels."""
     return _ffcv(job, "jpg")
 
 
-def _ffcv(job: Job, mode: str) -> Batches:
+def _ffcv(job: DataJob, mode: str) -> Batches:
     import numpy as np
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder, SimpleRGBImageDecoder
@@ -229,7 +229,7 @@ def _ffcv(job: Job, mode: str) -> Batches:
 # ------------------------------------------------------------------------------------------------ LitData, MosaicML, SPDL
 
 
-def litdata(job: Job) -> Batches:
+def litdata(job: DataJob) -> Batches:
     """The JPEGs as they are, in LitData's chunks."""
     from litdata import StreamingDataLoader, StreamingDataset, optimize
     from torchvision.transforms import v2
@@ -259,7 +259,7 @@ def litdata_sample(item: tuple[str, int]) -> dict[str, Any]:
     return {"image": Image.open(path), "label": label}
 
 
-def mosaic(job: Job) -> Batches:
+def mosaic(job: DataJob) -> Batches:
     """The JPEGs as they are, in MosaicML's shards."""
     from PIL import Image
     from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
@@ -283,7 +283,7 @@ def mosaic(job: Job) -> Batches:
     )
 
 
-def spdl(job: Job) -> Batches:
+def spdl(job: DataJob) -> Batches:
     """Batches decoded and resized by FFmpeg's libraries in threads, as in SPDL's ImageNet example."""
     import spdl.io
     import torch
@@ -323,20 +323,20 @@ def spdl(job: Job) -> Batches:
 # --------------------------------------------------------------------------------------------------------------------- tidali
 
 
-def tidali_streaming(job: Job) -> Batches:
+def tidali_streaming(job: DataJob) -> Batches:
     return _tidali(job, "off", "float32")
 
 
-def tidali_cached(job: Job) -> Batches:
+def tidali_cached(job: DataJob) -> Batches:
     return _tidali(job, "device", "float32")
 
 
-def tidali_cached_bf16(job: Job) -> Batches:
+def tidali_cached_bf16(job: DataJob) -> Batches:
     """What a training step under bf16 autocast takes."""
     return _tidali(job, "device", "bfloat16")
 
 
-def _tidali(job: Job, cache: Any, dtype: str) -> Batches:
+def _tidali(job: DataJob, cache: Any, dtype: str) -> Batches:
     import torch
 
     from tidali.augment import Augment

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torchvision import datasets, models, transforms
 
+from bench.case_worker import DataJob, Job, Stream
 from bench.original import original_train_on
 from bench.ours import tidali_train_on
 from bench.peer_loaders import torchvision_v1
-from bench.peer_worker import Job, Stream
 from tidali.augment import Augment
 from tidali.contract import open_dataset
 from tidali.data import Data
@@ -53,7 +53,9 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _in_memory(job: Job, device: torch.device, memory_format: torch.memory_format) -> Callable[[], tuple[Tensor, Tensor]]:
+def in_memory(job: Job, device: torch.device, *, channels_last: bool) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Always the same batch, random and on the device."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     images = torch.randn(job.batch_size, 3, job.res, job.res, device=device).to(memory_format=memory_format)
     labels = torch.randint(job.classes, (job.batch_size,), device=device)
     return lambda: (images, labels)
@@ -62,14 +64,12 @@ def _in_memory(job: Job, device: torch.device, memory_format: torch.memory_forma
 # ---------------------------------------------------------------------------------------------------------- the original study
 
 
-def study_step(job: Job) -> Training:
+def study_step(job: DataJob) -> Training:
     device = _device()
-    return Training(
-        original_train_on(job.classes, "imagenet", device), _in_memory(job, device, torch.contiguous_format), device
-    )
+    return Training(original_train_on(job.classes, "imagenet", device), in_memory(job, device, channels_last=False), device)
 
 
-def study_loop(job: Job) -> Training:
+def study_loop(job: DataJob) -> Training:
     device = _device()
     steps = [transforms.Resize(job.res, transforms.InterpolationMode.BICUBIC), transforms.RandomHorizontalFlip()]
     images = datasets.ImageFolder(job.folder, transforms.Compose([*steps, transforms.ToTensor()]))  # it does not normalise
@@ -80,17 +80,17 @@ def study_loop(job: Job) -> Training:
 # ------------------------------------------------------------------------------------------------------ torchvision's reference
 
 
-def torchvision_step(job: Job) -> Training:
+def torchvision_step(job: DataJob) -> Training:
     device = _device()
-    return Training(_torchvision(job, device), _in_memory(job, device, torch.contiguous_format), device)
+    return Training(_torchvision(job, device), in_memory(job, device, channels_last=False), device)
 
 
-def torchvision_loop(job: Job) -> Training:
+def torchvision_loop(job: DataJob) -> Training:
     device = _device()
     return Training(_torchvision(job, device), Stream(torchvision_v1(job), job).next, device)
 
 
-def _torchvision(job: Job, device: torch.device) -> TrainOn:
+def _torchvision(job: DataJob, device: torch.device) -> TrainOn:
     """references/classification/train.py with ``--amp``: SGD 0.1, momentum 0.9, decay 1e-4, NCHW; loss, top-1 and top-5 are
     read after each step. Its ``--amp`` is CUDA's autocast and scaler: on a CPU the step is float32."""
     model = models.resnet18(num_classes=job.classes).to(device).train()
@@ -120,12 +120,12 @@ def _torchvision(job: Job, device: torch.device) -> TrainOn:
 # ------------------------------------------------------------------------------------------------------------------------ timm
 
 
-def timm_step(job: Job) -> Training:
+def timm_step(job: DataJob) -> Training:
     device = _device()
-    return Training(_timm(job, device), _in_memory(job, device, torch.channels_last), device)
+    return Training(_timm(job, device), in_memory(job, device, channels_last=True), device)
 
 
-def timm_loop(job: Job) -> Training:
+def timm_loop(job: DataJob) -> Training:
     """timm's loader, its crop, colour jitter and interpolation set so that it gives the same images as the others."""
     from timm.data import ImageDataset, create_loader
 
@@ -149,7 +149,7 @@ def timm_loop(job: Job) -> Training:
     return Training(_timm(job, device), Stream(loader, job).next, device)
 
 
-def _timm(job: Job, device: torch.device) -> TrainOn:
+def _timm(job: DataJob, device: torch.device) -> TrainOn:
     """train.py with ``--amp --amp-dtype bfloat16 --channels-last``: timm's model, its SGD with Nesterov momentum 0.9 and decay
     2e-5, label smoothing 0.1. Without ``--amp`` where the device has to emulate bfloat16, and with float16 on an older GPU."""
     import timm
@@ -180,12 +180,12 @@ def _timm(job: Job, device: torch.device) -> TrainOn:
 # ---------------------------------------------------------------------------------------------------------------------- tidali
 
 
-def tidali_step(job: Job) -> Training:
+def tidali_step(job: DataJob) -> Training:
     device = plan_device("auto", "auto", "auto").device
-    return Training(_tidali(job), _in_memory(job, device, torch.channels_last), device)
+    return Training(_tidali(job), in_memory(job, device, channels_last=True), device)
 
 
-def tidali_loop(job: Job) -> Training:
+def tidali_loop(job: DataJob) -> Training:
     device = plan_device("auto", "auto", "auto").device
     data = Data(open_dataset(Path(job.root)), ("train",), device, max_res=job.res)
     settings: dict[str, Any] = dict(
@@ -194,7 +194,7 @@ def tidali_loop(job: Job) -> Training:
     return Training(_tidali(job), Stream(data.batches("train", **settings), job).next, device)
 
 
-def _tidali(job: Job) -> TrainOn:
+def _tidali(job: DataJob) -> TrainOn:
     """The default recipe's step, averaged weights included, as ``tidali train`` takes it."""
     set_numerics()
     return tidali_train_on(job.classes, plan_device("auto", "auto", "auto"), "imagenet", averaged=True)

@@ -1,6 +1,6 @@
 """tidali beside what people use today: loaders, and whole training loops, on the same images, taking turns.
 
-Every case, tidali's too, runs in a process of its own (`bench.peer_process`), with the peer's packages in an environment of its
+Every case, tidali's too, runs in a process of its own (`bench.case_process`), with the peer's packages in an environment of its
 own where they could clash (`bench.peer_env`). Before a case is measured, what it gives is checked (`bench.peer_check`). A case
 that cannot be had, or gives something else, is a row with its reason.
 """
@@ -10,21 +10,20 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.progress import TaskID
 
+from bench.case_process import CaseFailed, CaseProcess
+from bench.case_worker import DataJob
 from bench.ceilings import COPY, DECODE, binding, ceiling_cases, ceiling_rows, sample_jpegs
 from bench.fingerprint import environment
 from bench.measure import Case, Rates, measure
 from bench.peer_check import CHECK_SAMPLES, wrong_loader, wrong_training
 from bench.peer_env import ENVIRONMENTS, PeerMissing, python_of
-from bench.peer_process import PeerFailed, PeerProcess
 from bench.peer_table import LOADERS, REFERENCE, TRAINING, Peer, chosen
-from bench.peer_worker import Job
 from bench.step import step_costs
 from tidali.console import progress_bar, say
 from tidali.contract import Dataset, iter_records, parse_image_size
@@ -50,14 +49,14 @@ def bench_peers(
     stored_bytes = sum(3 * math.prod(parse_image_size(size)) * count for size, count in split.image_sizes.items())
     counts = list(split.class_counts)
 
-    def make_check(run: _Run) -> Callable[[Peer, Job, Callable[[int | None], dict[str, Any]]], str | None]:
+    def make_check(run: _Run) -> Callable[[Peer, DataJob, Callable[[int | None], dict[str, Any]]], str | None]:
         first = min(resolutions)  # the labels do not depend on the resolution: there, every loader gives a whole epoch
-        with run.started(REFERENCE, run.job(REFERENCE, first)) as process:
+        with run.start(REFERENCE, run.job(REFERENCE, first)) as process:
             reference = process.check(None)
         if reference["counts"] != counts:
             raise UsageError(f"{dataset.root}: its files give other labels than its manifest; run 'tidali verify'")
 
-        def check(peer: Peer, job: Job, ask: Callable[[int | None], dict[str, Any]]) -> str | None:
+        def check(peer: Peer, job: DataJob, ask: Callable[[int | None], dict[str, Any]]) -> str | None:
             whole = job.res == first
             facts = ask(None if whole else -(-CHECK_SAMPLES // job.batch_size))
             return wrong_loader(facts, reference, job, whole=whole, loose=peer.loose)
@@ -99,7 +98,7 @@ def bench_training_peers(
     cases = chosen(TRAINING, peers)
     plan = plan_device("auto", "auto", "auto")
 
-    def make_check(run: _Run) -> Callable[[Peer, Job, Callable[[int | None], dict[str, Any]]], str | None]:
+    def make_check(run: _Run) -> Callable[[Peer, DataJob, Callable[[int | None], dict[str, Any]]], str | None]:
         return lambda peer, job, ask: wrong_training(ask(None), job)
 
     document = _bench(
@@ -127,9 +126,9 @@ class _Run:
         self._missing: dict[str, PeerMissing] = {}
         self._folder = extract(dataset, scratch / "train")
 
-    def job(self, peer: Peer, res: int) -> Job:
+    def job(self, peer: Peer, res: int) -> DataJob:
         manifest, split = self._dataset.manifest, self._dataset.split("train")
-        return Job(
+        return DataJob(
             target=peer.target,
             package=peer.package,
             root=str(self._dataset.root.resolve()),
@@ -145,17 +144,17 @@ class _Run:
             cores=cpu_count(),
         )
 
-    def start(self, peer: Peer, job: Job) -> PeerProcess:
+    def start(self, peer: Peer, job: DataJob) -> CaseProcess:
         """
         Raises:
-            PeerMissing, PeerFailed: it cannot be had, or does not start.
+            PeerMissing, CaseFailed: it cannot be had, or does not start.
         """
         python = self._python_of(peer.env) if peer.env is not None else Path(sys.executable)
         try:
-            return PeerProcess(python, job, self._scratch / f"{peer.id}.log")
-        except PeerFailed as error:
+            return CaseProcess(python, job, self._scratch / f"{peer.id}.log")
+        except CaseFailed as error:
             hint = peer.hint or (ENVIRONMENTS[peer.env].hint if peer.env is not None else "")
-            raise PeerFailed(f"{error}; {hint}" if hint else str(error)) from None
+            raise CaseFailed(f"{error}; {hint}" if hint else str(error)) from None
 
     def _python_of(self, env: str) -> Path:
         """An installation that failed is not tried again in the same run: it may take half an hour to fail."""
@@ -167,16 +166,8 @@ class _Run:
             self._missing[env] = error
             raise
 
-    @contextmanager
-    def started(self, peer: Peer, job: Job) -> Iterator[PeerProcess]:
-        process = self.start(peer, job)
-        try:
-            yield process
-        finally:
-            process.stop()
 
-
-Check = Callable[[Peer, Job, Callable[[int | None], dict[str, Any]]], str | None]
+Check = Callable[[Peer, DataJob, Callable[[int | None], dict[str, Any]]], str | None]
 Costs = Callable[[Peer, int], Mapping[str, float]]
 """What an image of a case at a resolution takes of each ceiling, for `bench.ceilings.binding`."""
 
@@ -232,7 +223,7 @@ def _measure(
     Returns:
         The rates by a case's id or a ceiling's name, and by id why a case did not run.
     """
-    running: dict[str, PeerProcess] = {}
+    running: dict[str, CaseProcess] = {}
     failed: dict[str, str] = {}
     found: dict[str, list[Rates]] = {name: [] for name in [*(peer.id for peer in cases), *(limit.name for limit in limits)]}
 
@@ -252,7 +243,7 @@ def _measure(
                     process = running[peer.id] = run.start(peer, job)
                     versions[peer.package] = process.version
                     reason = check(peer, job, process.check)
-                except (PeerMissing, PeerFailed) as error:
+                except (PeerMissing, CaseFailed) as error:
                     reason = str(error)
                 if reason is not None:
                     fail(peer, reason)
@@ -263,7 +254,7 @@ def _measure(
                     if peer.id in running:
                         try:
                             found[peer.id].append(running[peer.id].measure())
-                        except PeerFailed as error:
+                        except CaseFailed as error:
                             fail(peer, str(error))
                     bar.update(task, advance=1)
                 for name, rates in measure(limits, repeats=1).items():

@@ -1,23 +1,30 @@
-"""The training step: the original study's loop beside tidali's, on the same data that is already in memory, taking turns."""
+"""The training step: the original study's loop beside tidali's, on the same data that is already in memory, taking turns.
+
+Each runs in a process of its own, as its user would run it: tidali makes its process keep freed memory (`tidali.memory`), which
+would speed up the other loop by half.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import TaskID
 
+from bench.case_process import CaseFailed, CaseProcess
 from bench.ceilings import binding, ceiling_cases, ceiling_rows, products
 from bench.fingerprint import environment
-from bench.measure import Case, measure
-from bench.original import original_step
-from bench.ours import tidali_train_on
-from bench.profile import profile_step
+from bench.measure import Case, Rates, measure
+from bench.peer_check import wrong_training
+from bench.step_loops import StepJob
 from tidali.config import AmpChoice, CompileChoice, DeviceChoice, Stem
 from tidali.console import progress_bar, say
-from tidali.device import DevicePlan, plan_device, set_numerics
+from tidali.device import plan_device
 from tidali.errors import TidaliError
 from tidali.models import resnet18_gmacs
 
@@ -46,31 +53,34 @@ def bench_step(
         profile: where a trace of tidali's step is written, one for each shape.
 
     Raises:
-        TidaliError: the device cannot be used, or its memory does not hold the batch.
+        TidaliError: the device cannot be used, its memory does not hold the batch, or a loop failed otherwise.
     """
     plan = plan_device(device, amp, compile)
-    set_numerics()
     limits = ceiling_cases(plan)
     stems: list[Stem] = ["imagenet", "small"]
     shapes = [(res, stem) for stem in stems for res in resolutions if stem == "imagenet" or res <= SMALL_STEM_MAX_PX]
     rows, ceilings = [], []
-    with progress_bar() as bar:
+    with progress_bar() as bar, tempfile.TemporaryDirectory(prefix="tidali-step-", ignore_cleanup_errors=True) as scratch:
         for res, stem in shapes:
-            task = bar.add_task(f"step at {res}, {stem} stem", total=None, note="")
+            settings: dict[str, Any] = dict(res=res, stem=stem, batch_size=batch_size, classes=CLASSES, scratch=scratch)
+            settings |= dict(device=device, amp=amp, compile=compile)
+            jobs = {
+                ORIGINAL: StepJob(target="bench.step_loops:original", package="torch", **settings),
+                TIDALI: StepJob(target="bench.step_loops:tidali", package="tidali", **settings),
+            }
+            task = bar.add_task(f"step at {res}, {stem} stem", total=(len(jobs) + len(limits)) * repeats, note="")
 
             def on_done(name: str, task: TaskID = task) -> None:
                 bar.update(task, advance=1, note=name)
 
+            trace = profile.with_name(f"{profile.stem}-{res}-{stem}.json") if profile is not None else None
             try:
-                cases = step_cases(plan, res=res, stem=stem, batch_size=batch_size)
-                bar.update(task, total=(len(cases) + len(limits)) * repeats)
-                rates = measure(cases + limits, repeats=repeats, on_done=on_done)
-            except torch.OutOfMemoryError:
-                raise TidaliError(
-                    f"bench step: {batch_size} images of {res} px do not fit the GPU; give a smaller --batch-size"
-                ) from None
+                rates = _measured(jobs, limits, Path(scratch), repeats, on_done, trace)
+            except CaseFailed as error:
+                hint = "; give a smaller --batch-size" if "out of memory" in str(error) else ""
+                raise TidaliError(f"bench step: {batch_size} images of {res} px: {error}{hint}") from None
             gmacs = resnet18_gmacs(CLASSES, stem, res)
-            for case in (ORIGINAL, TIDALI):
+            for case in jobs:
                 bound = binding(rates, step_costs(None if case == ORIGINAL else plan.amp_dtype, res=res, stem=stem))
                 rows.append(
                     {
@@ -87,10 +97,6 @@ def bench_step(
                     }
                 )
             ceilings += ceiling_rows(rates, res=res, stem=stem)
-            if profile is not None:
-                path = profile.with_name(f"{profile.stem}-{res}-{stem}.json")
-                for line in profile_step(cases[-1].step, plan.device, path):
-                    say(line)
     return {
         "benchmark": "step",
         **environment(plan),
@@ -101,22 +107,34 @@ def bench_step(
     }
 
 
-def step_cases(plan: DevicePlan, *, res: int, stem: Stem, batch_size: int) -> list[Case]:
-    """The two loops, each with a model and a batch of its own: the same values, laid out as each takes them."""
-    values = torch.randn(batch_size, 3, res, res, device=plan.device)
-    labels = torch.randint(CLASSES, (batch_size,), device=plan.device)
-    channels_last = values.contiguous(memory_format=torch.channels_last)
-    original = original_step(CLASSES, stem, plan.device, lambda: (values, labels))
-    train_on = tidali_train_on(CLASSES, plan, stem, averaged=False)
-
-    def step() -> int:
-        train_on(channels_last, labels)
-        return batch_size
-
-    return [
-        Case(name=ORIGINAL, step=original, device=plan.device),
-        Case(name=TIDALI, step=step, device=plan.device),
-    ]
+def _measured(
+    jobs: Mapping[str, StepJob],
+    limits: Sequence[Case],
+    scratch: Path,
+    repeats: int,
+    on_done: Callable[[str], None],
+    profile: Path | None,
+) -> dict[str, Rates]:
+    """The loops of one shape, started and then measured in turn, and the ceilings with them."""
+    found: dict[str, list[Rates]] = {name: [] for name in [*jobs, *(limit.name for limit in limits)]}
+    with ExitStack() as stack:
+        running = {}
+        for name, job in jobs.items():
+            log = scratch / f"{job.target.partition(':')[2]}.log"
+            running[name] = stack.enter_context(CaseProcess(Path(sys.executable), job, log))
+            wrong = wrong_training(running[name].check(1), job)
+            if wrong is not None:
+                raise CaseFailed(f"{name}: {wrong}")
+        for _ in range(repeats):
+            for name, process in running.items():
+                found[name].append(process.measure())
+                on_done(name)
+            for name, rates in measure(limits, repeats=1, on_done=on_done).items():
+                found[name].append(rates)
+        if profile is not None:
+            for line in running[TIDALI].profile(profile):
+                say(line)
+    return {name: Rates.together(parts) for name, parts in found.items()}
 
 
 def step_costs(dtype: torch.dtype | None, *, res: int, stem: Stem) -> dict[str, float]:

@@ -97,7 +97,7 @@ def test_loader_in_a_plain_loop_learns(demo_data: Path) -> None:
     torch.manual_seed(0)
     loader = tidali.make_loader(str(demo_data), "train", res=32, batch_size=32, device="cpu")
     network = torchvision.models.resnet18(num_classes=4)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     losses = []
     for epoch in range(3):
         loader.set_epoch(epoch)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import ceilings, growth, loading, measure, pack
+from bench import case_process, ceilings, growth, loading, measure, pack
 from bench import train as bench_train
 from bench.all import bench_all
 from bench.fingerprint import environment
@@ -93,10 +93,11 @@ def test_json_alone_on_standard_output(tidali, quick, demo_data: Path) -> None:
     assert [row["res"] for row in document["rows"]] == [32] * 4 + [64] * 4
 
 
-def test_step_beside_the_original_loop_with_a_profile(tidali, quick, tmp_path: Path) -> None:
+def test_step_beside_the_original_loop_with_a_profile(tidali, quick, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(case_process, "MIN_SECONDS", 0.1)
     out = tmp_path / "step.json"
     ended = tidali(
-        "bench", "step", "--res", 32, "--batch-size", 4, "--repeats", 2, "--device", "cpu", "--json", out, "--profile"
+        "bench", "step", "--res", 32, "--batch-size", 4, "--repeats", 1, "--device", "cpu", "--json", out, "--profile"
     )
     assert ended.code == 0, ended.stderr
     document = json.loads(out.read_text())
@@ -124,6 +125,18 @@ def test_step_beside_the_original_loop_with_a_profile(tidali, quick, tmp_path: P
     summary = [line for line in ended.stderr.splitlines() if " calls  " in line]
     assert len(summary) == 16
     assert any("convolution_backward" in line for line in summary)
+
+
+def test_a_loop_that_fails_is_told_in_a_line(tidali, quick, monkeypatch) -> None:
+    def out_of_memory(*told: object) -> None:
+        raise case_process.CaseFailed("OutOfMemoryError: CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    monkeypatch.setattr(case_process.CaseProcess, "__init__", out_of_memory)
+    ended = tidali("bench", "step", "--res", 32, "--batch-size", 4, "--repeats", 1, "--device", "cpu")
+    assert (ended.code, ended.stdout) == (1, "")
+    (line,) = (line for line in ended.stderr.splitlines() if line.startswith("tidali:"))
+    assert "4 images of 32 px: OutOfMemoryError: CUDA out of memory" in line
+    assert line.endswith("give a smaller --batch-size")
 
 
 def test_loader_with_its_growth(tidali, quick, small, monkeypatch) -> None:

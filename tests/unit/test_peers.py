@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import peer_env, peer_process, peers
+from bench import case_process, peer_env, peers
+from bench.case_worker import DataJob, Stream
 from bench.peer_check import wrong_loader, wrong_training
 from bench.peer_env import Environment, PeerMissing, python_of, what_failed
 from bench.peer_table import LOADERS, REFERENCE, TRAINING, Peer, chosen
-from bench.peer_worker import Job, Stream
 from tidali.contract import open_dataset
 from tidali.errors import UsageError
 
@@ -54,7 +54,7 @@ def test_an_unknown_name_lists_the_known(name: str) -> None:
 CLASSES, RES, BATCH, SAMPLES = 4, 8, 8, 60
 
 
-def make_job(**changes: Any) -> Job:
+def make_job(**changes: Any) -> DataJob:
     settings: dict[str, Any] = dict(
         target="",
         package="torch",
@@ -70,7 +70,7 @@ def make_job(**changes: Any) -> Job:
         as_stored=True,
         cores=1,
     )
-    return Job(**{**settings, **changes})
+    return DataJob(**{**settings, **changes})
 
 
 def make_batches(
@@ -172,7 +172,7 @@ def test_a_stream_goes_on_after_an_epoch_and_never_asks_an_iterator_that_has_end
     ("facts", "reason"),
     [
         ({"loss": 1.5, "images": BATCH, "shape": [3, RES, RES]}, None),
-        ({"loss": 2.5, "images": BATCH, "shape": [3, RES, RES]}, "its first loss is 2.50; guessing has 1.39"),
+        ({"loss": 4.5, "images": BATCH, "shape": [3, RES, RES]}, "its first loss is 4.50; guessing has 1.39"),
         ({"loss": float("nan"), "images": BATCH, "shape": [3, RES, RES]}, "its first loss is nan; guessing has 1.39"),
         ({"loss": 1.5, "images": 4, "shape": [3, RES, RES]}, "its batch is 4 images of [3, 8, 8]"),
     ],
@@ -282,7 +282,7 @@ def test_rows_of_cases_that_run_lie_or_cannot_be_had(monkeypatch, demo_data: Pat
         Peer(id="tidali-cached", name="tidali cached", target="bench.peer_loaders:tidali_cached", package="tidali"),
     )
     monkeypatch.setattr(peers, "LOADERS", table)
-    monkeypatch.setattr(peer_process, "MIN_SECONDS", 0.1)
+    monkeypatch.setattr(case_process, "MIN_SECONDS", 0.1)
     document = peers.bench_peers(open_dataset(demo_data), resolutions=[32], batch_size=8, repeats=1, peers=None)
     assert (document["benchmark"], document["repeats"], document["batch_size"]) == ("peers", 1, 8)
     rows = {row["case"]: row for row in document["rows"]}

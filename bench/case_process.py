@@ -11,27 +11,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bench.case_worker import Job
 from bench.fingerprint import PACKAGES
 from bench.measure import Rates
-from bench.peer_worker import Job
 from tidali.timing import Stopwatch
 
 MIN_SECONDS = 3.0
-"""Of a measurement. There are few repeats, for there are many cases, and one second of a case that memory holds back differs by
-a fifth from the next."""
+"""Of a measurement. There are few repeats, and one second of a case that memory holds back differs by a fifth from the next."""
 START_TIMEOUT_S = 3600.0
-"""The data set is converted to the peer's own format first."""
+"""A data set is converted to the peer's own format first."""
 ANSWER_TIMEOUT_S = 1200.0
 _STOP_TIMEOUT_S = 10.0
 _MAIN = "import sys; sys.path.insert(0, {root!r}) if {root!r} not in sys.path else None; \
-from bench.peer_worker import Job, serve; serve(Job.from_json(sys.argv[1]))"
+from bench.case_worker import Job, serve; serve(Job.from_json(sys.argv[1]))"
 
 
-class PeerFailed(Exception):
+class CaseFailed(Exception):
     """A case that cannot be measured, and why."""
 
 
-class PeerProcess:
+class CaseProcess:
     """A case in its own process.
 
     Between questions the process and its workers are stopped by a signal: what they would prepare ahead would take the cores
@@ -42,7 +41,7 @@ class PeerProcess:
         """Start it and wait until it has its first batches in reach.
 
         Raises:
-            PeerFailed: it did not come up.
+            CaseFailed: it did not come up.
         """
         self._log = log
         scratch = Path(job.scratch)
@@ -54,7 +53,7 @@ class PeerProcess:
                 stdout=subprocess.PIPE,
                 stderr=messages,
                 cwd=scratch,
-                env={**os.environ, "OMP_WAIT_POLICY": "passive", "TMPDIR": str(scratch)},
+                env=_environment(job),
             )
         self._rest = b""
         try:
@@ -67,7 +66,7 @@ class PeerProcess:
     def check(self, batches: int | None) -> dict[str, Any]:
         """
         Raises:
-            PeerFailed: it failed meanwhile.
+            CaseFailed: it failed meanwhile.
         """
         return self._ask({"do": "check", "batches": batches})
 
@@ -75,10 +74,25 @@ class PeerProcess:
         """One measurement, by its own clock.
 
         Raises:
-            PeerFailed: it failed meanwhile.
+            CaseFailed: it failed meanwhile.
         """
         answer = self._ask({"do": "measure", "min_seconds": MIN_SECONDS})
         return Rates(**{**answer, "per_s": tuple(answer["per_s"])})
+
+    def profile(self, path: Path) -> list[str]:
+        """The lines of `bench.profile.profile_step`, which writes a trace.
+
+        Raises:
+            CaseFailed: it failed meanwhile, or the trace cannot be written.
+        """
+        lines: list[str] = self._ask({"do": "profile", "path": str(path.absolute())})["lines"]
+        return lines
+
+    def __enter__(self) -> CaseProcess:
+        return self
+
+    def __exit__(self, *how: object) -> None:
+        self.stop()
 
     def stop(self) -> None:
         """End it and its workers: politely, so that it cleans up its shared memory, then not."""
@@ -100,7 +114,7 @@ class PeerProcess:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
-            raise PeerFailed(self._why_it_ended()) from None
+            raise CaseFailed(self._why_it_ended()) from None
         answer = self._answer(ANSWER_TIMEOUT_S)
         self._signal(signal.SIGSTOP)
         return answer
@@ -112,19 +126,19 @@ class PeerProcess:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._rest:
                 if watch.peek_s() > timeout_s:
-                    raise PeerFailed(f"no answer in {timeout_s:.0f} s")
+                    raise CaseFailed(f"no answer in {timeout_s:.0f} s")
                 # Its workers hold the pipe open too, so the end of the process need not be the end of the pipe.
                 if selector.select(timeout=1.0):
                     read = os.read(self._process.stdout.fileno(), 1 << 16)
                     if not read:
-                        raise PeerFailed(self._why_it_ended())
+                        raise CaseFailed(self._why_it_ended())
                     self._rest += read
                 elif self._process.poll() is not None:
-                    raise PeerFailed(self._why_it_ended())
+                    raise CaseFailed(self._why_it_ended())
         line, _, self._rest = self._rest.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise PeerFailed(answer["error"])
+            raise CaseFailed(answer["error"])
         return answer
 
     def _why_it_ended(self) -> str:
@@ -137,3 +151,11 @@ class PeerProcess:
         """To the process and its workers."""
         with suppress(ProcessLookupError, PermissionError):  # it ended, or did not come as far as its own group
             os.killpg(self._process.pid, number)
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """A user's of that package: how threads wait for each other is set by the ``tidali`` command for its own process alone."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if job.package == "tidali":
+        environment["OMP_WAIT_POLICY"] = "passive"
+    return {**environment, "TMPDIR": job.scratch}

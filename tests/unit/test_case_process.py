@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.peer_process import PeerFailed, PeerProcess
-from bench.peer_worker import Job
+from bench.case_process import CaseFailed, CaseProcess
+from bench.case_worker import Job
 
 FAKE = """
 import os, sys, time
@@ -43,7 +44,7 @@ class Fake:
         if batches == 2:
             print("the last words", file=sys.stderr)
             os._exit(3)
-        return {"worker": self.worker, "batches": batches}
+        return {"worker": self.worker, "batches": batches, "waits": os.environ.get("OMP_WAIT_POLICY")}
 
 
 def fake(job):
@@ -59,26 +60,12 @@ def broken(job):
 def job(monkeypatch, tmp_path: Path) -> Job:
     (tmp_path / "fake_case.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    return Job(
-        target="fake_case:fake",
-        package="torch",
-        root="",
-        folder="",
-        scratch=str(tmp_path / "scratch"),
-        res=8,
-        batch_size=10,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        classes=2,
-        samples=10,
-        as_stored=True,
-        cores=1,
-    )
+    return Job(target="fake_case:fake", package="torch", scratch=str(tmp_path / "scratch"), res=8, batch_size=10, classes=2)
 
 
 @pytest.fixture
-def process(job: Job, tmp_path: Path) -> Iterator[PeerProcess]:
-    process = PeerProcess(Path(sys.executable), job, tmp_path / "log")
+def process(job: Job, tmp_path: Path) -> Iterator[CaseProcess]:
+    process = CaseProcess(Path(sys.executable), job, tmp_path / "log")
     yield process
     process.stop()
 
@@ -101,7 +88,7 @@ def becomes(pid: int, states: str) -> bool:
     return False
 
 
-def test_answers_and_rest(process: PeerProcess) -> None:
+def test_answers_and_rest(process: CaseProcess) -> None:
     assert process.version  # the package's
     facts: dict[str, Any] = process.check(None)
     assert facts["batches"] is None
@@ -113,22 +100,29 @@ def test_answers_and_rest(process: PeerProcess) -> None:
     assert becomes(facts["worker"], "")
 
 
-def test_it_measures_itself(process: PeerProcess) -> None:
+@pytest.mark.parametrize(("package", "policy"), [("torch", None), ("tidali", "passive")])
+def test_threads_wait_as_the_package_has_them(job: Job, monkeypatch, tmp_path: Path, package: str, policy: str | None) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    with CaseProcess(Path(sys.executable), replace(job, package=package), tmp_path / "log") as process:
+        assert process.check(None)["waits"] == policy
+
+
+def test_it_measures_itself(process: CaseProcess) -> None:
     rates = process.measure()
     assert rates.first_step_s == 0.5
     assert 5 < rates.median <= 51  # ten images in two tenths of a second, and never faster than it sleeps
 
 
-def test_a_failure_is_its_first_line(process: PeerProcess) -> None:
-    with pytest.raises(PeerFailed, match=r"^ValueError: a reason$"):
+def test_a_failure_is_its_first_line(process: CaseProcess) -> None:
+    with pytest.raises(CaseFailed, match=r"^ValueError: a reason$"):
         process.check(1)
-    with pytest.raises(PeerFailed, match=r"^its process ended with exit code 0"):  # and that was its end
+    with pytest.raises(CaseFailed, match=r"^its process ended with exit code 0"):  # and that was its end
         process.check(3)
 
 
-def test_a_process_that_ends_is_told_with_its_last_words(process: PeerProcess) -> None:
+def test_a_process_that_ends_is_told_with_its_last_words(process: CaseProcess) -> None:
     worker = process.check(None)["worker"]
-    with pytest.raises(PeerFailed, match=r"^its process ended with exit code 3: the last words$"):
+    with pytest.raises(CaseFailed, match=r"^its process ended with exit code 3: the last words$"):
         process.check(2)
     process.stop()
     assert becomes(worker, "")
@@ -137,9 +131,9 @@ def test_a_process_that_ends_is_told_with_its_last_words(process: PeerProcess) -
 PARENT = """
 import sys
 from pathlib import Path
-from bench.peer_process import PeerProcess
-from bench.peer_worker import Job
-process = PeerProcess(Path(sys.executable), Job.from_json(sys.argv[1]), Path(sys.argv[2]))
+from bench.case_process import CaseProcess
+from bench.case_worker import Job
+process = CaseProcess(Path(sys.executable), Job.from_json(sys.argv[1]), Path(sys.argv[2]))
 print(process._process.pid, process.check(None)["worker"], flush=True)
 if sys.argv[3] == "busy":
     process.check(0)
@@ -166,13 +160,11 @@ def test_nothing_outlives_a_killed_parent(job: Job, tmp_path: Path, doing: str) 
 
 
 def test_a_process_that_does_not_start(job: Job, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     for target, reason in (
         ("fake_case:broken", "OSError: no such library"),
         ("fake_case:missing", "AttributeError: module 'fake_case' has no attribute 'missing'"),
         ("no_such_module:any", "ModuleNotFoundError: No module named 'no_such_module'"),
     ):
-        with pytest.raises(PeerFailed) as caught:
-            PeerProcess(Path(sys.executable), replace(job, target=target), tmp_path / "log")
+        with pytest.raises(CaseFailed) as caught:
+            CaseProcess(Path(sys.executable), replace(job, target=target), tmp_path / "log")
         assert str(caught.value) == reason

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Protocol
 
 from tidali.timing import Stopwatch
@@ -27,35 +28,44 @@ from tidali.timing import Stopwatch
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a case is told. Plain values: it crosses to another Python as JSON."""
+    """What every case is told. Plain values: it crosses to another Python as JSON."""
 
     target: str
-    """``module:function``. The function takes the job and returns a `Subject`, or an iterable of batches: images
-    (N, 3, res, res), labels (N,), an epoch each time it is iterated over."""
+    """``module:function``. The function takes the job and returns a `Subject`, or, where it is told of data, an iterable of
+    batches: images (N, 3, res, res), labels (N,), an epoch each time it is iterated over."""
     package: str
     """The distribution whose version is told."""
+    scratch: str
+    """A folder that it may fill."""
+    res: int
+    batch_size: int
+    classes: int
+
+    @staticmethod
+    def from_json(text: str) -> Job:
+        """A job of the class that `to_json` was called on."""
+        fields = json.loads(text)
+        found: Job = _named(fields.pop("kind"))(**fields)
+        return found
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": f"{type(self).__module__}:{type(self).__name__}", **asdict(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataJob(Job):
+    """What a case that reads data is told. Its scratch folder is kept between resolutions, for the data in its own format."""
+
     root: str
     """The packed data set."""
     folder: str
     """Its train split as files, CLASS/KEY.jpg, the class a number."""
-    scratch: str
-    """This case's own, for the data in its own format; kept between resolutions."""
-    res: int
-    batch_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    classes: int
     samples: int
     as_stored: bool
     """Every image has the size asked for: no resize."""
     cores: int
-
-    @staticmethod
-    def from_json(text: str) -> Job:
-        return Job(**json.loads(text))
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
 
 
 class Subject(Protocol):
@@ -87,7 +97,7 @@ class Stream:
     device = None
     first_step_s = 0.0
 
-    def __init__(self, loader: Iterable[Any], job: Job) -> None:
+    def __init__(self, loader: Iterable[Any], job: DataJob) -> None:
         self._loader, self._job = loader, job
         self.cycle_steps = max(job.samples // job.batch_size, 1)
         self._batches: Iterator[Any] | None = None
@@ -150,7 +160,8 @@ class Stream:
 
 
 def serve(job: Job) -> None:
-    """Answer questions until standard input ends. ``check`` gives facts, ``measure`` the fields of a `bench.measure.Rates`."""
+    """Answer questions until standard input ends. ``check`` gives facts, ``measure`` the fields of a `bench.measure.Rates`,
+    ``profile`` the lines of `bench.profile.profile_step`."""
     os.setpgid(0, 0)  # a group of its own, workers included, which the parent can hold still while others are measured
     # Under nohup it would be ignored, and is what ends a group that is held still when its parent is killed.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -171,6 +182,8 @@ def serve(job: Job) -> None:
             question = json.loads(line)
             if question["do"] == "check":
                 answer(subject.check(question["batches"]))
+            elif question["do"] == "profile":
+                answer(_profile(subject, Path(question["path"])))
             else:
                 answer(_measure(subject, question["min_seconds"]))
     except Exception as error:
@@ -192,11 +205,19 @@ def _end_with(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def _named(words: str) -> Any:
+    """What ``module:name`` names."""
+    module, _, name = words.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def _open(job: Job) -> Subject:
-    module, _, name = job.target.partition(":")
-    function: Callable[[Job], Any] = getattr(importlib.import_module(module), name)
+    function: Callable[[Job], Any] = _named(job.target)
     found = function(job)
-    return found if hasattr(found, "step") else Stream(found, job)
+    if isinstance(job, DataJob) and not hasattr(found, "step"):
+        return Stream(found, job)
+    subject: Subject = found
+    return subject
 
 
 def _version(package: str) -> str:
@@ -213,3 +234,9 @@ def _measure(subject: Subject, min_seconds: float) -> dict[str, Any]:
     case = Case(name="", step=subject.step, device=subject.device, cycle_steps=subject.cycle_steps)
     rates = measure([case], repeats=1, min_seconds=min_seconds)[""]
     return {**asdict(rates), "first_step_s": subject.first_step_s}
+
+
+def _profile(subject: Subject, path: Path) -> dict[str, Any]:
+    from bench.profile import profile_step
+
+    return {"lines": profile_step(subject.step, subject.device, path)}
