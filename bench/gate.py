@@ -5,8 +5,7 @@ another machine, or of this one on a busy day, say nothing about the code. It en
 test runs it.
 
 The least ratios leave a sixth of room or more below what was recorded. Those of the step are of CPUs whose bf16 products are
-2.2 times as fast as their float32 ones. In a process that keeps its freed memory both loops come near their ceilings, and the
-ratio near 2.2; in one that does not, page faults slow the original's more, and the ratio is higher.
+2.2 times as fast as their float32 ones, and of a time when both loops ran in one process, whose freed memory was kept for both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The training step: the original study's loop beside tidali's, on the same data that is already in memory, taking turns.
 
-Each runs in a process of its own, as its user would run it: tidali makes its process keep freed memory (`tidali.memory`), which
-would speed up the other loop by half.
+Each runs in a process of its own, as its user would run it: tidali makes its process keep freed memory (`tidali.memory`), with
+which the other loop's step of 224 px ran at 15.4 images/s instead of 11.3.
 """
 
 from __future__ import annotations
