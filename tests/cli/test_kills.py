@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tidali.config import TrainSettings, make_recipe
 
-KILLS = int(os.environ.get("TIDALI_KILLS", "1"))
+KILLS = int(os.environ.get("TIDALI_KILLS", "2"))
 """Of one process, a start and a resumption each; two ranks are killed once."""
 STEPS = 12  # three epochs of 160 images in batches of 40
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}

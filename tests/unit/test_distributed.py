@@ -55,9 +55,9 @@ with joined_ranks("cpu") as ranks:
         label_smoothing=0.1,
         ranks=ranks,
     )
+    half, _ = HALVES[dtype]
     for step in range(STEPS):
         images, labels = global_batch(step, dtype)
-        half = HALVES[dtype][0]
         part = slice(ranks.rank * half, (ranks.rank + 1) * half)
         train_step(state, images[part], labels[part])
     save_file({name: tensor.contiguous() for name, tensor in state.model.state_dict().items()}, sys.argv[1] + str(ranks.rank))
@@ -106,10 +106,10 @@ def test_two_ranks_are_a_loop_that_averages_the_halves_gradients(tmp_path: Path,
     ]
     optimizer = torch.optim.SGD(groups, lr=LR, momentum=0.9, nesterov=True)
     model.train()
+    half, _ = HALVES[dtype]
     for step in range(STEPS):
         images, labels = global_batch(step, dtype)
         optimizer.zero_grad()
-        half = HALVES[dtype][0]
         for part in (slice(0, half), slice(half, 2 * half)):  # batch norm sees each half by itself
             loss = torch.nn.functional.cross_entropy(model(images[part]).float(), labels[part], label_smoothing=0.1)
             (loss / 2).backward()
