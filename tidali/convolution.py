@@ -1,9 +1,10 @@
-"""The gradient of 3x3 kernels on a CPU, where images have shrunk to a few pixels.
+"""3x3 convolutions on a CPU, where images have shrunk to a few pixels: matrix products without those that meet the padding.
 
-oneDNN 3.12 takes as long over 2x2 pixels as over 4x4 (57 ms; batch 100, 512 channels, float32, two cores with AVX2), and longer
-still over single ones. A ResNet-18 of 64-pixel images ends in three such convolutions: with this module its step took 811 ms
-instead of 997, and that of 32-pixel images 204 instead of 466, the two taking turns. oneDNN's bf16 kernels are slow there too,
-11 ms for products of 4; what the step gains in bf16 was not measured.
+A ResNet-18 of 64-pixel images ends in three of 512 channels at 2x2 pixels. On batches of 100, float32, two cores with AVX2,
+oneDNN 3.12 takes 57 ms for the gradient of such kernels, as long as at 4x4 pixels; a product for each tap takes 8. The output
+and the gradient of the input take it 12.5 ms each; one product of whole images takes 9 and 7. A whole step, in turns with one
+of torch's own convolutions: 572 ms instead of 746 at 64 pixels, 174 instead of 336 at 32, 1334 instead of 1390 at 96. In bf16
+oneDNN took 11 ms for kernels that are products of 4; what the step gains there was not measured.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 MAX_SIDE = 3
-"""In pixels. At 3x3 the products below take half the time (21 ms against 42), at 4x4 two thirds, at 7x7 as long as oneDNN."""
+"""In pixels. There the kernels' gradient takes half of oneDNN's time (21 ms against 42), at 4x4 two thirds, at 7x7 all."""
 
 
 def speed_up_tiny_images(model: nn.Module) -> None:
-    """Give the model's 3x3 convolutions of stride 1 the gradient below, for batches whose images are tiny when they get there.
+    """Give the model's 3x3 convolutions of stride 1 the products below, for batches whose images are tiny when they get there.
 
-    Only training in channels-last memory on a CPU gains. What they compute, their parameters and their names stay as they are.
+    Only training in channels-last memory on a CPU gains. What they compute, their parameters and their names stay as they are;
+    the order of their sums does not.
     """
     wanted = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "bias": None}
     for module in model.modules():
@@ -35,24 +37,51 @@ class _Conv3x3(nn.Conv2d):
             return super().forward(input)
         # What autocast does to the operands of a convolution; it does not look into functions of one's own.
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-        out: Tensor = _ByTaps.apply(input.to(dtype), self.weight.to(dtype))
+        out: Tensor = _TinyConvolution.apply(input.to(dtype), self.weight.to(dtype))
         return out
 
 
-class _ByTaps(torch.autograd.Function):
+class _TinyConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, kernels: Tensor) -> Tensor:
-        ctx.save_for_backward(images, kernels)
-        return functional.conv2d(images, kernels, padding=1)
+        if max(images.shape[2:]) > 2:
+            ctx.save_for_backward(images, kernels)
+            return functional.conv2d(images, kernels, padding=1)
+        matrix = as_matrix(kernels, images.shape[2], images.shape[3])
+        ctx.save_for_backward(images, matrix)
+        return _times(images, matrix.T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        images, kernels = ctx.saved_tensors
+        (grad,), (images, kernels) = grads, ctx.saved_tensors
+        if kernels.ndim == 2:
+            return _times(grad, kernels), kernels_grad(images, grad)
         one, none, wanted = [1, 1], [0, 0], [True, False, False]
         of_images: Tensor = torch.ops.aten.convolution_backward(
-            grads[0], images, kernels, None, one, one, one, False, none, 1, wanted
+            grad, images, kernels, None, one, one, one, False, none, 1, wanted
         )[0]
-        return of_images, kernels_grad(images, grads[0])
+        return of_images, kernels_grad(images, grad)
+
+
+def as_matrix(kernels: Tensor, height: int, width: int) -> Tensor:
+    """What a 3x3 convolution of stride 1 and padding 1 does to an image of 1 or 2 pixels a side, where all reach all.
+
+    Args:
+        kernels: (O, I, 3, 3).
+
+    Returns:
+        (height * width * O, height * width * I): outputs by inputs, both in the order of channels_last.
+    """
+    taps = kernels.permute(0, 2, 3, 1)
+    rows = [taps[:, 1 - y : 1 - y + height, 1 - x : 1 - x + width] for y in range(height) for x in range(width)]
+    return torch.stack(rows).flatten(2).flatten(0, 1)
+
+
+def _times(images: Tensor, matrix: Tensor) -> Tensor:
+    """All of an image's values, channels_last, times the matrix, as an image of the same height and width."""
+    count, _, height, width = images.shape
+    product = images.permute(0, 2, 3, 1).reshape(count, -1) @ matrix
+    return product.view(count, height, width, -1).permute(0, 3, 1, 2)
 
 
 def kernels_grad(images: Tensor, grad: Tensor) -> Tensor:

@@ -92,8 +92,8 @@ def make_train_state(
     ranks: Ranks | None = None,
 ) -> TrainState:
     """Put the model on its device, channels-last, and make its optimizer: SGD, with decay on weights of two or more dimensions
-    only (batch norm's and biases are vectors). On a CPU the process keeps freed memory from then on (`tidali.memory`), and tiny
-    images have a faster gradient (`tidali.convolution`)."""
+    only (batch norm's and biases are vectors). On a CPU the process keeps freed memory from then on (`tidali.memory`), and
+    convolutions of tiny images are faster (`tidali.convolution`)."""
     if plan.device.type == "cpu":
         keep_freed_memory()
         if not plan.compile:

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,18 +72,26 @@ def test_killed_at_random_steps_and_resumed(demo_data: Path, tmp_path: Path, ran
     config, dies, whole = tmp_path / "config.json", tmp_path / "dies.py", tmp_path / "whole"
     config.write_text(json.dumps(settings.to_dict()))
     dies.write_text(DIES)
-    done = run(ranks, "-m", "tidali", "train", "--config", config, "--out", whole)
-    assert done.returncode == 0, done.stderr
-    expected = weights_hash(whole)
 
-    draws = random.Random(ranks)
-    for number in range(kills):
-        broken, step = tmp_path / f"broken{number}", draws.randint(1, STEPS)
+    def train_whole() -> None:
+        done = run(ranks, "-m", "tidali", "train", "--config", config, "--out", whole)
+        assert done.returncode == 0, done.stderr
+
+    def kill_and_resume(broken: Path, step: int) -> None:
         died = run(ranks, dies, step, "train", "--config", config, "--out", broken)
         assert died.returncode == (-signal.SIGKILL if ranks == 1 else 1), died.stderr
         resumed = run(ranks, "-m", "tidali", "train", "--resume", broken)
         assert resumed.returncode == 0, resumed.stderr
         assert resumed.stderr.count(f"resumed at step {step - 1}") == 1  # what was saved is the step before
+
+    draws = random.Random(ranks)
+    killed = {tmp_path / f"broken{number}": draws.randint(1, STEPS) for number in range(kills)}
+    with ThreadPoolExecutor(2) as pool:  # of runs of one thread a rank
+        for outcome in [pool.submit(train_whole), *(pool.submit(kill_and_resume, *each) for each in killed.items())]:
+            outcome.result()
+
+    expected = weights_hash(whole)
+    for broken, step in killed.items():
         assert weights_hash(broken) == expected, f"killed at step {step}"
         assert [json.loads(line)["epoch"] for line in (broken / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 

@@ -31,7 +31,7 @@ def same_weights(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize("cache", ["device", "off"])
 def test_a_run_that_is_stopped_then_killed_ends_with_the_same_weights(demo_data: Path, tmp_path: Path, cache: str) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run(train(demo_data, whole, cache), env=ENVIRONMENT, check=True, capture_output=True)
+    unbroken = subprocess.Popen(train(demo_data, whole, cache), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
     process = subprocess.Popen(train(demo_data, broken, cache), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (broken / "metrics.jsonl").exists(), process)  # an epoch is done, the next one under way
@@ -49,6 +49,8 @@ def test_a_run_that_is_stopped_then_killed_ends_with_the_same_weights(demo_data:
 
     done = subprocess.run(resume, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    _, said = unbroken.communicate(timeout=120)
+    assert unbroken.returncode == 0, said
     assert same_weights(whole, broken)
     epochs = {json.loads(line)["epoch"] for line in (broken / "metrics.jsonl").read_text().splitlines()}
     assert epochs == {1, 2, 3}

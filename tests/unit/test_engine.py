@@ -48,7 +48,7 @@ def linear_state(plan: DevicePlan, **changes: float) -> TrainState:
 # where the plain one rounds twice: weights were 1e-8 apart after twenty steps, and no loss differed in a bit. The first loss
 # is also compared in NCHW memory, whose sums have another order: 7e-8 apart in float32, 0.0008 in bfloat16 with its 8 bits.
 LOSS_TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2**-8}
-# Images and their side. At 64 px the engine's last kernels have their gradient from `tidali.convolution`: the same sums in
+# Images and their side. At 64 px the engine's last convolutions are those of `tidali.convolution`: the same sums in
 # another order, which float64 shows to be the same over twenty steps. In float32 a last bit of them turned some ReLU within
 # seven steps, and grew to a ten-thousandth of the loss; at 128 px both loops add up alike.
 IMAGES = {"float64": (4, 64), "float32": (2, 128), "bfloat16": (1, 128)}
