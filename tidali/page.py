@@ -1,4 +1,4 @@
-"""What the report's and the study's page share: the templates, the figures inside them, and the part that shows pictures."""
+"""What the pages of a report, a study and a benchmark share: templates, figures inside them, the part that shows pictures."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
+_TEMPLATES = Path(__file__).parent
 _PAIRS, _PICTURES_OF_A_PAIR, _HARDEST = 10, 4, 12
 MATRIX_CLASSES = 250
 """Of more classes than this a matrix has cells below two pixels a side, and is left out."""
@@ -23,12 +24,16 @@ BEST_FLATTERS = (
 )
 
 
-def render(template: str, **context: Any) -> bytes:
-    """A template of this package, filled in; everything that is put in is escaped unless it is `Markup`."""
+def render(template: str, folder: Path | None = None, **context: Any) -> bytes:
+    """A template filled in; everything that is put in is escaped unless it is `Markup`.
+
+    Args:
+        folder: where it is, if not with those of this package, which it may import.
+    """
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([folder or _TEMPLATES, _TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

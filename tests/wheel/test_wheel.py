@@ -37,9 +37,14 @@ def test_every_module_is_inside(names: list[str], package: str) -> None:
 
 def test_types_data_entry_point_and_licence(wheel: Path, names: list[str]) -> None:
     assert "tidali/py.typed" in names
-    data = {f"tidali/{path.name}" for pattern in ("*.c", "*.html") for path in (ROOT / "tidali").glob(pattern)}
-    data |= {f"bench/{path.name}" for path in (ROOT / "bench").glob("*.json")}
-    assert {"tidali/page.html", "bench/schema.json"} <= data
+    packages = {"tidali": ("*.c", "*.html"), "bench": ("*.json", "*.html")}
+    data = {
+        f"{package}/{path.name}"
+        for package, patterns in packages.items()
+        for pattern in patterns
+        for path in (ROOT / package).glob(pattern)
+    }
+    assert {"tidali/page.html", "bench/schema.json", "bench/bench.html"} <= data
     assert data <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
