@@ -11,6 +11,8 @@ from tidali.config import Augment, CacheChoice, Kernel, TrainSettings, check_res
 from tidali.contract import Dataset
 from tidali.data import Batches, Data
 from tidali.device import plan_device
+from tidali.distributed import Ranks
+from tidali.errors import UsageError
 from tidali.run_folder import RunResult
 from tidali.source import open_data
 from tidali.train import train
@@ -61,23 +63,27 @@ def make_loader(
         cache: ``device`` decodes once into the device's memory, ``off`` streams; ``auto`` caches what takes less than half of
             what is free.
         seed: of the order and the augmentation.
-        rank, world_size: this process's share; by default torch.distributed's where that is initialised, else all.
+        rank, world_size: this process's share, both or neither. By default torch.distributed's where that is initialised, and
+            then every rank must make the loader, as the one with the least memory decides whether they cache; else all.
 
     Raises:
         UsageError: values that cannot be right, such as a batch larger than the split.
         DatasetError: no data set there, or a damaged one, or no such split.
         TidaliError: it cannot be reached or read.
     """
+    if (rank is None) != (world_size is None):
+        raise UsageError("rank and world_size: give both of them, or neither")
     dataset = open_data(data) if isinstance(data, str) else data
     res = dataset.default_res if res is None else res
     check_res(res)
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    ranks = _joined_ranks() if rank is None else None
     return Data(
         dataset,
         (split,),
         plan_device("auto", "off", "off").device if device == "auto" else torch.device(device),
         cache=cache,
         max_res=res,
+        ranks=ranks,
     ).batches(
         split,
         res=res,
@@ -89,9 +95,16 @@ def make_loader(
         kernel=kernel,
         dtype=dtype,
         seed=seed,
-        rank=rank if rank is not None else torch.distributed.get_rank() if together else 0,
-        world_size=world_size if world_size is not None else torch.distributed.get_world_size() if together else 1,
+        rank=ranks.rank if ranks is not None else rank or 0,
+        world_size=ranks.world_size if ranks is not None else world_size or 1,
     )
+
+
+def _joined_ranks() -> Ranks:
+    """Those that the program has joined itself."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return Ranks()
+    return Ranks(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
 
 
 def train_model(settings: TrainSettings, *, resume: bool = False) -> RunResult:

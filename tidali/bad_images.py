@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tidali.console import warn
 from tidali.contract import Dataset, Shard, file_sha256, read_record
-from tidali.device import cpu_count
+from tidali.device import rank_threads
 from tidali.errors import DatasetError
 from tidali.shard_bytes import LABEL_EXTENSION, format_index, label_bytes, parse_index
 
@@ -71,7 +71,7 @@ def find_bad(dataset: Dataset, split: str) -> list[BadImage]:
         DatasetError: a shard is damaged between its images.
     """
     shards = dataset.split(split).shards
-    with ThreadPoolExecutor(cpu_count()) as pool:  # hashing lets go of the interpreter's lock
+    with ThreadPoolExecutor(rank_threads()) as pool:  # hashing lets go of the interpreter's lock
         sound = pool.map(lambda shard: file_sha256(dataset.root / shard.name) == shard.sha256, shards)
         return [
             image for shard, is_sound in zip(shards, sound, strict=True) if not is_sound for image in _bad_in(dataset, shard)

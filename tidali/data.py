@@ -164,7 +164,7 @@ class Data:
             cache,
             [dataset.split(split) for split in splits],
             max_res=max_res,
-            free_bytes=ranks.least(free_bytes, device) if ranks is not None else free_bytes,
+            free_bytes=min(ranks.gather(free_bytes)) if ranks is not None else free_bytes,
             has_dali=dali_is_installed(),
         )
         self._caches: dict[str, PixelCache] = {}

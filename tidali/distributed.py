@@ -55,14 +55,6 @@ class Ranks:
         distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
         return [float(value) for value in found.tolist()]
 
-    def least(self, value: int, device: torch.device) -> int:
-        """The smallest of every rank's values: what lets all of them decide alike. Waits for the device."""
-        if self.world_size == 1:
-            return value
-        smallest = torch.tensor([value], dtype=torch.int64, device=device)
-        distributed.all_reduce(smallest, op=distributed.ReduceOp.MIN)
-        return int(smallest.item())
-
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
         if self.world_size == 1:

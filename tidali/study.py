@@ -7,7 +7,6 @@ what is finished and goes on with what was stopped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import statistics
@@ -35,6 +34,7 @@ from tidali.resume import STATE_NAME
 from tidali.run_folder import write_json
 from tidali.served import ServedModel
 from tidali.sizes import SizePlan
+from tidali.study_inputs import content_hash, read_json, record_inputs, refuse_other_inputs, refuse_other_settings
 from tidali.study_page import write_study_page
 from tidali.study_rows import IMAGENET, ROWS, Row, needed_by, scaled
 from tidali.study_table import describe, markdown
@@ -42,7 +42,6 @@ from tidali.train import train
 from tidali.wiring import selection_split
 
 DOCUMENT_VERSION = 1
-INPUTS_NAME = "inputs.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,43 +283,22 @@ class Study:
             compile=self.settings.compile,
             cache=self.settings.cache,
         )
+        # The names that people know them by.
+        images = {f"{name} images": content_hash(self.dataset, name) for name in ("train", self.split)}
+        inputs = {"starting weights": start_sha256, **images}
         summary = folder / "summary.json"
         if summary.exists() or (folder / STATE_NAME).exists():
             refuse_other_settings(folder, wanted)
-            self.refuse_other_inputs(folder, start_sha256)
+            refuse_other_inputs(folder, inputs)
         else:
             if folder.exists():
                 shutil.rmtree(folder)  # killed before its first state was whole
-            self.record_inputs(folder, start_sha256)
+            record_inputs(folder, inputs)
         if summary.exists():
             say(f"row {row.name}, seed {seed}: kept, finished before ({folder})")
         else:
             train(wanted, self.dataset, resume=folder.exists())
         return dict(json.loads(summary.read_text(encoding="utf-8")))
-
-    def inputs(self, start_sha256: str | None) -> dict[str, str | None]:
-        """The hashes of what decides a run besides its settings, under the names that people know them by."""
-        return {
-            "starting weights": start_sha256,
-            **{f"{name} images": _content_hash(self.dataset, name) for name in ("train", self.split)},
-        }
-
-    def record_inputs(self, folder: Path, start_sha256: str | None) -> None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        write_json(folder.parent / INPUTS_NAME, {**_read(folder.parent / INPUTS_NAME), folder.name: self.inputs(start_sha256)})
-
-    def refuse_other_inputs(self, folder: Path, start_sha256: str | None) -> None:
-        """
-        Raises:
-            UsageError: the run in the folder was made from other images or weights, or nothing says from which.
-        """
-        recorded, asked = _read(folder.parent / INPUTS_NAME).get(folder.name, {}), self.inputs(start_sha256)
-        different = [name for name, value in asked.items() if recorded.get(name) != value]
-        if different:
-            raise UsageError(
-                f"{folder}: made from other {' and '.join(different)}, by the hashes in {folder.parent / INPUTS_NAME}; "
-                f"give another --out, or remove the folder to train it anew"
-            )
 
     def evaluate_only(self, row: Row, seed: int, which: str) -> float:
         """Top-1 % of the last or the best weights of the row that this one starts from."""
@@ -330,9 +308,9 @@ class Study:
     def measured(self, checkpoint: Path, res: int, *, served: bool = False) -> float:
         """Top-1 % of a checkpoint, kept beside it so that it is measured once."""
         kept = checkpoint.parent / "evaluations.json"
-        known = _read(kept)
+        known = read_json(kept)
         how = "served" if served else self.plan.dtype_name
-        key = f"{file_sha256(checkpoint)} {self.split} {_content_hash(self.dataset, self.split)} at {res} {how}"
+        key = f"{file_sha256(checkpoint)} {self.split} {content_hash(self.dataset, self.split)} at {res} {how}"
         if key not in known:
             options: dict[str, Any] = dict(split=self.split, device=self.settings.device)
             if served:
@@ -358,44 +336,6 @@ class Study:
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "study.json", document)
         write_atomically(self.out / "study.md", markdown(document).encode())
-
-
-def refuse_other_settings(folder: Path, wanted: TrainSettings) -> None:
-    """
-    Raises:
-        UsageError: the run in the folder was made with other settings.
-    """
-
-    def comparable(settings: TrainSettings) -> dict[str, Any]:
-        return {**settings.to_dict(), "data": "", "init": "", "out": ""}  # the first two are compared by their content
-
-    where = folder / "config.json"
-    try:
-        there = comparable(TrainSettings.from_dict(json.loads(where.read_text(encoding="utf-8")), str(where)))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{where}: holds no run's settings ({error}); remove the folder to train that row anew") from None
-    asked = comparable(wanted)
-    different = [name for name, value in asked.items() if there[name] != value]
-    if different:
-        raise UsageError(
-            f"{folder}: made with other settings ({', '.join(different)}); give another --out, or remove it to train it anew"
-        )
-
-
-def _content_hash(dataset: Dataset, split: str) -> str:
-    return hashlib.sha256(dataset.split(split).content.encode()).hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON document; empty where there is none.
-
-    Raises:
-        UsageError: it is damaged.
-    """
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable ({error}); remove it to have what it holds made anew") from None
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -120,6 +120,9 @@ def wire(
         settings=settings.to_dict(),
         versions=versions(),
     )
+    route = data.route
+    if cache == "off" != settings.cache:
+        route = replace(route, reason="as the run began")
     return Parts(
         state=state,
         train_batches=train_batches,
@@ -127,7 +130,7 @@ def wire(
         select_on=select_on,
         card=card,
         load_report=load_report,
-        route=data.route,
+        route=route,
     )
 
 

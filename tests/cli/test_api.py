@@ -162,7 +162,7 @@ def test_loader_shares_between_ranks(demo_data: Path) -> None:
 
 
 def test_what_cannot_be_right(demo_data: Path) -> None:
-    for wrong in ({"res": 16}, {"batch_size": 161}):
+    for wrong in ({"res": 16}, {"batch_size": 161}, {"rank": 1}, {"world_size": 2}):
         with pytest.raises(UsageError):
             tidali.make_loader(str(demo_data), "train", device="cpu", **wrong)
     with pytest.raises(tidali.TidaliError, match="no 'nonsense' split"):

@@ -13,6 +13,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tidali.config import TrainSettings, make_recipe
+from tidali.contract import open_dataset
+from tidali.device import plan_device
+from tidali.distributed import Ranks
+from tidali.wiring import wire
+
 TIDALI = [sys.executable, "-m", "tidali"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
@@ -78,6 +84,13 @@ def wait_for(condition, process: subprocess.Popen) -> None:
     while not condition():
         assert process.poll() is None, "the run ended before it could be interrupted"
         time.sleep(0.02)
+
+
+def test_a_stream_that_is_resumed_says_why_it_streams(demo_data: Path) -> None:
+    """Nobody asked for ``--cache off``: memory was short when the run began, and may no longer be."""
+    settings = TrainSettings(data=str(demo_data), out="", res=32, recipe=make_recipe("seed", epochs=1), device="cpu")
+    route = wire(settings, open_dataset(demo_data), plan_device("cpu", "off", "off"), Ranks(), cache="off").route
+    assert (route.cached, route.reason) == (False, "as the run began")
 
 
 def test_resume_takes_no_other_option(tidali, tmp_path: Path) -> None:

@@ -89,14 +89,16 @@ RANK = """
 import os, sys
 from pathlib import Path
 import torch
-from tidali import data as module
+from tidali import data as module, make_loader
 from tidali.contract import open_dataset
 from tidali.distributed import joined_ranks
 
 module.free_memory_bytes = lambda device: (2**40, 2**10)[int(os.environ["RANK"])]
 with joined_ranks("cpu") as ranks:
     data = module.Data(open_dataset(Path(sys.argv[1])), ("val",), torch.device("cpu"), max_res=64, ranks=ranks)
-    Path(sys.argv[2] + str(ranks.rank)).write_text(f"{data.route.cached}")
+    batches = make_loader(sys.argv[1], "val", batch_size=16, device="cpu")
+    seen = sum(len(labels) for _, labels in batches)
+    Path(sys.argv[2] + str(ranks.rank)).write_text(f"{data.route.cached} {type(batches).__name__} {seen}")
 """
 
 
@@ -114,7 +116,8 @@ def test_the_rank_with_the_least_memory_decides_for_all(demo_data: Path, tmp_pat
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [(tmp_path / f"cached{rank}").read_text() for rank in range(2)] == ["False", "False"]
+    # Of the 32 images of val each has its half.
+    assert [(tmp_path / f"cached{rank}").read_text() for rank in range(2)] == ["False StreamBatches 16"] * 2
 
 
 def batches_of(dataset: Dataset, cache: str, *, res: int, max_bad: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
