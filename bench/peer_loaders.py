@@ -304,6 +304,8 @@ def spdl(job: DataJob) -> Batches:
         images[mirrored] = images[mirrored].flip(3)
         return images.float().sub_(255 * mean).div_(255 * std), torch.tensor(labels)
 
+    decode(files[:1])  # its pipeline leaves out what fails: without FFmpeg's libraries all of it, and the reason would be lost
+
     class Epochs:
         def __iter__(self) -> Iterator[Any]:
             pipeline = (

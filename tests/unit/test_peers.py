@@ -7,15 +7,17 @@ import json
 import os
 import re
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bench import case_process, peer_env, peers
+from bench import case_process, peer_env, peer_loaders, peers
 from bench.case_worker import DataJob, Stream
 from bench.peer_check import wrong_loader, wrong_training
 from bench.peer_env import Environment, PeerMissing, python_of, what_failed
@@ -299,6 +301,24 @@ def test_rows_of_cases_that_run_lie_or_cannot_be_had(monkeypatch, demo_data: Pat
 
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
     jsonschema.validate(json.loads(json.dumps(document)), json.loads((Path(peers.__file__).parent / "schema.json").read_text()))
+
+
+def test_spdl_fails_at_once_where_it_cannot_decode(monkeypatch, tmp_path: Path) -> None:
+    """Its pipeline leaves out what fails, so an epoch would only be empty."""
+
+    def without_ffmpeg(*paths: Any, **options: Any) -> None:
+        raise RuntimeError("Failed to import libspdl")
+
+    io = SimpleNamespace(get_video_filter_desc=lambda **options: "", load_image_batch=without_ffmpeg)
+    for name, module in (
+        ("spdl", SimpleNamespace(io=io)),
+        ("spdl.io", io),
+        ("spdl.pipeline", SimpleNamespace(PipelineBuilder=0)),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(peer_loaders, "files_of", lambda job: [(str(tmp_path / "a.jpg"), 0)])
+    with pytest.raises(RuntimeError, match="Failed to import libspdl"):
+        peer_loaders.spdl(make_job())
 
 
 def test_a_batch_larger_than_the_split_is_refused(demo_data: Path) -> None:
