@@ -16,7 +16,7 @@ from typing import Any
 from bench.ceilings import DECODE, binding, ceiling_cases, ceiling_rows, sample_jpegs
 from bench.fingerprint import PACKAGES, environment
 from bench.measure import Rates, measure
-from bench.peer_env import PeerMissing, python_of
+from bench.peer_env import PeerMissing, Pythons
 from shards.demo import DemoSource
 from tidali.console import progress_bar, say
 from tidali.contract import Dataset
@@ -58,7 +58,8 @@ def bench_pack(
     if not jpegs:
         raise UsageError(f"--data {dataset.root if dataset else ''}: its train split has no JPEGs, which FFCV and others need")
     decoding = [case for case in ceiling_cases(plan, jpegs=jpegs) if case.name == DECODE]
-    pythons, missing = _pythons()
+    pythons = Pythons()
+    missing: dict[str, str] = {}
     runs: dict[str, list[tuple[float, float]]] = {case: [] for case in (TIDALI, *PEERS)}
     limits: list[Rates] = []
     with tempfile.TemporaryDirectory(prefix="tidali-bench-") as name, progress_bar() as bar:
@@ -72,7 +73,7 @@ def bench_pack(
                     try:
                         command = _command(case, pythons, archive, files, folder / "dest", workers)
                         runs[case].append(_run_once(command, folder / "dest"))
-                    except _Failed as error:
+                    except (PeerMissing, _Failed) as error:
                         if case == TIDALI:
                             raise TidaliError(f"bench pack: tidali failed: {error}") from None
                         missing[case] = str(error)
@@ -95,26 +96,16 @@ def bench_pack(
     }
 
 
-def _pythons() -> tuple[dict[str, str], dict[str, str]]:
-    """Of each case the Python that has what it needs, or why it cannot be had; an environment that fails is tried once."""
-    pythons = {case: sys.executable for case, env in PEERS.items() if env is None}
-    missing: dict[str, str] = {}
-    for env in dict.fromkeys(env for env in PEERS.values() if env is not None):
-        cases = [case for case in PEERS if PEERS[case] == env]
-        try:
-            pythons |= dict.fromkeys(cases, str(python_of(env)))
-        except PeerMissing as error:
-            missing |= dict.fromkeys(cases, str(error))
-            say(f"{', '.join(cases)}: not run: {error}")
-    return pythons, missing
-
-
-def _command(case: str, pythons: Mapping[str, str], archive: Path, files: Path, dest: Path, workers: int | None) -> list[str]:
+def _command(case: str, pythons: Pythons, archive: Path, files: Path, dest: Path, workers: int | None) -> list[str]:
+    """
+    Raises:
+        PeerMissing: what the case needs cannot be installed.
+    """
     if case == TIDALI:
         several = ["--workers", str(workers)] if workers is not None else []
         return [sys.executable, "-m", "tidali", "shard", str(archive), str(dest), *several]
-    script = str(Path(__file__).with_name("pack_peers.py"))
-    return [pythons[case], script, case, str(files), str(dest), str(workers or cpu_count())]
+    python, script = str(pythons.of(PEERS[case])), str(Path(__file__).with_name("pack_peers.py"))
+    return [python, script, case, str(files), str(dest), str(workers or cpu_count())]
 
 
 def _row(case: str, images: int, runs: Sequence[tuple[float, float]], limits: Mapping[str, Rates]) -> dict[str, Any]:

@@ -90,6 +90,29 @@ def python_of(name: str) -> Path:
     return python
 
 
+class Pythons:
+    """The Pythons of one run. An installation that failed is not tried again in it: it may take half an hour to fail."""
+
+    def __init__(self) -> None:
+        self._missing: dict[str, PeerMissing] = {}
+
+    def of(self, name: str | None) -> Path:
+        """As `python_of`; tidali's own where no environment is named.
+
+        Raises:
+            PeerMissing: it cannot be installed, or could not be before.
+        """
+        if name is None:
+            return Path(sys.executable)
+        if name in self._missing:
+            raise self._missing[name]
+        try:
+            return python_of(name)
+        except PeerMissing as error:
+            self._missing[name] = error
+            raise
+
+
 def parent_packages() -> list[str]:
     """The folders of packages of the Python that runs this."""
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]

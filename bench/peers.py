@@ -8,7 +8,6 @@ that cannot be had, or gives something else, is a row with its reason.
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from bench.ceilings import COPY, DECODE, binding, ceiling_cases, ceiling_rows, s
 from bench.fingerprint import environment
 from bench.measure import Case, Rates, measure
 from bench.peer_check import CHECK_SAMPLES, wrong_loader, wrong_training
-from bench.peer_env import ENVIRONMENTS, PeerMissing, python_of
+from bench.peer_env import ENVIRONMENTS, PeerMissing, Pythons
 from bench.peer_table import LOADERS, REFERENCE, TRAINING, Peer, chosen
 from bench.step import step_costs
 from tidali.console import progress_bar, say
@@ -123,7 +122,7 @@ class _Run:
 
     def __init__(self, dataset: Dataset, scratch: Path, batch_size: int) -> None:
         self._dataset, self._scratch, self._batch_size = dataset, scratch, batch_size
-        self._missing: dict[str, PeerMissing] = {}
+        self._pythons = Pythons()
         self._folder = extract(dataset, scratch / "train")
 
     def job(self, peer: Peer, res: int) -> DataJob:
@@ -149,22 +148,12 @@ class _Run:
         Raises:
             PeerMissing, CaseFailed: it cannot be had, or does not start.
         """
-        python = self._python_of(peer.env) if peer.env is not None else Path(sys.executable)
+        python = self._pythons.of(peer.env)
         try:
             return CaseProcess(python, job, self._scratch / f"{peer.id}.log")
         except CaseFailed as error:
             hint = peer.hint or (ENVIRONMENTS[peer.env].hint if peer.env is not None else "")
             raise CaseFailed(f"{error}; {hint}" if hint else str(error)) from None
-
-    def _python_of(self, env: str) -> Path:
-        """An installation that failed is not tried again in the same run: it may take half an hour to fail."""
-        if env in self._missing:
-            raise self._missing[env]
-        try:
-            return python_of(env)
-        except PeerMissing as error:
-            self._missing[env] = error
-            raise
 
 
 Check = Callable[[Peer, DataJob, Callable[[int | None], dict[str, Any]]], str | None]

@@ -76,14 +76,17 @@ def make_loader(
     dataset = open_data(data) if isinstance(data, str) else data
     res = dataset.default_res if res is None else res
     check_res(res)
-    ranks = _joined_ranks() if rank is None else None
+    if rank is None or world_size is None:
+        share = together = _joined_ranks()
+    else:
+        share, together = Ranks(rank=rank, world_size=world_size), None
     return Data(
         dataset,
         (split,),
         plan_device("auto", "off", "off").device if device == "auto" else torch.device(device),
         cache=cache,
         max_res=res,
-        ranks=ranks,
+        ranks=together,
     ).batches(
         split,
         res=res,
@@ -95,8 +98,8 @@ def make_loader(
         kernel=kernel,
         dtype=dtype,
         seed=seed,
-        rank=ranks.rank if ranks is not None else rank or 0,
-        world_size=ranks.world_size if ranks is not None else world_size or 1,
+        rank=share.rank,
+        world_size=share.world_size,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import case_process, ceilings, growth, loading, measure, pack
+from bench import case_process, ceilings, growth, loading, measure, pack, peer_env
 from bench import train as bench_train
 from bench.all import bench_all
 from bench.fingerprint import environment
@@ -162,7 +162,7 @@ def test_pack(monkeypatch, quick, demo_data: Path, of_data: bool) -> None:
         raise PeerMissing(f"{name} does not compile here")
 
     monkeypatch.setattr(pack, "PEERS", {"FFCV jpg": "ffcv", "FFCV raw": "ffcv", "broken": None, pack.UNDECODED: None})
-    monkeypatch.setattr(pack, "python_of", cannot)
+    monkeypatch.setattr(peer_env, "python_of", cannot)
     monkeypatch.setattr(pack, "DISTINCT_IMAGES", 100)
     document = pack.bench_pack(open_dataset(demo_data) if of_data else None, images=220, repeats=1, workers=1)
     check(document)
