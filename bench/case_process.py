@@ -14,6 +14,7 @@ from typing import Any
 from bench.case_worker import Job
 from bench.fingerprint import PACKAGES
 from bench.measure import Rates
+from tidali.openmp import WAITING
 from tidali.timing import Stopwatch
 
 MIN_SECONDS = 3.0
@@ -155,7 +156,5 @@ class CaseProcess:
 
 def _environment(job: Job) -> dict[str, str]:
     """A user's of that package: how threads wait for each other is set by the ``tidali`` command for its own process alone."""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    if job.package == "tidali":
-        environment["OMP_WAIT_POLICY"] = "passive"
-    return {**environment, "TMPDIR": job.scratch}
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    return {**environment, **(WAITING if job.package == "tidali" else {}), "TMPDIR": job.scratch}

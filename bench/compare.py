@@ -155,7 +155,11 @@ def _differences(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[str
         other = earlier.get(part["benchmark"])
         if other is None:
             continue
-        for room, names in (("machine", _HARDWARE), ("", _CONDITIONS), ("settings", ("OMP_WAIT_POLICY", "torch_threads"))):
+        for room, names in (
+            ("machine", _HARDWARE),
+            ("", _CONDITIONS),
+            ("settings", ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "torch_threads")),
+        ):
             was, is_ = (document[room] if room else document for document in (other, part))
             for name in names:
                 if was.get(name) != is_.get(name):

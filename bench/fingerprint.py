@@ -24,7 +24,7 @@ PACKAGES = Path(__file__).resolve().parent.parent
 directory comes first on the path, and many a project has a folder ``bench`` of its own."""
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
-_SETTINGS = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "LD_PRELOAD")
+_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "LD_PRELOAD")
 
 
 def environment(plan: DevicePlan) -> dict[str, Any]:

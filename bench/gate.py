@@ -11,7 +11,6 @@ The least ratios leave a sixth of room or more below what was recorded. Those of
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tidali.errors import TidaliError, UsageError
+from tidali.openmp import wait_briefly
 
 REPEATS = 5
 PEERS_BATCH_SIZE = 256
@@ -87,8 +87,7 @@ def _median(rows: Sequence[Mapping[str, Any]], wanted: Least, case: str) -> Any:
 def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         raise UsageError("give a packed data set: python -m bench.gate DATA")
-    # As `tidali` does, and before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    wait_briefly()  # as `tidali` does, and before torch is imported
     from bench.peers import bench_peers
     from bench.step import bench_step
     from tidali.source import open_data

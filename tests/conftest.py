@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,9 @@ from unittest import mock
 import pytest
 from hypothesis import settings
 
-# Before anything imports torch: threads that spin while they wait starve DALI's, and every other process's, on two cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from tidali.openmp import wait_briefly
+
+wait_briefly()  # before anything imports torch
 
 settings.register_profile("tidali", deadline=None)  # no test asserts a time, so neither does hypothesis
 settings.load_profile("tidali")

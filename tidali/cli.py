@@ -16,6 +16,7 @@ from tidali import __version__, cli_bench, cli_data, cli_doctor, cli_model, cli_
 from tidali.cli_examples import CommandWithExamples, ProgramWithExamples
 from tidali.errors import TidaliError, UsageError
 from tidali.interrupt import Interrupted
+from tidali.openmp import wait_briefly
 
 app = typer.Typer(
     name="tidali",
@@ -81,9 +82,7 @@ def root(
 
 def main() -> None:
     """The console script: what a user can cause ends as one line and an exit code, 2 for wrong use and 1 for failed work."""
-    # OpenMP's threads spin while they wait, which starves every other thread of a small machine: a ResNet-18 step on two
-    # cores gave 13 images/s spinning and 46 sleeping beside one busy process; alone 91 and 76. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    wait_briefly()
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()  # here, where a full disk can be said in a line; at the interpreter's end it cannot

@@ -18,6 +18,8 @@ from tidali.distributed import Ranks
 from tidali.errors import TidaliError
 from tidali.memory import keep_freed_memory
 from tidali.metrics import Meter, Score
+from tidali.models import pool_before_relu
+from tidali.optimizer import ChannelsLastSGD
 from tidali.schedule import Schedule
 from tidali.timing import Stopwatch, WaitTimer
 
@@ -98,13 +100,15 @@ def make_train_state(
         keep_freed_memory()
         if not plan.compile:
             speed_up_tiny_images(model)
+            pool_before_relu(model)
     model.to(plan.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.SGD(groups, lr=schedule(0), momentum=momentum, nesterov=nesterov, fused=True)
+    sgd = ChannelsLastSGD if plan.device.type == "cpu" else torch.optim.SGD
+    optimizer = sgd(groups, lr=schedule(0), momentum=momentum, nesterov=nesterov, fused=True)
     if momentum:
         # Left to its first step, the fused optimizer allocates them unwritten, and a step that overflowed leaves them so.
         for parameter in parameters:

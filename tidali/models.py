@@ -35,6 +35,17 @@ def build_resnet18(num_classes: int, stem: Stem, *, stem_bias: bool = False) -> 
     return model
 
 
+def pool_before_relu(model: nn.Module) -> None:
+    """Have torchvision's ResNet apply its stem's ReLU to what the max-pool leaves, a quarter of the pixels.
+
+    Values and gradients stay the same to the bit: ReLU keeps the order of what is above zero, and the rest has no gradient
+    either way. Parameters and their names stay too.
+    """
+    pool, relu = getattr(model, "maxpool", None), getattr(model, "relu", None)
+    if isinstance(pool, nn.MaxPool2d) and isinstance(relu, nn.ReLU):
+        model.maxpool, model.relu = nn.Sequential(pool, relu), nn.Identity()
+
+
 def forward_gmacs(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> float:
     """Multiply-accumulate operations of a forward pass in 10^9, convolutions and matrix products alone, as torch counts them.
 

@@ -15,6 +15,7 @@ import pytest
 
 from bench.case_process import CaseFailed, CaseProcess
 from bench.case_worker import Job
+from tidali.openmp import WAITING
 
 FAKE = """
 import os, sys, time
@@ -44,7 +45,8 @@ class Fake:
         if batches == 2:
             print("the last words", file=sys.stderr)
             os._exit(3)
-        return {"worker": self.worker, "batches": batches, "waits": os.environ.get("OMP_WAIT_POLICY")}
+        waits = {name: value for name, value in os.environ.items() if name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        return {"worker": self.worker, "batches": batches, "waits": waits}
 
 
 def fake(job):
@@ -100,11 +102,12 @@ def test_answers_and_rest(process: CaseProcess) -> None:
     assert becomes(facts["worker"], "")
 
 
-@pytest.mark.parametrize(("package", "policy"), [("torch", None), ("tidali", "passive")])
-def test_threads_wait_as_the_package_has_them(job: Job, monkeypatch, tmp_path: Path, package: str, policy: str | None) -> None:
+@pytest.mark.parametrize(("package", "waits"), [("torch", {}), ("tidali", WAITING)])
+def test_threads_wait_as_the_package_has_them(job: Job, monkeypatch, tmp_path: Path, package: str, waits) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     with CaseProcess(Path(sys.executable), replace(job, package=package), tmp_path / "log") as process:
-        assert process.check(None)["waits"] == policy
+        assert process.check(None)["waits"] == waits
 
 
 def test_it_measures_itself(process: CaseProcess) -> None:

@@ -30,7 +30,7 @@ def test_the_gradient_is_autograds(batch: int, channels: tuple[int, int], height
     images, grad = (channels_last(batch, count, height, width, dtype=torch.float64) for count in channels)
     kernels = torch.randn(out, into, 3, 3, dtype=torch.float64, requires_grad=True)
     functional.conv2d(images, kernels, padding=1).backward(grad)
-    found = kernels_grad(images, grad)
+    found = kernels_grad(images, grad, torch.float64)
     assert found.is_contiguous(memory_format=torch.channels_last)
     # Sums of up to 125 products of the size of 1 in float64, in another order.
     torch.testing.assert_close(found, kernels.grad, rtol=0, atol=1e-12)

@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 from tidali.errors import TidaliError, UsageError
-from tidali.models import build_resnet18, load_matching, shrink_kernels, weights_only
+from tidali.models import build_resnet18, load_matching, pool_before_relu, shrink_kernels, weights_only
 from tidali.pretrained import file_weights
 
 
@@ -38,6 +38,34 @@ def test_imagenet_stem_is_torchvisions_model() -> None:
     theirs = torchvision.models.resnet18(num_classes=10).state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_before_the_relu_changes_no_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    plain = torchvision.models.resnet18(num_classes=5)
+    ours = build_resnet18(5, "imagenet")
+    ours.load_state_dict(plain.state_dict())
+    pool_before_relu(ours)
+    relus = []
+    ours.maxpool[1].register_forward_hook(lambda module, inputs, output: relus.append(tuple(output.shape)))
+    images, labels = torch.randn(6, 3, 48, 48), torch.randint(5, (6,))
+    images[0] = 0.0  # channels of one value throughout: ties in every window
+    found = []
+    for model in (plain, ours):
+        with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+            logits = model(images)
+        torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+        found.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert relus == [(6, 64, 12, 12)]
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_nothing_is_pooled_before_the_relu_of_the_small_stem() -> None:
+    model = build_resnet18(5, "small")
+    pool_before_relu(model)
+    assert isinstance(model.relu, torch.nn.ReLU)
 
 
 def test_stem_bias_is_for_the_small_stem() -> None:
