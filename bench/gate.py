@@ -5,7 +5,7 @@ another machine, or of this one on a busy day, say nothing about the code. It en
 test runs it.
 
 The least ratios leave a sixth of room or more below what was recorded. Those of the step are of CPUs whose bf16 products are
-2.2 times as fast as their float32 ones, and of a time when both loops ran in one process, whose freed memory was kept for both.
+2.2 times as fast as their float32 ones.
 """
 
 from __future__ import annotations
