@@ -11,6 +11,7 @@ from typing import Any
 from bench.fingerprint import SCHEMA_VERSION
 from bench.report import WHERE, label, number, parts
 from tidali.errors import UsageError
+from tidali.openmp import WAITING
 
 _HARDWARE = ("cpu", "cpu_flags", "cores", "gpu")
 _CONDITIONS = ("device", "dtype", "compile", "stem", "batch_size", "data", "cached", "images", "workers")
@@ -155,11 +156,7 @@ def _differences(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[str
         other = earlier.get(part["benchmark"])
         if other is None:
             continue
-        for room, names in (
-            ("machine", _HARDWARE),
-            ("", _CONDITIONS),
-            ("settings", ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "torch_threads")),
-        ):
+        for room, names in (("machine", _HARDWARE), ("", _CONDITIONS), ("settings", (*WAITING, "torch_threads"))):
             was, is_ = (document[room] if room else document for document in (other, part))
             for name in names:
                 if was.get(name) != is_.get(name):

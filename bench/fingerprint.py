@@ -15,6 +15,7 @@ import torch
 
 from tidali.device import DevicePlan, cpu_count, describe_device
 from tidali.environment import versions
+from tidali.openmp import WAITING
 
 SCHEMA_VERSION = 2
 """Of the documents; bench/schema.json describes this one."""
@@ -24,7 +25,7 @@ PACKAGES = Path(__file__).resolve().parent.parent
 directory comes first on the path, and many a project has a folder ``bench`` of its own."""
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
-_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "LD_PRELOAD")
+_SETTINGS = (*WAITING, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "LD_PRELOAD")
 
 
 def environment(plan: DevicePlan) -> dict[str, Any]:
