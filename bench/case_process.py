@@ -14,8 +14,8 @@ from typing import Any
 from bench.case_worker import Job
 from bench.fingerprint import PACKAGES
 from bench.measure import Rates
-from tidali.openmp import WAITING
-from tidali.timing import Stopwatch
+from tidali.hardware.cpu_threads import WAITING
+from tidali.hardware.timing import Stopwatch
 
 MIN_SECONDS = 3.0
 """Of a measurement. There are few repeats, and one second of a case that memory holds back differs by a fifth from the next."""

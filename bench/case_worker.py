@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
-from tidali.timing import Stopwatch
+from tidali.hardware.timing import Stopwatch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from bench.measure import Case, Rates
-from tidali.contract import Dataset, iter_records
-from tidali.device import DevicePlan, choose_amp, cpu_count, describe_device
+from tidali.dataset.contract import Dataset, iter_records
+from tidali.hardware.device import DevicePlan, choose_amp, cpu_count, describe_device
 
 DECODE, COPY, UPLOAD = "JPEG decoding", "memory copy", "host-to-GPU copy"
 _COPY_BYTES = 64 << 20

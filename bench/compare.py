@@ -11,7 +11,7 @@ from typing import Any
 from bench.fingerprint import SCHEMA_VERSION
 from bench.report import WHERE, label, number, parts
 from tidali.errors import UsageError
-from tidali.openmp import WAITING
+from tidali.hardware.cpu_threads import WAITING
 
 _HARDWARE = ("cpu", "cpu_flags", "cores", "gpu")
 _CONDITIONS = ("device", "dtype", "compile", "stem", "batch_size", "data", "cached", "images", "workers")

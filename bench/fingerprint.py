@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from tidali.device import DevicePlan, cpu_count, describe_device
-from tidali.environment import versions
-from tidali.openmp import WAITING
+from tidali.hardware.cpu_threads import WAITING
+from tidali.hardware.device import DevicePlan, cpu_count, describe_device
+from tidali.hardware.versions import versions
 
 SCHEMA_VERSION = 2
 """Of the documents; bench/schema.json describes this one."""
@@ -63,7 +63,7 @@ def machine(plan: DevicePlan) -> dict[str, Any]:
         "driver": None,
     }
     if plan.device.type == "cuda":
-        from tidali.doctor import driver_version
+        from tidali.doctor.gpu import driver_version
 
         properties = torch.cuda.get_device_properties(plan.device)
         found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}

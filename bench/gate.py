@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tidali.errors import TidaliError, UsageError
-from tidali.openmp import wait_briefly
+from tidali.hardware.cpu_threads import wait_briefly
 
 REPEATS = 5
 PEERS_BATCH_SIZE = 256
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     wait_briefly()  # as `tidali` does, and before torch is imported
     from bench.peers import bench_peers
     from bench.step import bench_step
-    from tidali.source import open_data
+    from tidali.dataset.source import open_data
 
     minima, dataset = recorded(), open_data(arguments[0])
     of_peers = [wanted for wanted in minima if wanted.benchmark == "peers"]

@@ -11,12 +11,12 @@ from torch import Tensor
 from bench.measure import Case, measure
 from bench.ranks import rank_rates
 from bench.routes import CACHED, STREAMING, batch_settings, counting
-from tidali.cache import CachedBatches, PixelCache
 from tidali.console import progress_bar
-from tidali.contract import Dataset
-from tidali.data import Data, fill
-from tidali.device import cpu_count
-from tidali.loader import StreamBatches
+from tidali.dataset.contract import Dataset
+from tidali.hardware.device import cpu_count
+from tidali.loading.cache import CachedBatches, PixelCache
+from tidali.loading.data import Data, fill
+from tidali.loading.stream import StreamBatches
 
 BATCHES = (16, 64, 256, 1024)
 RESOLUTIONS = (32, 64, 128, 224)

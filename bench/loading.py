@@ -15,10 +15,10 @@ from bench.measure import measure
 from bench.memory import cache_memory
 from bench.routes import CACHED, CACHED_BF16, DECODED, ROUTES, STREAMING, batch_bytes, route_cases
 from tidali.console import progress_bar
-from tidali.contract import Dataset
-from tidali.data import Data
-from tidali.device import plan_device
+from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError
+from tidali.hardware.device import plan_device
+from tidali.loading.data import Data
 
 
 def bench_loader(dataset: Dataset, *, resolutions: Sequence[int], batch_size: int = 256, repeats: int = 5) -> dict[str, Any]:

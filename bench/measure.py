@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from bench.idle import IdleTimer
-from tidali.device import cpu_count
-from tidali.timing import Stopwatch, WaitTimer
+from tidali.hardware.device import cpu_count
+from tidali.hardware.timing import Stopwatch, WaitTimer
 
 MIN_SECONDS = 1.0
 """Each measurement goes on for at least this long, so that a fast case counts many batches and not one. So does the warm-up

@@ -42,10 +42,10 @@ def memory_mib(field: str) -> float:
 def _measure(root: str, res: int, batch_size: int) -> dict[str, float]:
     import torch
 
-    import tidali.loader  # noqa: F401  DALI's libraries are imports too
-    from tidali.augment import Augment
-    from tidali.contract import open_dataset
-    from tidali.data import Data
+    import tidali.loading.stream  # noqa: F401  DALI's libraries are imports too
+    from tidali.dataset.contract import open_dataset
+    from tidali.loading.augment import Augment
+    from tidali.loading.data import Data
 
     idle_rss_mib = memory_mib("VmRSS")
     dataset = open_dataset(Path(root))

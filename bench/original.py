@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tidali.config import Stem
-from tidali.models import build_resnet18
+from tidali.model.resnet import build_resnet18
 
 
 def original_train_on(num_classes: int, stem: Stem, device: torch.device) -> Callable[[Tensor, Tensor], float]:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tidali import engine
 from tidali.config import Stem, make_recipe
-from tidali.device import DevicePlan
-from tidali.engine import TrainState, make_train_state
-from tidali.metrics import Meter
-from tidali.models import build_resnet18
+from tidali.hardware.device import DevicePlan
+from tidali.model.resnet import build_resnet18
+from tidali.training import engine
+from tidali.training.engine import TrainState, make_train_state
+from tidali.training.metrics import Meter
 
 
 def make_state(num_classes: int, plan: DevicePlan, stem: Stem, *, averaged: bool) -> TrainState:

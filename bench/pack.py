@@ -19,10 +19,10 @@ from bench.measure import Rates, measure
 from bench.peer_env import PeerMissing, Pythons
 from shards.demo import DemoSource
 from tidali.console import progress_bar, say
-from tidali.contract import Dataset
-from tidali.device import cpu_count, plan_device
+from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError, UsageError
-from tidali.timing import Stopwatch
+from tidali.hardware.device import cpu_count, plan_device
+from tidali.hardware.timing import Stopwatch
 
 IMAGES = 110_000
 """Tiny-ImageNet's train and val."""

@@ -93,7 +93,7 @@ def webdataset(job: DataJob) -> Batches:
     would take the batches apart and copy them once more, is left out in its favour."""
     import webdataset as wds
 
-    from tidali.contract import open_dataset
+    from tidali.dataset.contract import open_dataset
 
     dataset = open_dataset(Path(job.root))
     tars = [str(path) for path in dataset.tar_paths("train")]
@@ -132,8 +132,8 @@ def dali_webdataset(job: DataJob) -> Batches:
     import torch
     from nvidia.dali import fn, types
 
-    from tidali.contract import open_dataset
-    from tidali.shard_bytes import LABEL_EXTENSION
+    from tidali.dataset.contract import open_dataset
+    from tidali.dataset.shard_bytes import LABEL_EXTENSION
 
     dataset = open_dataset(Path(job.root))
     weights = np.array([10**k for k in reversed(range(dataset.manifest.label_digits))], np.int32)
@@ -341,9 +341,9 @@ def tidali_cached_bf16(job: DataJob) -> Batches:
 def _tidali(job: DataJob, cache: Any, dtype: str) -> Batches:
     import torch
 
-    from tidali.augment import Augment
-    from tidali.contract import open_dataset
-    from tidali.data import Data
+    from tidali.dataset.contract import open_dataset
+    from tidali.loading.augment import Augment
+    from tidali.loading.data import Data
 
     data = Data(open_dataset(Path(job.root)), ("train",), torch.device("cpu"), cache=cache, max_res=job.res)
     return data.batches(

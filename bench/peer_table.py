@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from tidali.device import DevicePlan
 from tidali.errors import UsageError
+from tidali.hardware.device import DevicePlan
 
 
 @dataclass(frozen=True, kw_only=True)

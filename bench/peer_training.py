@@ -16,11 +16,11 @@ from bench.case_worker import DataJob, Job, Stream
 from bench.original import original_train_on
 from bench.ours import tidali_train_on
 from bench.peer_loaders import torchvision_v1
-from tidali.augment import Augment
-from tidali.contract import open_dataset
-from tidali.data import Data
-from tidali.device import plan_device, set_numerics
-from tidali.timing import Stopwatch
+from tidali.dataset.contract import open_dataset
+from tidali.hardware.device import plan_device, set_numerics
+from tidali.hardware.timing import Stopwatch
+from tidali.loading.augment import Augment
+from tidali.loading.data import Data
 
 TrainOn = Callable[[Tensor, Tensor], Any]
 """One optimizer step on images and labels; gives the loss, as a tensor or a number."""

@@ -25,9 +25,9 @@ from bench.peer_env import ENVIRONMENTS, PeerMissing, Pythons
 from bench.peer_table import LOADERS, REFERENCE, TRAINING, Peer, chosen
 from bench.step import step_costs
 from tidali.console import progress_bar, say
-from tidali.contract import Dataset, iter_records, parse_image_size
-from tidali.device import DevicePlan, cpu_count, plan_device
+from tidali.dataset.contract import Dataset, iter_records, parse_image_size
 from tidali.errors import UsageError
+from tidali.hardware.device import DevicePlan, cpu_count, plan_device
 
 
 def bench_peers(

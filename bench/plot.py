@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.report import against, conditions, label, made_of, number, parts, spread
-from tidali.drawing import INK, MUTED, PALE, save_figure, series_colour, series_marker, styled
 from tidali.files import write_atomically
+from tidali.report.drawing import INK, MUTED, PALE, save_figure, series_colour, series_marker, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ def draw(document: Mapping[str, Any], *, signed: bool = True) -> Figure:
 
 def page(document: Mapping[str, Any]) -> bytes:
     """Of each part the diagnosis, the pictures and a table, in one HTML file that asks for nothing else."""
-    from tidali.page import drawn, render
+    from tidali.report.page import drawn, render
 
     shown = [
         {

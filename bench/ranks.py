@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 from bench.fingerprint import PACKAGES
 from bench.measure import Case, Rates, measure
-from tidali.device import cpu_count
 from tidali.errors import TidaliError
+from tidali.hardware.device import cpu_count
 
 _TIMEOUT_S = 60
 
@@ -110,9 +110,9 @@ def _serve(root: str, rank: int, world: int, res: int, batch_size: int, threads:
     import torch
 
     from bench.routes import CACHED, STREAMING, batch_settings, counting
-    from tidali.contract import open_dataset
-    from tidali.data import Data
-    from tidali.loader import StreamBatches
+    from tidali.dataset.contract import open_dataset
+    from tidali.loading.data import Data
+    from tidali.loading.stream import StreamBatches
 
     dataset = open_dataset(Path(root))
     share: dict[str, Any] = {**batch_settings(dataset, res, batch_size), "rank": rank, "world_size": world}

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from bench.measure import Case
-from tidali.augment import Augment
-from tidali.contract import Dataset
-from tidali.data import Data
-from tidali.loader import decoded_forever
+from tidali.dataset.contract import Dataset
+from tidali.loading.augment import Augment
+from tidali.loading.data import Data
+from tidali.loading.stream import decoded_forever
 
 DECODED, STREAMING, CACHED, CACHED_BF16 = "decode only", "streaming", "cached", "cached, bf16"
 ROUTES = (DECODED, STREAMING, CACHED, CACHED_BF16)

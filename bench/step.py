@@ -1,7 +1,7 @@
 """The training step: the original study's loop beside tidali's, on the same data that is already in memory, taking turns.
 
-Each runs in a process of its own, as its user would run it: tidali makes its process keep freed memory (`tidali.memory`), with
-which the other loop's step of 224 px ran at 15.4 images/s instead of 11.3.
+Each runs in a process of its own, as its user would run it: tidali makes its process keep freed memory
+(`tidali.hardware.cpu_memory`), with which the other loop's step of 224 px ran at 15.4 images/s instead of 11.3.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from bench.peer_check import wrong_training
 from bench.step_loops import StepJob
 from tidali.config import AmpChoice, CompileChoice, DeviceChoice, Stem
 from tidali.console import progress_bar, say
-from tidali.device import plan_device
 from tidali.errors import TidaliError
-from tidali.models import resnet18_gmacs
+from tidali.hardware.device import plan_device
+from tidali.model.resnet import resnet18_gmacs
 
 ORIGINAL, TIDALI = "original study's loop", "tidali"
 CLASSES = 200

@@ -9,7 +9,7 @@ from bench.original import original_train_on
 from bench.ours import tidali_train_on
 from bench.peer_training import Training, in_memory
 from tidali.config import AmpChoice, CompileChoice, DeviceChoice, Stem
-from tidali.device import plan_device, set_numerics
+from tidali.hardware.device import plan_device, set_numerics
 
 
 @dataclass(frozen=True, kw_only=True)

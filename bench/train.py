@@ -18,16 +18,16 @@ from bench.ours import make_state
 from bench.profile import profile_step
 from bench.routes import batch_bytes, batch_settings, endless
 from bench.step import step_costs
-from tidali import engine
 from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, Stem
 from tidali.console import progress_bar, say
-from tidali.contract import Dataset
-from tidali.data import Data
-from tidali.device import DevicePlan, plan_device, set_numerics
+from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError, UsageError
-from tidali.loader import decoded_forever
-from tidali.metrics import Meter
-from tidali.timing import WaitTimer
+from tidali.hardware.device import DevicePlan, plan_device, set_numerics
+from tidali.hardware.timing import WaitTimer
+from tidali.loading.data import Data
+from tidali.loading.stream import decoded_forever
+from tidali.training import engine
+from tidali.training.metrics import Meter
 
 DECODED, LOADER, STEP, END_TO_END = "decode only", "loader only", "step, synthetic", "end to end"
 CASES = (DECODED, LOADER, STEP, END_TO_END)

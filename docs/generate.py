@@ -21,8 +21,8 @@ import tidali
 from bench.markdown import table
 from bench.report import parts
 from tidali import config
-from tidali.cli import app, root
-from tidali.cli_examples import EXAMPLES
+from tidali.cli.examples import EXAMPLES
+from tidali.cli.main import app, root
 
 DOCS = Path(__file__).parent
 
@@ -199,17 +199,17 @@ def python_names() -> str:
 
 
 BESIDES = (
-    "tidali.predict.Classifier",
-    "tidali.predict.ClassScore",
-    "tidali.data.Batches",
+    "tidali.model.predict.Classifier",
+    "tidali.model.predict.ClassScore",
+    "tidali.loading.data.Batches",
     "tidali.config.Recipe",
     "tidali.config.Augment",
-    "tidali.contract.Dataset",
-    "tidali.contract.Manifest",
-    "tidali.checkpoint.ModelCard",
-    "tidali.evaluation.ResolutionScore",
-    "tidali.metrics.Score",
-    "tidali.run_folder.RunResult",
+    "tidali.dataset.contract.Dataset",
+    "tidali.dataset.contract.Manifest",
+    "tidali.model.checkpoint.ModelCard",
+    "tidali.training.evaluation.ResolutionScore",
+    "tidali.training.metrics.Score",
+    "tidali.training.run_folder.RunResult",
 )
 
 

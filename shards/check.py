@@ -12,9 +12,8 @@ from typing import Any
 
 from shards.images import Unusable, inspect
 from shards.record import ShardSummary, summarise, unseal
-from tidali.contract import Shard, file_sha256
-from tidali.errors import DatasetError
-from tidali.shard_bytes import (
+from tidali.dataset.contract import Shard, file_sha256
+from tidali.dataset.shard_bytes import (
     BLOCK_BYTES,
     END_OF_ARCHIVE,
     LABEL_EXTENSION,
@@ -26,6 +25,7 @@ from tidali.shard_bytes import (
     padding,
     parse_index,
 )
+from tidali.errors import DatasetError
 
 _MEND = "pack the source again into this folder: what is right is kept, this is written anew"
 _MOST_FAULTS_A_FILE = 10

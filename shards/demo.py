@@ -19,7 +19,7 @@ from shards.pack import PackReport, Progress, pack
 from shards.plan import PackSettings
 from shards.scan import Scan, fingerprint
 from shards.source import Item, Read
-from tidali.contract import ClassName
+from tidali.dataset.contract import ClassName
 from tidali.errors import UsageError
 
 EDGE_PX = 64

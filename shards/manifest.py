@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shards.record import ShardSummary
-from tidali.contract import ClassName, Manifest, Split
+from tidali.dataset.contract import ClassName, Manifest, Split
 
 Triple = tuple[float, float, float]
 

@@ -20,10 +20,10 @@ from shards.plan import PackSettings, Plan, make_plan
 from shards.scan import Scan, Source
 from shards.store import PARTIAL_SUFFIX, Store, open_store
 from shards.write import QUARANTINE, ImageOptions, ShardResult, finish_shard, index_name, record_name, tar_name
-from tidali.contract import MANIFEST_NAME, Manifest
+from tidali.dataset.contract import MANIFEST_NAME, Manifest
+from tidali.dataset.remote import is_remote
+from tidali.dataset.shard_bytes import label_digits
 from tidali.errors import TidaliError, UsageError
-from tidali.remote import is_remote
-from tidali.shard_bytes import label_digits
 
 PLAN_NAME = ".tidali-plan.json"
 _OURS = re.compile(r"(train|val|heldout|test)-\d{6,}\.(tar|idx|json)(\.\d+\.part)?|(dataset|\.tidali-plan)\.json\.\d+\.part")

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from shards.scan import Scan
 from shards.source import Item
-from tidali.contract import ClassName
+from tidali.dataset.contract import ClassName
+from tidali.dataset.shard_bytes import BLOCK_BYTES, label_digits
 from tidali.errors import UsageError
-from tidali.names import printable
-from tidali.shard_bytes import BLOCK_BYTES, label_digits
+from tidali.files import printable
 
 KERNELS = ("pil", "opencv")
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tidali.contract import Quarantined, Shard
+from tidali.dataset.contract import Quarantined, Shard
 
 _SEAL = b',"checksum":"'
 _QUARANTINED_FIELDS = tuple(field.name for field in fields(Quarantined))

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shards.source import Item, Listing, Reader, list_source
-from tidali.contract import ClassName
+from tidali.dataset.contract import ClassName
 from tidali.errors import UsageError
-from tidali.names import printable
+from tidali.files import printable
 
 LAYOUTS = ("auto", "tiny-imagenet", "folder")
 

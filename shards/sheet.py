@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from tidali.contract import Dataset, SampleRecord, Shard, iter_records
+from tidali.dataset.contract import Dataset, SampleRecord, Shard, iter_records
 from tidali.errors import DatasetError
 
 _COLUMNS = 8

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from shards.zip_directory import Member, read_directory
 from tidali.errors import TidaliError, UsageError
-from tidali.names import printable
+from tidali.files import printable
 
 
 class Item(NamedTuple):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from tidali.dataset.remote import filesystem, is_remote
 from tidali.errors import TidaliError, UsageError
-from tidali.remote import filesystem, is_remote
 
 PARTIAL_SUFFIX = ".part"
 

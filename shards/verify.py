@@ -17,7 +17,7 @@ from shards.manifest import build_manifest
 from shards.pack import PLAN_NAME
 from shards.plan import plan_id
 from shards.store import PARTIAL_SUFFIX
-from tidali.contract import MANIFEST_NAME, Manifest, Shard, manifest_text
+from tidali.dataset.contract import MANIFEST_NAME, Manifest, Shard, manifest_text
 from tidali.errors import DatasetError
 
 _REPACK = "pack the source again into this folder: what is right is kept"

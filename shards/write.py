@@ -15,10 +15,8 @@ from shards.plan import ShardTask
 from shards.record import ShardSummary, seal, summarise, unseal
 from shards.source import Item, Reader, Unreadable
 from shards.store import Store, publish_bytes, publishing, sync_folder
-from tidali.contract import Quarantined, file_sha256
-from tidali.errors import TidaliError
-from tidali.names import printable
-from tidali.shard_bytes import (
+from tidali.dataset.contract import Quarantined, file_sha256
+from tidali.dataset.shard_bytes import (
     BLOCK_BYTES,
     END_OF_ARCHIVE,
     LABEL_EXTENSION,
@@ -29,6 +27,8 @@ from tidali.shard_bytes import (
     padding,
     safe_key,
 )
+from tidali.errors import TidaliError
+from tidali.files import printable
 
 QUARANTINE = "quarantine"
 

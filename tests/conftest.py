@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 from hypothesis import settings
 
-from tidali.openmp import wait_briefly
+from tidali.hardware.cpu_threads import wait_briefly
 
 wait_briefly()  # before anything imports torch
 
@@ -76,7 +76,7 @@ class Ended(NamedTuple):
 @pytest.fixture(scope="session")
 def tidali() -> Callable[..., Ended]:
     """``tidali("eval", path, "--json")`` runs the command in this process; what it raises besides an exit reaches the test."""
-    from tidali import cli
+    from tidali.cli import main as cli
 
     def run(*argv: object) -> Ended:
         out, err = io.StringIO(), io.StringIO()

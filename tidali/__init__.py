@@ -57,12 +57,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tidali.api import make_loader, train_model
     from tidali.config import TrainSettings, make_recipe
+    from tidali.dataset.source import open_data
     from tidali.errors import TidaliError
-    from tidali.evaluation import evaluate_checkpoint
-    from tidali.models import build_resnet18
-    from tidali.predict import load_model
-    from tidali.resample import Resample
-    from tidali.source import open_data
+    from tidali.loading.resample import Resample
+    from tidali.model.predict import load_model
+    from tidali.model.resnet import build_resnet18
+    from tidali.training.evaluation import evaluate_checkpoint
 
 __version__ = "0.1.0"
 
@@ -80,15 +80,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Resample": "tidali.resample",
+    "Resample": "tidali.loading.resample",
     "TidaliError": "tidali.errors",
     "TrainSettings": "tidali.config",
-    "build_resnet18": "tidali.models",
-    "evaluate_checkpoint": "tidali.evaluation",
-    "load_model": "tidali.predict",
+    "build_resnet18": "tidali.model.resnet",
+    "evaluate_checkpoint": "tidali.training.evaluation",
+    "load_model": "tidali.model.predict",
     "make_loader": "tidali.api",
     "make_recipe": "tidali.config",
-    "open_data": "tidali.source",
+    "open_data": "tidali.dataset.source",
     "train_model": "tidali.api",
 }
 

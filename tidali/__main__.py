@@ -1,6 +1,6 @@
 """``python -m tidali``, as torchrun starts it."""
 
-from tidali.cli import main
+from tidali.cli.main import main
 
 if __name__ == "__main__":
     main()

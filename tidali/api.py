@@ -8,14 +8,14 @@ import torch
 import torch.distributed
 
 from tidali.config import Augment, CacheChoice, Kernel, TrainSettings, check_res
-from tidali.contract import Dataset
-from tidali.data import Batches, Data
-from tidali.device import plan_device
-from tidali.distributed import Ranks
+from tidali.dataset.contract import Dataset
+from tidali.dataset.source import open_data
 from tidali.errors import UsageError
-from tidali.run_folder import RunResult
-from tidali.source import open_data
-from tidali.train import train
+from tidali.hardware.device import plan_device
+from tidali.hardware.ranks import Ranks
+from tidali.loading.data import Batches, Data
+from tidali.training.run import train
+from tidali.training.run_folder import RunResult
 
 
 def make_loader(
@@ -117,6 +117,6 @@ def train_model(settings: TrainSettings, *, resume: bool = False) -> RunResult:
         resume: go on from the state in ``settings.out``, which was saved by a run of the same settings.
 
     Raises:
-        TidaliError: the settings, the data or the device do not allow the run; see `tidali.train.train`.
+        TidaliError: the settings, the data or the device do not allow the run; see `tidali.training.run.train`.
     """
     return train(settings, open_data(settings.data), resume=resume)

@@ -1,4 +1,4 @@
-"""Settings as frozen dataclasses. They stop at the wiring: `tidali.train` and the command line.
+"""Settings as frozen dataclasses. They stop at the wiring: `tidali.training.run` and the command line.
 
 Standard library only.
 """
@@ -19,7 +19,7 @@ AmpChoice = Literal["auto", "bf16", "fp16", "off"]
 CompileChoice = Literal["auto", "on", "max-autotune", "off"]
 StemInit = Literal["fresh", "resample"]
 Kernel = Literal["pil", "opencv"]
-"""Bicubic: ``pil`` has a = -0.5 and ``opencv`` a = -0.75 (`tidali.resample.CUBIC_A`)."""
+"""Bicubic: ``pil`` has a = -0.5 and ``opencv`` a = -0.75 (`tidali.loading.resample.CUBIC_A`)."""
 SizeOrder = Literal["progressive", "mixed"]
 Flip = Literal["none", "random", "alternating"]
 CacheChoice = Literal["auto", "device", "off"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
-from tidali.timing import now_s
+from tidali.hardware.timing import now_s
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -19,6 +19,14 @@ class DatasetError(TidaliError):
     """A packed data set that is missing, damaged or of an unknown format version."""
 
 
+class Interrupted(TidaliError):
+    """The run was asked to stop, and has saved its state."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number  # the shell's convention
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line; its kind where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -38,6 +38,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise TidaliError(f"{path}: cannot be written ({error.strerror}); the previous file is untouched") from None
 
 
+def printable(name: str) -> str:
+    """Bytes of a file name that are no UTF-8 become ``\\udc..`` escapes; other names stay as they are."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def temporary_path(path: Path) -> Path:
     """A file's name while it is written. With machine and process: two that write one file do not share it."""
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")

@@ -31,7 +31,7 @@ NAMES = {
     "open_data",
     "train_model",
 }
-DOCUMENTED = ["tidali", "tidali.api", "tidali.predict"]
+DOCUMENTED = ["tidali", "tidali.api", "tidali.model.predict"]
 
 
 def test_the_names() -> None:
@@ -63,8 +63,8 @@ def test_importing_is_light(statement: str) -> None:
 
 
 def test_names_survive_the_import_of_modules() -> None:
-    """A submodule becomes an attribute of its package when it is imported: none may have one of the names."""
-    modules = {path.stem for path in Path(tidali.__file__).parent.glob("*.py")}
+    """A submodule becomes an attribute of its package when it is imported, so none may have one of the public names."""
+    modules = {path.stem for path in Path(tidali.__file__).parent.iterdir()}
     assert not modules & NAMES
 
 
@@ -87,7 +87,7 @@ def test_examples_run(newcomer: Path, capsys: pytest.CaptureFixture[str]) -> Non
                 result = doctest.DocTestRunner(verbose=False).run(example)
                 assert result.failed == 0, capsys.readouterr().out
                 ran.add(example.name)
-    assert ran == {"tidali", "tidali.api.make_loader", "tidali.predict.load_model"}
+    assert ran == {"tidali", "tidali.api.make_loader", "tidali.model.predict.load_model"}
 
 
 def test_loader_in_a_plain_loop_learns(demo_data: Path) -> None:

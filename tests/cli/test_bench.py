@@ -19,9 +19,10 @@ from bench.peer_env import PeerMissing
 from bench.report import parts
 from bench.routes import ROUTES
 from bench.train import CASES
-from tidali import cache, engine
-from tidali.contract import open_dataset
-from tidali.device import plan_device
+from tidali.dataset.contract import open_dataset
+from tidali.hardware.device import plan_device
+from tidali.loading import cache
+from tidali.training import engine
 
 SCHEMA = json.loads((Path(measure.__file__).parent / "schema.json").read_text())
 RECORDED = [

@@ -13,14 +13,16 @@ import pytest
 import torch
 
 import tidali as package
-from tidali import doctor, doctor_files, native
-from tidali.checkpoint import find_checkpoint
-from tidali.cli_doctor import _packing_tool
-from tidali.device import DevicePlan, plan_device
-from tidali.doctor import Wishes, examine
+from tidali.cli.doctor import _packing_tool
+from tidali.doctor import files as doctor_files
+from tidali.doctor import machine as doctor
+from tidali.doctor.findings import Finding, guard
+from tidali.doctor.machine import Wishes, examine
 from tidali.errors import TidaliError
-from tidali.findings import Finding, guard
-from tidali.models import build_resnet18
+from tidali.hardware.device import DevicePlan, plan_device
+from tidali.loading import native
+from tidali.model.checkpoint import find_checkpoint
+from tidali.model.resnet import build_resnet18
 
 PARTS = {
     *("python", "torch", "GPU", "device", "memory", "C compiler", "DALI", "resampling", "training step", "pixels", "epochs"),
@@ -132,11 +134,11 @@ def test_data_behind_a_url_with_quarantined_files(
 
 
 def test_an_installation_that_cannot_be_imported(tidali, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tidali.doctor", None)
+    monkeypatch.setitem(sys.modules, "tidali.doctor.machine", None)
     ended = tidali("doctor")
     assert (ended.code, ended.stdout) == (1, "")
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("tidali: this installation cannot be imported (ModuleNotFoundError: import of tidali.doctor")
+    assert line.startswith("tidali: this installation cannot be imported (ModuleNotFoundError: import of tidali.doctor.machine")
     assert line.endswith("; install tidali anew in a new virtual environment")
 
 
@@ -175,7 +177,7 @@ def without_a_card(path: Path, good: Path) -> str:
 
 
 def not_finite(path: Path, good: Path) -> str:
-    from tidali.checkpoint import load_model, save_checkpoint
+    from tidali.model.checkpoint import load_model, save_checkpoint
 
     model, card = load_model(good)
     with torch.no_grad():
@@ -281,11 +283,13 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def other_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidali.parity.ROUTES", {**doctor_routes(), "matrix": lambda pixels, res: torch.zeros(8, 3, res, res)})
+    monkeypatch.setattr(
+        "tidali.doctor.parity.ROUTES", {**doctor_routes(), "matrix": lambda pixels, res: torch.zeros(8, 3, res, res)}
+    )
 
 
 def doctor_routes() -> dict[str, Callable]:
-    from tidali.parity import ROUTES
+    from tidali.doctor.parity import ROUTES
 
     return dict(ROUTES)
 

@@ -18,14 +18,15 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 
-from tidali import export, load_model, make_loader, open_data, served
-from tidali.checkpoint import ModelCard, load_checkpoint, save_checkpoint
-from tidali.cli_model import parse_input_size
-from tidali.contract import ClassName
-from tidali.device import plan_device
+from tidali import load_model, make_loader, open_data
+from tidali.cli.model import parse_input_size
+from tidali.dataset.contract import ClassName
 from tidali.errors import UsageError
-from tidali.export_inputs import photographs, synthetic
-from tidali.predict import Classifier
+from tidali.hardware.device import plan_device
+from tidali.model import export, served
+from tidali.model.checkpoint import ModelCard, load_checkpoint, save_checkpoint
+from tidali.model.export_inputs import photographs, synthetic
+from tidali.model.predict import Classifier
 
 SAME = 1e-5
 """Between probabilities in float32 by another order of sums: 2e-6 was the most seen, on 500 photographs."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from tidali.cli import app
+from tidali.cli.main import app
 
 README = Path(__file__).parents[2] / "README.md"
 COMMANDS = typer.main.get_command(app).commands

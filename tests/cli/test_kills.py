@@ -25,8 +25,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive
 # python dies.py STEP ARGUMENTS...: the command, killed by itself after that step's weights and before they can be saved.
 DIES = """
 import os, signal, sys
-from tidali import engine
-from tidali.cli import main
+from tidali.training import engine
+from tidali.cli.main import main
 from tidali.errors import TidaliError
 
 step, last_step = engine.train_step, int(sys.argv.pop(1))

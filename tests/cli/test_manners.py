@@ -15,8 +15,8 @@ import pytest
 import typer
 
 from tidali import console
-from tidali.cli import app
-from tidali.cli_examples import EXAMPLES
+from tidali.cli.examples import EXAMPLES
+from tidali.cli.main import app
 
 PROGRAM = typer.main.get_command(app)
 LINES = sorted({line for examples in EXAMPLES.values() for line, _ in examples})
@@ -25,7 +25,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9]")
 
 def run(*argv: object, **env: str) -> subprocess.CompletedProcess[str]:
     """As the shell runs it, by the name 'tidali'."""
-    code = "import sys; sys.argv[0] = 'tidali'; from tidali.cli import main; main()"
+    code = "import sys; sys.argv[0] = 'tidali'; from tidali.cli.main import main; main()"
     command = [sys.executable, "-c", code, *map(str, argv)]
     kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
     return subprocess.run(command, capture_output=True, text=True, env={**kept, **env})
@@ -86,7 +86,7 @@ def on_a_terminal(*argv: object, **env: str) -> str:
     """Standard error of a command that has a terminal there."""
     ours, theirs = pty.openpty()
     try:
-        code = "import sys; sys.argv[0] = 'tidali'; from tidali.cli import main; main()"
+        code = "import sys; sys.argv[0] = 'tidali'; from tidali.cli.main import main; main()"
         command = [sys.executable, "-c", code, *map(str, argv)]
         subprocess.run(
             command, stdout=subprocess.DEVNULL, stderr=theirs, env={**os.environ, "TERM": "xterm", **env}, check=True
@@ -121,7 +121,7 @@ def test_json_is_all_of_stdout(tidali, demo_data: Path, trained) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("argv", [("info", "--json"), ("info",), ("--version",)])
 def test_output_to_a_full_disk(demo_data: Path, argv: tuple[str, ...]) -> None:
-    code = "import sys; sys.argv[0] = 'tidali'; from tidali.cli import main; main()"
+    code = "import sys; sys.argv[0] = 'tidali'; from tidali.cli.main import main; main()"
     words = [argv[0], str(demo_data), *argv[1:]] if argv[0] == "info" else argv
     with open("/dev/full", "w") as full:
         ended = subprocess.run(

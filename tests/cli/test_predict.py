@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from tidali import load_model
-from tidali.checkpoint import load_checkpoint, save_checkpoint
-from tidali.contract import Dataset, iter_records, open_dataset
-from tidali.data import Data
-from tidali.image_files import ImageError
-from tidali.predict import Classifier
+from tidali.dataset.contract import Dataset, iter_records, open_dataset
+from tidali.loading.data import Data
+from tidali.model.checkpoint import load_checkpoint, save_checkpoint
+from tidali.model.image_files import ImageError
+from tidali.model.predict import Classifier
 
 LOGIT_TOLERANCE = 1e-3
 """float32, where batches of other sizes may add up in another order; logits here reach 180, so 50 of their last places."""
@@ -50,7 +50,7 @@ def _unpack(dataset: Dataset, folder: Path) -> tuple[Path, list[Path], list[int]
 
 
 def _evaluated_logits(model: Classifier, dataset: Dataset) -> torch.Tensor:
-    """As `tidali.evaluation.evaluate_checkpoint` gets them, without its sums."""
+    """As `tidali.training.evaluation.evaluate_checkpoint` gets them, without its sums."""
     card = model.card
     data = Data(dataset, ("val",), torch.device("cpu"), max_res=card.res)
     batches = data.batches("val", res=card.res, batch_size=256, mean=card.mean, std=card.std, kernel=card.kernel)

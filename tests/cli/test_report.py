@@ -67,7 +67,7 @@ def test_plot(tidali, trained, other_run: Path, tmp_path: Path, suffix: str) -> 
 
 
 def test_plot_says_what_differs(trained, other_run: Path) -> None:
-    from tidali.history import labels, read_runs
+    from tidali.training.history import labels, read_runs
 
     assert labels(read_runs([str(trained[0]), str(other_run)])) == ["x (lr 0.05)", f"{NASTY} (lr 0.125)"]
 
@@ -104,7 +104,7 @@ def test_report_tells_the_runs_own_figures(one, trained, read_page) -> None:
 
 
 def test_report_shows_the_stored_pictures(one, demo_data: Path, read_page) -> None:
-    from tidali.contract import iter_records, open_dataset
+    from tidali.dataset.contract import iter_records, open_dataset
 
     dataset = open_dataset(demo_data)
     stored = set()

@@ -14,10 +14,10 @@ import pytest
 from safetensors.torch import load_file
 
 from tidali.config import TrainSettings, make_recipe
-from tidali.contract import open_dataset
-from tidali.device import plan_device
-from tidali.distributed import Ranks
-from tidali.wiring import wire
+from tidali.dataset.contract import open_dataset
+from tidali.hardware.device import plan_device
+from tidali.hardware.ranks import Ranks
+from tidali.training.setup import wire
 
 TIDALI = [sys.executable, "-m", "tidali"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}

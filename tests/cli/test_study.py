@@ -12,12 +12,12 @@ import torch
 import torchvision
 from torchvision.models import ResNet18_Weights
 
-from tidali import study as study_module
 from tidali.config import make_recipe
-from tidali.contract import Dataset, open_dataset
-from tidali.study import Study, StudySettings
-from tidali.study_rows import ROWS, needed_by, scaled
-from tidali.study_table import cells, describe, markdown
+from tidali.dataset.contract import Dataset, open_dataset
+from tidali.study import run as study_module
+from tidali.study.rows import ROWS, needed_by, scaled
+from tidali.study.run import Study, StudySettings
+from tidali.study.table import cells, describe, markdown
 
 
 def row(name: str):

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tidali.contract import Dataset, open_dataset
+from tidali.dataset.contract import Dataset, open_dataset
 from tidali.errors import UsageError
-from tidali.study_page import write_study_page
+from tidali.study.page import write_study_page
 
 # Row, title, setting, stem, from, input px, network px, GMACs, published, first and last top-1, epochs.
 _ROWS: list[tuple[Any, ...]] = [
@@ -216,7 +216,7 @@ def test_seeds_and_the_real_weights(study, read_page) -> None:
 
 @pytest.mark.parametrize(("sha256", "rows", "told"), [("f37072fd" + "0" * 56, 9, "If the classes are among"), (None, 1, "")])
 def test_where_the_weights_came_from(study, sha256: str | None, rows: int, told: str) -> None:
-    from tidali.study_page import _notes
+    from tidali.study.page import _notes
 
     document = study[0]
     weights = {"name": "copies/resnet18.pth", "sha256": sha256} if sha256 is not None else None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import typer
 
-from tidali.cli import app
+from tidali.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

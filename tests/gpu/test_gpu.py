@@ -1,5 +1,5 @@
 """The same graph, step and evaluation on CUDA. Run where there is a GPU: ``pytest tests/gpu``, or ``tidali doctor`` where
-there is no checkout: the checks are `tidali.checks`, and both run all of them."""
+there is no checkout: the checks are `tidali.doctor.checks`, and both run all of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tidali import checks
-from tidali.contract import Dataset, open_dataset
+from tidali.dataset.contract import Dataset, open_dataset
+from tidali.doctor import checks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch")
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tidali.cli_data import parse_size
-from tidali.contract import Manifest, open_dataset
+from tidali.cli.data import parse_size
+from tidali.dataset.contract import Manifest, open_dataset
 from tidali.errors import UsageError
 
 

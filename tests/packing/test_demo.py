@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from shards.demo import MAX_CLASSES, SHAPES, TEXTURES, DemoSource, demo_classes, draw, pack_demo
-from tidali.contract import iter_records, open_dataset
+from tidali.dataset.contract import iter_records, open_dataset
 from tidali.errors import UsageError
 
 

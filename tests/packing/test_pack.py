@@ -21,7 +21,7 @@ from shards.executor import default_workers
 from shards.pack import pack
 from shards.scan import FileSource
 from shards.store import LocalStore
-from tidali.contract import MANIFEST_NAME, Manifest, iter_records, open_dataset
+from tidali.dataset.contract import MANIFEST_NAME, Manifest, iter_records, open_dataset
 from tidali.errors import TidaliError, UsageError
 
 Pairs = list[tuple[bytes, int | None]]

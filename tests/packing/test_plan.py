@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from shards.plan import PackSettings, Plan, ShardTask, make_plan
 from shards.scan import Scan
 from shards.source import FolderReader, Item
-from tidali.contract import ClassName
+from tidali.dataset.contract import ClassName
+from tidali.dataset.shard_bytes import padding
 from tidali.errors import UsageError
-from tidali.shard_bytes import padding
 
 
 def scan_of(per_class: list[int], val: int = 0, size_bytes: int = 1000) -> Scan:

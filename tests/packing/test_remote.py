@@ -13,10 +13,10 @@ import pytest
 
 from shards.store import local_copy
 from shards.verify import verify
-from tidali.contract import MANIFEST_NAME
+from tidali.dataset.contract import MANIFEST_NAME
+from tidali.dataset.remote import filesystem
+from tidali.dataset.source import cache_folder, open_data, read_manifest
 from tidali.errors import DatasetError, TidaliError, UsageError
-from tidali.remote import filesystem
-from tidali.source import cache_folder, open_data, read_manifest
 
 SERVER = "moto.server"
 ENVIRONMENT = {
@@ -198,7 +198,7 @@ def test_an_interrupted_pack_goes_on(make: Any, s3: str, source: Path, local: Pa
 
 
 def test_processes_that_start_together_share_one_copy(packed: str, tmp_path: Path) -> None:
-    program = f"from tidali.source import open_data; print(open_data({packed!r}).root)"
+    program = f"from tidali.dataset.source import open_data; print(open_data({packed!r}).root)"
     environment = {**os.environ, "TIDALI_CACHE": str(tmp_path / "shared")}
     processes = [
         subprocess.Popen(

@@ -22,7 +22,7 @@ import pytest
 from shards.record import seal, unseal
 from shards.store import LocalStore, local_copy, open_store
 from shards.verify import verify
-from tidali.contract import MANIFEST_NAME
+from tidali.dataset.contract import MANIFEST_NAME
 from tidali.errors import TidaliError, UsageError
 
 SHARDS = 26

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from shards.scan import FileSource
-from tidali.contract import ClassName
+from tidali.dataset.contract import ClassName
 from tidali.errors import UsageError
 
 Tree = dict[str, bytes]

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tidali.bad_images import leave_out_bad
-from tidali.contract import Dataset
+from tidali.dataset.contract import Dataset
+from tidali.dataset.source import open_data
 from tidali.errors import DatasetError
 from tidali.files import temporary_path
-from tidali.source import open_data
+from tidali.loading.bad_images import leave_out_bad
 
 
 @pytest.fixture(scope="module")

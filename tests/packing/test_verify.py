@@ -13,7 +13,7 @@ import pytest
 
 from shards.record import seal, unseal
 from shards.verify import VerifyReport, verify
-from tidali.contract import MANIFEST_NAME, Manifest, open_dataset
+from tidali.dataset.contract import MANIFEST_NAME, Manifest, open_dataset
 from tidali.errors import DatasetError
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from tidali import native
 from tidali.config import IMAGENET_MEAN, IMAGENET_STD
-from tidali.parity import COMPARISONS, RESOLUTIONS, Row, matrix, parity_table, photographs, torch_bicubic
-from tidali.resample import Resample, TorchProducts
+from tidali.doctor.parity import COMPARISONS, RESOLUTIONS, Row, matrix, parity_table, photographs, torch_bicubic
+from tidali.loading import native
+from tidali.loading.resample import Resample, TorchProducts
 
 GREY_LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 
-from tidali.augment import (
+from tidali.errors import UsageError
+from tidali.loading.augment import (
     AUGMENTS,
     ERASE_RATIO,
     ERASE_SCALE,
@@ -29,7 +30,6 @@ from tidali.augment import (
     shift_offsets,
     shift_pixels,
 )
-from tidali.errors import UsageError
 
 KEY: dict[str, Any] = {"seed": 3, "epoch": 5}
 SAMPLES = torch.arange(4000)

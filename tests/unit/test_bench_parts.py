@@ -20,9 +20,9 @@ from bench.diagnosis import diagnose
 from bench.fingerprint import environment
 from bench.host_sync import host_synchronisations
 from bench.measure import Rates
-from tidali.device import plan_device
 from tidali.errors import UsageError
-from tidali.models import resnet18_gmacs
+from tidali.hardware.device import plan_device
+from tidali.model.resnet import resnet18_gmacs
 
 
 def rates(value: float, **more: float) -> Rates:

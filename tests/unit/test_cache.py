@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidali.augment import Augment
-from tidali.cache import CachedBatches, PixelCache, fill_cache
 from tidali.errors import TidaliError, UsageError
+from tidali.loading.augment import Augment
+from tidali.loading.cache import CachedBatches, PixelCache, fill_cache
 
 SIDE_PX = 4
 EVERYTHING = Augment(flip="alternating", shift_px=1, crop_scale=(0.5, 1.0), erase=0.5)

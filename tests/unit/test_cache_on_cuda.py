@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tidali import cache
-from tidali.augment import AUGMENTS, Augment, Mix, erase, erase_boxes, mix_batch
-from tidali.cache import CachedBatches, PixelCache
 from tidali.config import IMAGENET_MEAN, IMAGENET_STD, Stem
-from tidali.models import build_resnet18
+from tidali.loading import cache
+from tidali.loading.augment import AUGMENTS, Augment, Mix, erase, erase_boxes, mix_batch
+from tidali.loading.cache import CachedBatches, PixelCache
+from tidali.model.resnet import build_resnet18
 
 EVERYTHING = Augment(flip="alternating", shift_px=4, crop_scale=(0.25, 1.0), erase=0.25)
 

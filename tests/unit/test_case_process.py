@@ -15,7 +15,7 @@ import pytest
 
 from bench.case_process import CaseFailed, CaseProcess
 from bench.case_worker import Job
-from tidali.openmp import WAITING
+from tidali.hardware.cpu_threads import WAITING
 
 FAKE = """
 import os, sys, time

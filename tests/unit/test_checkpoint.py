@@ -13,11 +13,11 @@ import safetensors.torch
 import torch
 import torchvision
 
-from tidali.checkpoint import ModelCard, find_checkpoint, load_checkpoint, load_model, save_checkpoint
-from tidali.contract import ClassName
+from tidali.dataset.contract import ClassName
 from tidali.errors import TidaliError, UsageError
 from tidali.files import write_atomically
-from tidali.models import build_resnet18
+from tidali.model.checkpoint import ModelCard, find_checkpoint, load_checkpoint, load_model, save_checkpoint
+from tidali.model.resnet import build_resnet18
 
 CARD = ModelCard(
     classes=tuple(ClassName(id=f"n{number}", name=name) for number, name in enumerate(("chat noir", "狗", "owl"))),

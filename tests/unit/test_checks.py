@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tidali import checks, console
-from tidali.contract import Dataset, open_dataset
-from tidali.device import DevicePlan
+from tidali import console
+from tidali.dataset.contract import Dataset, open_dataset
+from tidali.doctor import checks
 from tidali.errors import TidaliError
-from tidali.loader import StreamBatches
+from tidali.hardware.device import DevicePlan
+from tidali.loading.stream import StreamBatches
 
 CPU = torch.device("cpu")
 

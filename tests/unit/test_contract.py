@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidali.contract import MANIFEST_NAME, Manifest, Quarantined, Shard, Split, iter_records, open_dataset, read_record
+from tidali.dataset.contract import MANIFEST_NAME, Manifest, Quarantined, Shard, Split, iter_records, open_dataset, read_record
+from tidali.dataset.shard_bytes import format_index, parse_index, read_member_header
 from tidali.errors import DatasetError
-from tidali.shard_bytes import format_index, parse_index, read_member_header
 
 # ------------------------------------------------------------------------------------------------------------------- manifest
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from tidali.convolution import MAX_SIDE, as_matrix, kernels_grad, speed_up_tiny_images
-from tidali.device import plan_device
-from tidali.engine import make_train_state
-from tidali.models import build_resnet18
+from tidali.hardware.cpu_convolution import MAX_SIDE, as_matrix, kernels_grad, speed_up_tiny_images
+from tidali.hardware.device import plan_device
+from tidali.model.resnet import build_resnet18
+from tidali.training.engine import make_train_state
 
 
 def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

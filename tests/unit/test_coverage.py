@@ -24,11 +24,11 @@ from PIL import Image
 from shards.pack import pack
 from shards.plan import PackSettings
 from shards.scan import FileSource
-from tidali.cache import CachedBatches, PixelCache
-from tidali.contract import Dataset, open_dataset
-from tidali.data import Batches
+from tidali.dataset.contract import Dataset, open_dataset
 from tidali.errors import UsageError
-from tidali.loader import StreamBatches
+from tidali.loading.cache import CachedBatches, PixelCache
+from tidali.loading.data import Batches
+from tidali.loading.stream import StreamBatches
 
 Route = Callable[..., Batches]
 

@@ -12,14 +12,15 @@ import torch
 
 from shards.pack import pack
 from shards.scan import FileSource
-from tidali import data as data_module
-from tidali import device as device_module
-from tidali.augment import Augment
-from tidali.bad_images import find_bad
-from tidali.contract import Dataset, Split, open_dataset, read_record
-from tidali.data import Data, choose_route, free_memory_bytes
+from tidali.dataset.contract import Dataset, Split, open_dataset, read_record
 from tidali.errors import DatasetError, UsageError
-from tidali.sizes import SizePlan
+from tidali.hardware import device as device_module
+from tidali.loading import data as data_module
+from tidali.loading.augment import Augment
+from tidali.loading.bad_images import find_bad
+from tidali.loading.data import Data, free_memory_bytes
+from tidali.loading.route import choose_route
+from tidali.loading.sizes import SizePlan
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -89,9 +90,10 @@ RANK = """
 import os, sys
 from pathlib import Path
 import torch
-from tidali import data as module, make_loader
-from tidali.contract import open_dataset
-from tidali.distributed import joined_ranks
+from tidali import make_loader
+from tidali.loading import data as module
+from tidali.dataset.contract import open_dataset
+from tidali.hardware.ranks import joined_ranks
 
 module.free_memory_bytes = lambda device: (2**40, 2**10)[int(os.environ["RANK"])]
 with joined_ranks("cpu") as ranks:
@@ -239,8 +241,8 @@ def test_both_routes_have_both_kernels_and_any_sizes(demo_data: Path, kernel: st
 
 def test_indexes_of_its_own_are_gone_when_the_process_ends(demo_copy: Path, tmp_path: Path) -> None:
     damage(demo_copy, "train", [5], at=400)
-    program = "import sys; from pathlib import Path; from tidali.bad_images import leave_out_bad\n"
-    program += "from tidali.contract import open_dataset\n"
+    program = "import sys; from pathlib import Path; from tidali.loading.bad_images import leave_out_bad\n"
+    program += "from tidali.dataset.contract import open_dataset\n"
     program += "kept = leave_out_bad(open_dataset(Path(sys.argv[1])), 'train', 1)\n"
     program += "print([index.exists() for index in kept.indexes.values()])"
     temporary = tmp_path / "temporary"

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tidali import device
-from tidali.checkpoint import ModelCard, save_checkpoint
-from tidali.contract import open_dataset
-from tidali.device import DeviceFacts, choose_amp, choose_compile, describe_device, plan_device, set_numerics
+from tidali.dataset.contract import open_dataset
 from tidali.errors import TidaliError, UsageError
-from tidali.evaluation import evaluate_checkpoint, evaluate_served
-from tidali.insight import inspect_checkpoint
-from tidali.predict import load_model
+from tidali.hardware import device
+from tidali.hardware.device import DeviceFacts, choose_amp, choose_compile, describe_device, plan_device, set_numerics
+from tidali.model.checkpoint import ModelCard, save_checkpoint
+from tidali.model.predict import load_model
+from tidali.report.insight import inspect_checkpoint
+from tidali.training.evaluation import evaluate_checkpoint, evaluate_served
 
 H100 = DeviceFacts(type="cuda", name="H100", capability=(9, 0), has_compiler=True)
 A100 = DeviceFacts(type="cuda", name="A100", capability=(8, 0), has_compiler=True)

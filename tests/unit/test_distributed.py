@@ -14,17 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 from tidali import console
-from tidali import distributed as distributed_module
-from tidali.distributed import joined_ranks
-from tidali.errors import TidaliError
-from tidali.interrupt import Interrupted
-from tidali.models import build_resnet18
-from tidali.train import steps_between_questions
+from tidali.errors import Interrupted, TidaliError
+from tidali.hardware import ranks as distributed_module
+from tidali.hardware.ranks import joined_ranks
+from tidali.model.resnet import build_resnet18
+from tidali.training.run import steps_between_questions
 
 STEPS = 20
 HALVES = {torch.float64: (4, 64), torch.float32: (2, 100)}
-"""A rank's images and their side: at 64 px `tidali.convolution` adds up in another order than the plain loop, which float32's
-last bit makes visible (tests/unit/test_engine.py)."""
+"""A rank's images and their side: at 64 px `tidali.hardware.cpu_convolution` adds up in another order than the plain loop,
+which float32's last bit makes visible (tests/unit/test_engine.py)."""
 LR, DECAY = 1e-3, 5e-4
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
@@ -36,10 +35,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from tidali.device import plan_device
-from tidali.distributed import joined_ranks
-from tidali.engine import make_train_state, train_step
-from tidali.models import build_resnet18
+from tidali.hardware.device import plan_device
+from tidali.hardware.ranks import joined_ranks
+from tidali.training.engine import make_train_state, train_step
+from tidali.model.resnet import build_resnet18
 from tests.unit.test_distributed import DECAY, HALVES, LR, STEPS, global_batch
 
 dtype = getattr(torch, sys.argv[2])

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tidali.config import TrainSettings, make_recipe
-from tidali.contract import open_dataset
-from tidali.device import DevicePlan, plan_device
-from tidali.distributed import Ranks
-from tidali.engine import Ema, TrainState, all_finite, compiled, evaluate, make_train_state, train_epoch, train_step
+from tidali.dataset.contract import open_dataset
 from tidali.errors import TidaliError, UsageError
-from tidali.metrics import Meter
-from tidali.models import build_resnet18
-from tidali.wiring import wire
+from tidali.hardware.device import DevicePlan, plan_device
+from tidali.hardware.ranks import Ranks
+from tidali.model.resnet import build_resnet18
+from tidali.training.engine import Ema, TrainState, all_finite, compiled, evaluate, make_train_state, train_epoch, train_step
+from tidali.training.metrics import Meter
+from tidali.training.setup import wire
 
 STEPS = 20
 
@@ -48,8 +48,8 @@ def linear_state(plan: DevicePlan, **changes: float) -> TrainState:
 # where the plain one rounds twice: weights were 1e-8 apart after twenty steps, and no loss differed in a bit. The first loss
 # is also compared in NCHW memory, whose sums have another order: 7e-8 apart in float32, 0.0008 in bfloat16 with its 8 bits.
 LOSS_TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2**-8}
-# Images and their side. At 64 px the engine's last convolutions are those of `tidali.convolution`: the same sums in
-# another order, which float64 shows to be the same over twenty steps. In float32 a last bit of them turned some ReLU within
+# Images and their side. At 64 px the engine's last convolutions are those of `tidali.hardware.cpu_convolution`: the same sums
+# in another order, which float64 shows to be the same over twenty steps. In float32 a last bit of them turned some ReLU within
 # seven steps, and grew to a ten-thousandth of the loss; at 100 px both loops add up alike.
 IMAGES = {"float64": (4, 64), "float32": (2, 100), "bfloat16": (1, 100)}
 

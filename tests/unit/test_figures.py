@@ -12,11 +12,11 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from tidali import figures
-from tidali.drawing import COLOURS, check_figure_path, inline_svg, legend_entries, save_figure, series_colour, theme_css
 from tidali.errors import TidaliError, UsageError
-from tidali.figures import Point, ResolutionLine
-from tidali.history import Run
+from tidali.report import figures
+from tidali.report.drawing import COLOURS, check_figure_path, inline_svg, legend_entries, save_figure, series_colour, theme_css
+from tidali.report.figures import Point, ResolutionLine
+from tidali.training.history import Run
 
 NASTY = '_<b>&"$x^$'
 

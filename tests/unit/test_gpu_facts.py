@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tidali.gpu import driver_fault, driver_version, gpu_fault
+from tidali.doctor.gpu import driver_fault, driver_version, gpu_fault
 
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tidali.pipeline import Placement, ShardFiles, batch_pipeline, decode_pipeline
+from tidali.loading.dali import Placement, ShardFiles, batch_pipeline, decode_pipeline
 
 FILES = ShardFiles(tars=[Path("a.tar")], indexes=[Path("a.idx")], extensions=("jpg", "png"), num_digits=3)
 

@@ -13,7 +13,7 @@ import pytest
 
 from tidali.config import TrainSettings, change, make_recipe
 from tidali.errors import UsageError
-from tidali.history import differing_settings, labels, read_runs
+from tidali.training.history import differing_settings, labels, read_runs
 
 
 @pytest.fixture

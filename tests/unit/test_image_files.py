@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tidali.errors import UsageError
-from tidali.image_files import ImageError, find_images, read_pixels
+from tidali.model.image_files import ImageError, find_images, read_pixels
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (64, 64, 3), np.uint8)
@@ -65,8 +65,8 @@ def test_pixels_are_those_of_the_packed_data_set(tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     from shards.pack import pack
     from shards.scan import FileSource
-    from tidali.contract import iter_records, open_dataset
-    from tidali.loader import decoded_once
+    from tidali.dataset.contract import iter_records, open_dataset
+    from tidali.loading.stream import decoded_once
 
     source = tmp_path / "source"
     for split in ("train", "val"):

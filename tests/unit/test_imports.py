@@ -1,10 +1,12 @@
-"""Imports point one way. Read from the source, so that an import inside a function counts too."""
+"""Imports point one way, between rooms and between modules. Read from the source, so an import inside a function counts too."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,17 +16,33 @@ import bench
 import shards
 import tidali
 
+PACKAGES = {"tidali": tidali, "shards": shards, "bench": bench}
+
+
+def _module_name(package: str, path: Path) -> str:
+    parts = path.relative_to(Path(PACKAGES[package].__path__[0]).parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 MODULES = {
-    f"{package.__name__}.{path.stem}": path
-    for package in (tidali, shards, bench)
-    for path in sorted(Path(package.__path__[0]).glob("*.py"))
+    _module_name(name, path): path
+    for name, package in PACKAGES.items()
+    for path in sorted(Path(package.__path__[0]).rglob("*.py"))
 }
-ROOMS = {"tidali", "shards", "bench"}
+ROOMS = [
+    *("errors", "files", "config", "hardware", "console", "dataset", "loading", "model", "training"),
+    *("report", "study", "doctor", "api", "", "cli", "__main__"),
+]
+"""Of `tidali`, lowest first; "" is the package itself. A room imports from rooms before it. docs/architecture.md draws them."""
 HEAVY = {
     *("torch", "torchvision", "nvidia", "numpy", "PIL", "simplejpeg", "safetensors", "fsspec", "ray", "webdataset"),
     *("matplotlib", "jinja2"),
 }
-LEAVES = ("contract", "config", "errors", "files", "remote", "schedule", "timing", "names", "shard_bytes")
+STANDARD_LIBRARY_ONLY = {
+    *("tidali.errors", "tidali.files", "tidali.config", "tidali.training.schedule", "tidali.hardware.timing"),
+    *(name for name in MODULES if name.startswith("tidali.dataset")),
+}
+OPEN_TO_SHARDS = {"tidali.errors", "tidali.files", "tidali.dataset"}
 
 
 class Import(NamedTuple):
@@ -48,29 +66,69 @@ def _imports(node: ast.AST, *, inside_function: bool, for_types: bool) -> Iterat
         yield from (Import(name.name, inside_function, for_types) for name in node.names)
     elif isinstance(node, ast.ImportFrom):
         assert node.level == 0, "a relative import"
-        # `from tidali import errors` names a module of the package, `from tidali.errors import X` a thing in one.
-        names = [f"{node.module}.{name.name}" if node.module in ROOMS else str(node.module) for name in node.names]
-        yield from (Import(name, inside_function, for_types) for name in names)
+        # `from tidali.report import figures` names a module, `from tidali.report.figures import X` a thing in one.
+        names = [f"{node.module}.{name.name}" for name in node.names]
+        known = [name if name in MODULES else str(node.module) for name in names]
+        yield from (Import(name, inside_function, for_types) for name in known)
     for child in ast.iter_child_nodes(node):
         yield from _imports(child, inside_function=inside_function, for_types=for_types)
 
 
 def test_the_reader_sees_every_kind() -> None:
-    found = imports_of("tidali.cli_data")
+    found = imports_of("tidali.cli.data")
     assert Import("typer", False, False) in found
     assert any(one.top == "shards" and one.inside_function for one in found)
     assert any(one.top == "shards" and one.for_types for one in found)
-    assert {name.partition(".")[0] for name in MODULES} == ROOMS
-    assert len(MODULES) > 40
+    assert any(name.count(".") == 2 for name in MODULES)
+    assert len(MODULES) > 100
 
 
-@pytest.mark.parametrize("module", [f"tidali.{leaf}" for leaf in LEAVES])
+def room_of(module: str) -> str | None:
+    """The room of a module of tidali; None elsewhere."""
+    package, _, rest = module.partition(".")
+    return rest.partition(".")[0] if package == "tidali" else None
+
+
+def test_every_room_has_its_place() -> None:
+    assert {room_of(module) for module in MODULES} - {None} == set(ROOMS)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("tidali")])
+def test_a_room_imports_from_those_before_it(module: str) -> None:
+    own = room_of(module)
+    assert own is not None
+    others = {room_of(one.module) for one in imports_of(module)} - {None, own}
+    if own != "":  # it names what other modules hold; all of them take its version
+        others.discard("")
+    assert {room for room in others if ROOMS.index(str(room)) >= ROOMS.index(own)} == set()
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = {name: {one.module for one in imports_of(name)} & MODULES.keys() - {name, "tidali"} for name in MODULES}
+    TopologicalSorter(graph).prepare()  # a circle is an error that names it
+
+
+def test_the_drawing_of_the_rooms_is_true() -> None:
+    """docs/architecture.md lists for each room those that it imports from."""
+    text = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = dict(re.findall(r"^([a-z]+) +<- (.+)$", text, flags=re.MULTILINE))
+    found: dict[str, set[str]] = {}
+    for module in MODULES:
+        own = room_of(module)
+        if own:
+            others = {str(room_of(one.module)) for one in imports_of(module)} - {"None", "", own}
+            found.setdefault(own, set()).update(others)
+    expected = {room: " ".join(sorted(found[room], key=ROOMS.index)) for room in ROOMS if found.get(room)}
+    expected.pop("__main__")
+    assert drawn == expected
+
+
+@pytest.mark.parametrize("module", sorted(STANDARD_LIBRARY_ONLY))
 def test_standard_library_only(module: str) -> None:
     found = [one for one in imports_of(module) if not one.for_types]
-    if module in ("tidali.remote", "tidali.timing"):  # what they drive is theirs to import, in the function that does
+    if module in ("tidali.dataset.remote", "tidali.hardware.timing"):  # the function that drives it may import it
         found = [one for one in found if not (one.inside_function and one.top in ("fsspec", "torch"))]
-    allowed = {"tidali.errors"} | ({"tidali.shard_bytes"} if module == "tidali.contract" else set())
-    assert {one.module for one in found if one.top not in sys.stdlib_module_names} <= allowed
+    assert {one.module for one in found if one.top not in sys.stdlib_module_names} <= STANDARD_LIBRARY_ONLY
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("shards.")])
@@ -78,7 +136,7 @@ def test_shards_runs_without_torch_and_dali(module: str) -> None:
     found = imports_of(module)
     assert not {one.top for one in found} & {"torch", "torchvision", "nvidia", "bench"}
     of_tidali = {one.module for one in found if one.top == "tidali"}
-    assert of_tidali <= {f"tidali.{leaf}" for leaf in ("contract", "shard_bytes", "errors", "names", "remote")}
+    assert {name for name in of_tidali if ".".join(name.split(".")[:2]) not in OPEN_TO_SHARDS} == set()
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("bench.")])
@@ -89,13 +147,13 @@ def test_bench_uses_tidali_and_packs_in_one_place(module: str) -> None:
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("tidali.")])
 def test_only_commands_look_back(module: str) -> None:
     back = [one for one in imports_of(module) if one.top in ("shards", "bench")]
-    if module.startswith("tidali.cli"):
+    if module.startswith("tidali.cli."):
         assert [one for one in back if not one.inside_function and not one.for_types] == []
     else:
         assert back == []
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("tidali.cli")])
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("tidali.cli.")])
 def test_command_line_modules_import_nothing_heavy(module: str) -> None:
     at_import = {one.top for one in imports_of(module) if not one.inside_function and not one.for_types}
     assert not at_import & HEAVY

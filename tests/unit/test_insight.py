@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors import safe_open
 from torchvision.models import resnet18
 
-from tidali.bad_images import find_bad, without
-from tidali.checkpoint import ModelCard, save_checkpoint
-from tidali.contract import Dataset, iter_records, open_dataset
-from tidali.data import dali_is_installed
+from tidali.dataset.contract import Dataset, iter_records, open_dataset
 from tidali.errors import UsageError
-from tidali.insight import PICTURE_SIDE_PX, Insight, inspect_checkpoint
+from tidali.loading.bad_images import find_bad, without
+from tidali.loading.data import dali_is_installed
+from tidali.model.checkpoint import ModelCard, save_checkpoint
+from tidali.report.insight import PICTURE_SIDE_PX, Insight, inspect_checkpoint
 
 
 def stored(dataset: Dataset, split: str) -> list[tuple[bytes, int, str]]:

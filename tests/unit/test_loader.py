@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tidali.contract import Dataset, open_dataset
+from tidali.dataset.contract import Dataset, open_dataset
 from tidali.errors import DatasetError, TidaliError, UsageError
-from tidali.loader import StreamBatches
+from tidali.loading.stream import StreamBatches
 
 MEAN, STD = (0.48, 0.45, 0.41), (0.23, 0.22, 0.24)
 
@@ -294,6 +294,6 @@ def test_the_two_resamplers_of_a_stream_agree(dataset) -> None:
     dalis._open(None)
     for (images, labels), (expected_images, expected_labels) in zip(ours, dalis, strict=True):
         assert torch.equal(labels, expected_labels)
-        # Tolerance: DALI rounds to uint8 and reads its kernel from a table, see tidali.parity.
+        # Tolerance: DALI rounds to uint8 and reads its kernel from a table, see tidali.doctor.parity.
         assert (images - expected_images).abs().max() <= 1 / 255
         assert images.is_contiguous(memory_format=torch.channels_last)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench import idle, measure
 from bench.measure import Case, Rates
-from tidali.timing import WaitTimer
+from tidali.hardware.timing import WaitTimer
 
 
 class Bed:
@@ -17,7 +17,7 @@ class Bed:
     def __init__(self, monkeypatch) -> None:
         self.now_s = 0.0
         self.calls: list[str] = []
-        monkeypatch.setattr("tidali.timing.now_s", lambda: self.now_s)
+        monkeypatch.setattr("tidali.hardware.timing.now_s", lambda: self.now_s)
 
     def case(self, name: str, images: int, *step_s: float) -> Case:
         left = list(step_s)
@@ -61,7 +61,7 @@ def test_the_device_is_drained_before_the_clock_is_read(monkeypatch) -> None:
         queued.append(1.0)
         return 5
 
-    monkeypatch.setattr("tidali.timing.synchronize", drain)
+    monkeypatch.setattr("tidali.hardware.timing.synchronize", drain)
     rates = measure.measure([Case(name="a", step=step)], repeats=2, min_seconds=0.0)
     assert rates["a"].per_s == (5.0, 5.0)
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidali.memory import ReusedMemory
+from tidali.hardware.cpu_memory import ReusedMemory
 
 
 def test_memory_is_used_again_as_soon_as_its_tensor_is_gone() -> None:

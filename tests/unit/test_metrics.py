@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tidali.errors import TidaliError
-from tidali.metrics import JsonlLog, Meter, Score
+from tidali.training.metrics import JsonlLog, Meter, Score
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5, 11])

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidali import native
-from tidali.augment import take
-from tidali.resample import CompiledProducts, Resample, TorchProducts, choose_products
+from tidali.loading import native
+from tidali.loading.augment import take
+from tidali.loading.resample import CompiledProducts, Resample, TorchProducts, choose_products
 
 load_anew = native.load.__wrapped__
 

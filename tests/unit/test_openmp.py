@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tidali.openmp import WAITING, wait_briefly
+from tidali.hardware.cpu_threads import WAITING, wait_briefly
 
 
 @pytest.mark.parametrize(

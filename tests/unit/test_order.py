@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidali import counter
 from tidali.errors import UsageError
-from tidali.order import check_order, epoch_order, num_steps, rank_slice
+from tidali.loading import counter
+from tidali.loading.order import check_order, epoch_order, num_steps, rank_slice
 
 # The first outputs of splitmix64 seeded with 1234567, as other implementations of Vigna's reference code list them.
 SPLITMIX64_OF_1234567 = [

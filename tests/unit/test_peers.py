@@ -22,7 +22,7 @@ from bench.case_worker import DataJob, Stream
 from bench.peer_check import wrong_loader, wrong_training
 from bench.peer_env import Environment, PeerMissing, python_of, what_failed
 from bench.peer_table import LOADERS, REFERENCE, TRAINING, Peer, chosen
-from tidali.contract import open_dataset
+from tidali.dataset.contract import open_dataset
 from tidali.errors import UsageError
 
 # ------------------------------------------------------------------------------------------------------------------ the tables

@@ -16,8 +16,8 @@ from torchvision.models import ResNet18_Weights
 
 from tidali.config import IMAGENET_MEAN, IMAGENET_STD
 from tidali.errors import TidaliError
-from tidali.models import build_resnet18
-from tidali.pretrained import apply_init, file_weights, imagenet_weights, imagenet_weights_path
+from tidali.model.pretrained import apply_init, file_weights, imagenet_weights, imagenet_weights_path
+from tidali.model.resnet import build_resnet18
 
 
 @pytest.fixture(scope="module")

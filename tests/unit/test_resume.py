@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tidali import data as data_module
-from tidali import resume
-from tidali.checkpoint import read_metadata
 from tidali.config import TrainSettings, make_recipe
-from tidali.contract import Dataset, open_dataset
+from tidali.dataset.contract import Dataset, open_dataset
 from tidali.errors import TidaliError, UsageError
-from tidali.metrics import Meter, Score
-from tidali.train import train
+from tidali.loading import data as data_module
+from tidali.model.checkpoint import read_metadata
+from tidali.training import resume
+from tidali.training.metrics import Meter, Score
+from tidali.training.run import train
 
 
 def settings_for(folder: Path, demo_data: Path, **changes: Any) -> TrainSettings:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tidali.errors import UsageError
-from tidali.schedule import make_schedule, step_decay, warmup_cosine
+from tidali.training.schedule import make_schedule, step_decay, warmup_cosine
 
 
 def test_step_decay_value_by_value() -> None:

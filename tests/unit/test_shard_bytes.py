@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidali.errors import DatasetError
-from tidali.shard_bytes import (
+from tidali.dataset.shard_bytes import (
     END_OF_ARCHIVE,
     Component,
     format_index,
@@ -26,6 +25,7 @@ from tidali.shard_bytes import (
     read_member_header,
     safe_key,
 )
+from tidali.errors import DatasetError
 
 names = st.text(string.ascii_letters + string.digits + "_-.", min_size=1, max_size=100)
 sizes = st.integers(0, 8**11 - 1)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tidali.sizes import SizePlan
+from tidali.loading.sizes import SizePlan
 
 
 def test_without_a_list_every_step_has_the_resolution() -> None:

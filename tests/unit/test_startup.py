@@ -27,7 +27,7 @@ HEAVY = (
 def test_nothing_heavy_is_imported(argv: list[str]) -> None:
     program = f"""
 import atexit, sys
-from tidali import cli
+from tidali.cli import main as cli
 sys.argv = ["tidali", *{argv!r}]
 atexit.register(lambda: print("HEAVY", sorted(set({HEAVY!r}) & set(sys.modules))))
 cli.main()

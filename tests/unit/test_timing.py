@@ -10,8 +10,8 @@ import torch
 import bench
 import shards
 import tidali
-from tidali import timing
-from tidali.timing import Stopwatch, WaitTimer
+from tidali.hardware import timing
+from tidali.hardware.timing import Stopwatch, WaitTimer
 
 
 class Clock:
@@ -64,7 +64,7 @@ def test_wait_timer_adds_up_what_was_inside() -> None:
 
 
 def test_no_other_module_reads_the_clock() -> None:
-    modules = [path for package in (tidali, shards, bench) for path in Path(package.__path__[0]).glob("*.py")]
+    modules = [path for package in (tidali, shards, bench) for path in Path(package.__path__[0]).rglob("*.py")]
     assert len(modules) > 20
     assert {path.name for path in modules if _names_taken_from_time(path) - {"sleep"}} == {"timing.py"}
 

@@ -30,7 +30,7 @@ def test_top_level_names(names: list[str]) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_module_is_inside(names: list[str], package: str) -> None:
-    modules = {f"{package}/{path.name}" for path in (ROOT / package).glob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
     assert f"{package}/__init__.py" in modules
     assert modules <= set(names)
 
@@ -39,16 +39,16 @@ def test_types_data_entry_point_and_licence(wheel: Path, names: list[str]) -> No
     assert "tidali/py.typed" in names
     packages = {"tidali": ("*.c", "*.html"), "bench": ("*.json", "*.html")}
     data = {
-        f"{package}/{path.name}"
+        str(path.relative_to(ROOT))
         for package, patterns in packages.items()
         for pattern in patterns
-        for path in (ROOT / package).glob(pattern)
+        for path in (ROOT / package).rglob(pattern)
     }
-    assert {"tidali/page.html", "bench/schema.json", "bench/bench.html"} <= data
+    assert {"tidali/report/page.html", "tidali/loading/resample.c", "bench/schema.json", "bench/bench.html"} <= data
     assert data <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
-    assert "tidali = tidali.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "tidali = tidali.cli.main:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
 def test_dali_is_asked_for_on_linux_alone(wheel: Path, names: list[str]) -> None:
@@ -61,7 +61,15 @@ def test_dali_is_asked_for_on_linux_alone(wheel: Path, names: list[str]) -> None
 def test_the_sdist_can_be_tested_and_its_site_built(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "mkdocs.yml", "Dockerfile", "tidali/resample.c"} <= held
+    assert {
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "pyproject.toml",
+        "mkdocs.yml",
+        "Dockerfile",
+        "tidali/loading/resample.c",
+    } <= held
     for folder, pattern in (("tests", "*.py"), ("docs", "*.md"), ("bench/results", "*.json"), ("examples", "*")):
         ours = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(pattern)}
         assert ours

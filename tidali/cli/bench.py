@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tidali.cli_train import MACHINE, AmpOption, CacheOption, DeviceOption, demo_data, parse_resolutions
+from tidali.cli.train import MACHINE, AmpOption, CacheOption, DeviceOption, demo_data, parse_resolutions
 from tidali.errors import TidaliError, UsageError
 
 if TYPE_CHECKING:
     from bench.compare import Comparison
-    from tidali.contract import Dataset
+    from tidali.dataset.contract import Dataset
 
 # Groups of options in the help.
 WHAT = "What to measure"
@@ -125,7 +125,7 @@ def bench(
     trace = _trace_path(json_) if profile else None
 
     def dataset() -> Dataset:
-        from tidali.source import open_data
+        from tidali.dataset.source import open_data
 
         return open_data(data if data is not None else str(demo_data()))
 

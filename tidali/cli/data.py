@@ -17,7 +17,7 @@ from tidali.errors import TidaliError, UsageError
 
 if TYPE_CHECKING:
     from shards.pack import PackReport, Progress
-    from tidali.contract import Manifest
+    from tidali.dataset.contract import Manifest
 
 _SIZE_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _LISTED_FILES = 10
@@ -189,7 +189,7 @@ def info(
     ] = None,
 ) -> None:
     """Show what a packed data set holds."""
-    from tidali.source import open_data, read_manifest
+    from tidali.dataset.source import open_data, read_manifest
 
     if sheet is None and (recipe is not None or set_ or res is not None):
         raise UsageError("--recipe, --set and --res are of the contact sheet; add --sheet FILE.png")
@@ -205,7 +205,7 @@ def info(
         if recipe is None:
             image = contact_sheet(dataset, split, seed=seed)
         else:
-            from tidali.preview import seen_images
+            from tidali.loading.preview import seen_images
 
             chosen, side = change(make_recipe(recipe), set_ or ()), res if res is not None else dataset.default_res
             check_res(side)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidali.cli_train import DeviceOption
+from tidali.cli.train import DeviceOption
 from tidali.errors import TidaliError, first_line
 
 if TYPE_CHECKING:
-    from tidali.contract import Dataset
-    from tidali.doctor import PackingTool
-    from tidali.findings import Finding
-    from tidali.parity import Row
+    from tidali.dataset.contract import Dataset
+    from tidali.doctor.findings import Finding
+    from tidali.doctor.machine import PackingTool
+    from tidali.doctor.parity import Row
 
 _MARKS = {"ok": "ok      ", "warning": "warning ", "failure": "FAILURE "}
 
@@ -41,7 +41,7 @@ def doctor(
     from tidali.console import results
 
     try:
-        from tidali.doctor import Wishes, examine
+        from tidali.doctor.machine import Wishes, examine
 
         packing = _packing_tool()
     except (ImportError, OSError) as error:  # a shared library that is not there is an OSError
@@ -68,8 +68,8 @@ def _packing_tool() -> PackingTool:
     from shards.demo import pack_demo
     from shards.store import local_copy
     from shards.verify import verify
-    from tidali.contract import open_dataset
-    from tidali.doctor import PackingTool
+    from tidali.dataset.contract import open_dataset
+    from tidali.doctor.machine import PackingTool
 
     def make_samples(folder: Path) -> Dataset:
         pack_demo(folder, classes=4, per_class=20, workers=1)
@@ -83,7 +83,7 @@ def _packing_tool() -> PackingTool:
 
 
 def _document(findings: list[Finding], rows: list[Row]) -> dict[str, Any]:
-    from tidali.environment import versions
+    from tidali.hardware.versions import versions
 
     document: dict[str, Any] = {"versions": versions(), "findings": []}
     for finding in findings:

@@ -12,11 +12,17 @@ from typing import Annotated, Any
 
 import typer
 
-from tidali import __version__, cli_bench, cli_data, cli_doctor, cli_model, cli_report, cli_study, cli_train, console
-from tidali.cli_examples import CommandWithExamples, ProgramWithExamples
-from tidali.errors import TidaliError, UsageError
-from tidali.interrupt import Interrupted
-from tidali.openmp import wait_briefly
+from tidali import __version__, console
+from tidali.cli import bench as cli_bench
+from tidali.cli import data as cli_data
+from tidali.cli import doctor as cli_doctor
+from tidali.cli import model as cli_model
+from tidali.cli import report as cli_report
+from tidali.cli import study as cli_study
+from tidali.cli import train as cli_train
+from tidali.cli.examples import CommandWithExamples, ProgramWithExamples
+from tidali.errors import Interrupted, TidaliError, UsageError
+from tidali.hardware.cpu_threads import wait_briefly
 
 app = typer.Typer(
     name="tidali",

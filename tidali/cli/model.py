@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tidali.cli_train import AmpOption, DeviceOption
+from tidali.cli.train import AmpOption, DeviceOption
 from tidali.errors import TidaliError, UsageError
-from tidali.names import printable
+from tidali.files import printable
 
 if TYPE_CHECKING:
-    from tidali.image_files import ImageError
+    from tidali.model.image_files import ImageError
 
 CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CKPT", help="A checkpoint, or a run folder for its best one.", show_default=False)
@@ -50,8 +50,8 @@ def predict(
     warnings.filterwarnings("ignore", module=r"PIL\.")  # on damaged metadata, which does not matter here
 
     from tidali.console import print_table, progress_bar, warn
-    from tidali.image_files import find_images
-    from tidali.predict import load_model
+    from tidali.model.image_files import find_images
+    from tidali.model.predict import load_model
 
     files = find_images(images)
     model = load_model(checkpoint, device=device, amp=amp, flip=flip)
@@ -129,11 +129,11 @@ def export(
     fmt: Literal["onnx", "pt2"] = format or ("pt2" if out is not None and out.suffix == ".pt2" else "onnx")
     size = parse_input_size(input_size) if input_size is not None else None
 
-    from tidali.checkpoint import find_checkpoint
     from tidali.console import print_table
-    from tidali.export import export_model, refuse_missing_packages
-    from tidali.export_inputs import choose_inputs
-    from tidali.predict import load_model
+    from tidali.model.checkpoint import find_checkpoint
+    from tidali.model.export import export_model, refuse_missing_packages
+    from tidali.model.export_inputs import choose_inputs
+    from tidali.model.predict import load_model
 
     refuse_missing_packages(fmt)
     file = find_checkpoint(checkpoint)

@@ -19,17 +19,17 @@ def plot(
 
     Each run is named by its folder and what sets it apart from the others.
     """
-    from tidali.drawing import check_figure_path
+    from tidali.report.drawing import check_figure_path
 
     path = check_figure_path(out, "--out")
 
-    from tidali.history import labels, read_runs
+    from tidali.training.history import labels, read_runs
 
     found = read_runs(runs)
 
     from tidali.console import say
-    from tidali.drawing import save_figure
-    from tidali.figures import comparison
+    from tidali.report.drawing import save_figure
+    from tidali.report.figures import comparison
 
     save_figure(comparison(found, labels(found)), path)
     say(f"{path}: the curves of {', '.join(run.name for run in found)}")
@@ -49,16 +49,16 @@ def report(
     """
     from pathlib import Path
 
-    from tidali.drawing import check_folder
+    from tidali.report.drawing import check_folder
 
     path = check_folder(Path(out), "--out")
 
-    from tidali.history import read_runs
+    from tidali.training.history import read_runs
 
     found = read_runs(runs)
 
     from tidali.console import say
-    from tidali.report import write_report
+    from tidali.report.run_report import write_report
 
     write_report(found, path, data=data)
     say(f"{path}: report of {', '.join(run.name for run in found)}")

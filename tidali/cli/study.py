@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from tidali.cli_train import AmpOption, CacheOption, CompileOption, DataOption, DeviceOption
+from tidali.cli.train import AmpOption, CacheOption, CompileOption, DataOption, DeviceOption
 from tidali.errors import UsageError
 
 
@@ -44,9 +44,9 @@ def study(
         raise UsageError("tidali study is one process; under torchrun give a row's config.json to 'tidali train --config'")
 
     from tidali.console import print_table, say
-    from tidali.source import open_data
-    from tidali.study import StudySettings, run_study
-    from tidali.study_table import COLUMNS, cells, notes
+    from tidali.dataset.source import open_data
+    from tidali.study.run import StudySettings, run_study
+    from tidali.study.table import COLUMNS, cells, notes
 
     settings = StudySettings(
         data=data,

@@ -186,7 +186,7 @@ def train(
     folder = data if data is not None else str(demo_data())
 
     if res is None:
-        from tidali.source import open_data
+        from tidali.dataset.source import open_data
 
         res = open_data(folder).default_res
     settings = TrainSettings(
@@ -213,8 +213,8 @@ def train(
 def _finish(settings: TrainSettings, *, resume: bool = False) -> None:
     """Train to the end and print what it came to."""
     from tidali.console import is_main_rank, print_table, say
-    from tidali.source import open_data
-    from tidali.train import train as run
+    from tidali.dataset.source import open_data
+    from tidali.training.run import train as run
 
     result = run(settings, open_data(settings.data), resume=resume)
     if not is_main_rank():
@@ -270,8 +270,8 @@ def eval_(
     resolutions = parse_resolutions(res) if res is not None else []
 
     from tidali.console import is_main_rank, print_table
-    from tidali.evaluation import evaluate_checkpoint
-    from tidali.source import open_data
+    from tidali.dataset.source import open_data
+    from tidali.training.evaluation import evaluate_checkpoint
 
     _, rows = evaluate_checkpoint(
         checkpoint,
@@ -313,7 +313,7 @@ def demo_data() -> Path:
     Raises:
         UsageError: the folder cannot be made.
     """
-    from tidali.contract import MANIFEST_NAME
+    from tidali.dataset.contract import MANIFEST_NAME
     from tidali.files import locked
 
     folder = Path("data") / "demo"

@@ -1,6 +1,6 @@
 """The one definition of what a packed data set is, shared by the packing tool and the loader. Standard library only.
 
-The bytes inside a tar and an index are `tidali.shard_bytes`'s.
+The bytes inside a tar and an index are `tidali.dataset.shard_bytes`'s.
 
 A data set is a folder::
 
@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tidali.dataset.shard_bytes import BLOCK_BYTES, Component, label_digits, read_member_header
 from tidali.errors import DatasetError, UsageError
-from tidali.shard_bytes import BLOCK_BYTES, Component, label_digits, read_member_header
 
 FORMAT = "tidali-dataset"
 FORMAT_VERSION = 1

@@ -8,17 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from tidali.contract import MANIFEST_NAME, Dataset, Manifest, open_dataset
+from tidali.dataset.contract import MANIFEST_NAME, Dataset, Manifest, open_dataset
+from tidali.dataset.remote import filesystem, is_remote
 from tidali.errors import DatasetError, TidaliError
 from tidali.files import locked, remove_left_over, temporary_path, write_atomically
-from tidali.remote import filesystem, is_remote
 
 _PARALLEL_DOWNLOADS = 8  # a shard of 1,000 small images is 3 MB: requests wait for the network, not for a core
 _BLOCK_BYTES = 1 << 20
 
 
 def open_data(location: str) -> Dataset:
-    """The data set in a folder or behind an fsspec URL, checked as `tidali.contract.open_dataset` does.
+    """The data set in a folder or behind an fsspec URL, checked as `tidali.dataset.contract.open_dataset` does.
 
     DALI reads a tar over a network one member after another, so each shard is copied once into the cache folder
     (``$TIDALI_CACHE``, else ``~/.cache/tidali``), its SHA-256 checked on the way. Processes that start together share one copy:

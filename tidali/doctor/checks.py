@@ -16,16 +16,16 @@ from torch.nn import functional
 
 from tidali.config import AmpChoice, Augment, CacheChoice, TrainSettings, make_recipe
 from tidali.console import silenced
-from tidali.contract import Dataset
-from tidali.data import Data, dali_is_installed
-from tidali.device import plan_device
-from tidali.distributed import add_up
-from tidali.engine import TrainState, evaluate, make_train_state, train_step
+from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError
-from tidali.evaluation import evaluate_checkpoint
-from tidali.models import build_resnet18
-from tidali.timing import Stopwatch
-from tidali.train import train
+from tidali.hardware.device import plan_device
+from tidali.hardware.ranks import add_up
+from tidali.hardware.timing import Stopwatch
+from tidali.loading.data import Data, dali_is_installed
+from tidali.model.resnet import build_resnet18
+from tidali.training.engine import TrainState, evaluate, make_train_state, train_step
+from tidali.training.evaluation import evaluate_checkpoint
+from tidali.training.run import train
 
 PIXEL_RESOLUTIONS = (64, 96)
 """As the sample images are stored, which takes no resizing, and larger."""
@@ -73,7 +73,7 @@ def routes_agree(dataset: Dataset, device: torch.device) -> str:
 
 
 def _stream(dataset: Dataset, res: int, device: torch.device) -> Any:
-    from tidali.loader import StreamBatches
+    from tidali.loading.stream import StreamBatches
 
     return StreamBatches(dataset, "val", res=res, batch_size=20, device=device)
 

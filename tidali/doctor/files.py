@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tidali.checkpoint import find_checkpoint, load_model
-from tidali.contract import Dataset
-from tidali.data import choose_route, dali_is_installed, free_memory_bytes
-from tidali.device import DevicePlan
-from tidali.evaluation import check_classes
-from tidali.findings import Finding, ok
-from tidali.timing import Stopwatch
+from tidali.dataset.contract import Dataset
+from tidali.doctor.findings import Finding, ok
+from tidali.hardware.device import DevicePlan
+from tidali.hardware.timing import Stopwatch
+from tidali.loading.data import dali_is_installed, free_memory_bytes
+from tidali.loading.route import choose_route
+from tidali.model.checkpoint import find_checkpoint, load_model
+from tidali.training.evaluation import check_classes
 
 MIN_FREE_DISK_MIB = 1024
 """A run folder holds two sets of weights of 45 MB and a state of 134 MB, each written beside the old one first."""

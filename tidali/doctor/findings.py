@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from tidali.doctor.parity import Row
 from tidali.errors import TidaliError
-from tidali.parity import Row
 
 Status = Literal["ok", "warning", "failure"]
 

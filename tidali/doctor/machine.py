@@ -13,17 +13,19 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from tidali import checks, doctor_files, native
 from tidali.config import CacheChoice, DeviceChoice
-from tidali.contract import Dataset
-from tidali.data import dali_is_installed, free_memory_bytes
-from tidali.device import DevicePlan, cpu_count, plan_device
-from tidali.environment import versions
+from tidali.dataset.contract import Dataset
+from tidali.dataset.source import open_data
+from tidali.doctor import checks
+from tidali.doctor import files as doctor_files
+from tidali.doctor.findings import REINSTALL, Finding, Status, guard, of_error, ok
+from tidali.doctor.gpu import driver_fault, driver_version, gpu_fault
+from tidali.doctor.parity import parity_table
 from tidali.errors import TidaliError, first_line
-from tidali.findings import REINSTALL, Finding, Status, guard, of_error, ok
-from tidali.gpu import driver_fault, driver_version, gpu_fault
-from tidali.parity import parity_table
-from tidali.source import open_data
+from tidali.hardware.device import DevicePlan, cpu_count, plan_device
+from tidali.hardware.versions import versions
+from tidali.loading import native
+from tidali.loading.data import dali_is_installed, free_memory_bytes
 
 MIN_TEMPORARY_MIB = 512
 """A run of one epoch writes two sets of weights of 45 MB and a state of 134 MB, the last one beside the old one."""
@@ -148,7 +150,7 @@ def _dali(version: str) -> Finding:
         status: Status = "failure" if sys.platform.startswith("linux") else "warning"
         text = "not installed: images are decoded by PIL, and large data sets cannot be streamed"
         return Finding(name="", status=status, text=text, mend="on Linux: pip install nvidia-dali-cuda120")
-    import tidali.pipeline  # noqa: F401  is the import that can fail
+    import tidali.loading.dali  # noqa: F401  is the import that can fail
 
     return Finding(name="", status="ok", text=version)
 

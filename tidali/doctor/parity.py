@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tidali.config import IMAGENET_MEAN, IMAGENET_STD, Kernel
-from tidali.resample import Resample
+from tidali.loading.resample import Resample
 
 RESOLUTIONS = (32, 64, 128, 224)
 _GREY_LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}  # normalisation that leaves 0..255
@@ -57,10 +57,10 @@ class Row:
 
 
 def dali(pixels: Tensor, res: int) -> Tensor:
-    """`tidali.pipeline.image_graph` on the CPU."""
+    """`tidali.loading.dali.image_graph` on the CPU."""
     from nvidia.dali import fn, pipeline_def
 
-    from tidali.pipeline import image_graph
+    from tidali.loading.dali import image_graph
 
     encoded = [_png(image) for image in pixels.numpy()]
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tidali.errors import UsageError
-from tidali.interrupt import Interrupted
+from tidali.errors import Interrupted, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

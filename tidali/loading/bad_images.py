@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tidali.console import warn
-from tidali.contract import Dataset, Shard, file_sha256, read_record
-from tidali.device import rank_threads
+from tidali.dataset.contract import Dataset, Shard, file_sha256, read_record
+from tidali.dataset.shard_bytes import LABEL_EXTENSION, format_index, label_bytes, parse_index
 from tidali.errors import DatasetError
-from tidali.shard_bytes import LABEL_EXTENSION, format_index, label_bytes, parse_index
+from tidali.hardware.device import rank_threads
 
 DEFAULT_SHARE = 0.001
 """Of a split's images that may be bad before the run fails: more is no accident, and wants mending."""

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidali.augment import Augment, crop_boxes, erase, erase_boxes, flip_flags, shift_offsets, shift_pixels, take
 from tidali.config import Kernel
 from tidali.errors import TidaliError
-from tidali.memory import keep_freed_memory
-from tidali.order import ORDER_VERSION, check_order, epoch_order, num_steps, rank_slice
-from tidali.resample import Resample
-from tidali.sizes import SizePlan
+from tidali.hardware.cpu_memory import keep_freed_memory
+from tidali.loading.augment import Augment, crop_boxes, erase, erase_boxes, flip_flags, shift_offsets, shift_pixels, take
+from tidali.loading.order import ORDER_VERSION, check_order, epoch_order, num_steps, rank_slice
+from tidali.loading.resample import Resample
+from tidali.loading.sizes import SizePlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,8 @@ class CachedBatches:
 
     Training takes every sample at most once an epoch, in a new order each epoch, and gives every rank as many steps;
     evaluation takes every sample exactly once, in stored order. The order and each image's augmentation are pure functions of
-    the seed, the epoch and the sample (`tidali.order`, `tidali.augment`), so nothing but the position needs saving.
+    the seed, the epoch and the sample (`tidali.loading.order`, `tidali.loading.augment`), so nothing but the
+    position needs saving.
     """
 
     def __init__(

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from tidali.dataset.shard_bytes import LABEL_EXTENSION
 from tidali.errors import TidaliError
-from tidali.shard_bytes import LABEL_EXTENSION
 
 try:
     from nvidia.dali import Pipeline, fn, pipeline_def, types

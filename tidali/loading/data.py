@@ -6,27 +6,24 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from tidali.augment import Augment
-from tidali.bad_images import leave_out_bad
-from tidali.cache import CachedBatches, PixelCache, fill_cache
 from tidali.config import CacheChoice, Kernel
 from tidali.console import progress_bar
-from tidali.contract import Dataset, Split, parse_image_size
-from tidali.device import ranks_on_machine
-from tidali.distributed import Ranks
+from tidali.dataset.contract import Dataset, parse_image_size
 from tidali.errors import UsageError
-from tidali.order import refuse_partial_batch
-from tidali.sizes import SizePlan
-
-CACHE_SHARE = 0.5
-"""Of the free memory: the rest is for activations, which at 224 px and batch 256 take more than Tiny-ImageNet's pixels."""
+from tidali.hardware.device import ranks_on_machine
+from tidali.hardware.ranks import Ranks
+from tidali.loading.augment import Augment
+from tidali.loading.bad_images import leave_out_bad
+from tidali.loading.cache import CachedBatches, PixelCache, fill_cache
+from tidali.loading.order import refuse_partial_batch
+from tidali.loading.route import against_streaming, choose_route
+from tidali.loading.sizes import SizePlan
 
 
 class Batches(Protocol):
@@ -59,73 +56,6 @@ class Batches(Protocol):
             UsageError: the state is of another order; names the difference.
         """
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Route:
-    """Whether the pixels are kept on the device, and why."""
-
-    cached: bool
-    reason: str
-    pixel_bytes: int
-    """What the splits' decoded pixels take."""
-    square: int | None = None
-    """Side that images of unequal size are stored at, in pixels; None where they are stored as they are."""
-
-
-def choose_route(wish: CacheChoice, splits: Sequence[Split], *, max_res: int, free_bytes: int, has_dali: bool = True) -> Route:
-    """Decide from described facts.
-
-    Args:
-        splits: those that will be read.
-        max_res: the largest input side that will be asked for, in pixels.
-        free_bytes: of the training device's memory, before anything is on it.
-
-    Raises:
-        UsageError: streaming was asked for where DALI is missing.
-    """
-    sizes = {size for split in splits for size in split.image_sizes}
-    square = None if len(sizes) == 1 else max_res
-    samples = sum(split.samples for split in splits)
-    height, width = parse_image_size(next(iter(sizes))) if square is None else (square, square)
-    pixel_bytes = samples * height * width * 3
-    stored = f"{samples:,} images of {height} x {width} px take {pixel_bytes / 2**20:,.0f} MiB"
-    if square is not None:
-        stored += f" ({len(sizes)} sizes, stored at the largest resolution asked for)"
-    if not has_dali and wish == "off":
-        raise UsageError("--cache off streams through DALI, which is not installed here; leave --cache at auto")
-    if wish == "off":
-        return Route(cached=False, reason="--cache off", pixel_bytes=pixel_bytes)
-    if not has_dali:
-        stored += "; decoded by PIL, as NVIDIA DALI is not installed here"
-    elif wish == "auto":
-        free = f"half of the {free_bytes / 2**30:,.1f} GiB free"
-        if pixel_bytes > CACHE_SHARE * free_bytes:
-            return Route(cached=False, reason=f"{stored}, over {free}", pixel_bytes=pixel_bytes)
-        stored += f", under {free}"
-    return Route(cached=True, reason=stored, pixel_bytes=pixel_bytes, square=square)
-
-
-def against_streaming(
-    split: Split,
-    device: torch.device | None,
-    *,
-    kernel: Kernel = "pil",
-    sides: Sequence[int] = (),
-    augment: Augment | None = None,
-) -> str | None:
-    """Why a split cannot be streamed in this way, if it cannot.
-
-    Args:
-        sides: of the images given, in pixels.
-    """
-    if augment is not None and (augment != Augment(flip=augment.flip) or augment.flip == "alternating"):
-        return "streaming has random flips alone; other augmentation needs the cache (--cache device)"
-    by_dali = split.single_image_size is None or (device is not None and device.type != "cpu")
-    if by_dali and (kernel != "pil" or len(sides) > 1):
-        wish = f"kernel {kernel!r}" if kernel != "pil" else f"train_sizes {list(sides)}"
-        return f"{wish}: a stream that DALI resizes has the kernel 'pil' and one size; use --cache device"
-    return None
 
 
 class Data:
@@ -211,7 +141,7 @@ class Data:
         )
         if self.route.cached:
             return CachedBatches(self._cache(split), augment=augment, dtype=dtype, **common)
-        from tidali.loader import StreamBatches
+        from tidali.loading.stream import StreamBatches
 
         augment = augment or Augment()
         obstacle = against_streaming(self.dataset.split(split), self.device, augment=augment)
@@ -236,9 +166,9 @@ def fill(dataset: Dataset, split: str, device: torch.device, square: int | None)
     info = dataset.split(split)
     size = (square, square) if square is not None else parse_image_size(next(iter(info.image_sizes)))
     if dali_is_installed():
-        from tidali.loader import decoded_once
+        from tidali.loading.stream import decoded_once
     else:
-        from tidali.decode_pil import decoded_once
+        from tidali.loading.decode_pil import decoded_once
     with progress_bar(note=False) as bar:
         task = bar.add_task(f"decoding {split}", total=info.samples)
         return fill_cache(

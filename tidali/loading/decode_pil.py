@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tidali.contract import Dataset, SampleRecord, read_record
+from tidali.dataset.contract import Dataset, SampleRecord, read_record
+from tidali.dataset.shard_bytes import parse_index
 from tidali.errors import TidaliError
-from tidali.shard_bytes import parse_index
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -30,7 +30,7 @@ _UPRIGHT = {
 def decoded_once(
     dataset: Dataset, split: str, *, square: int | None, device: torch.device | None = None, batch_size: int = 512
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """As `tidali.loader.decoded_once`; the pixels are on the CPU.
+    """As `tidali.loading.stream.decoded_once`; the pixels are on the CPU.
 
     Raises:
         TidaliError: an image cannot be decoded; names shard, key and offset.

@@ -1,4 +1,4 @@
-"""`tidali/resample.c`, compiled with the system's C compiler at first use and kept in the user's cache folder.
+"""`tidali/loading/resample.c`, compiled with the system's C compiler at first use and kept in the user's cache folder.
 
 Two to three times as fast as the same in torch's operators, compiled by torch or not. Nothing but speed depends on it.
 """

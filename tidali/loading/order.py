@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidali import counter
 from tidali.errors import UsageError
+from tidali.loading import counter
 
 ORDER_VERSION = 1
 """Part of every checkpoint's fingerprint; to be raised by any change that alters an order."""
 
-_STREAM = 0  # `tidali.augment` numbers its own streams from 1
+_STREAM = 0  # `tidali.loading.augment` numbers its own streams from 1
 
 
 def epoch_order(samples: int, seed: int, epoch: int, device: torch.device | None = None) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tidali.augment import draw_mix, mix_batch
 from tidali.config import Recipe
-from tidali.contract import ClassName, Dataset
-from tidali.data import Data
+from tidali.dataset.contract import ClassName, Dataset
+from tidali.loading.augment import draw_mix, mix_batch
+from tidali.loading.data import Data
 
 
 def seen_images(

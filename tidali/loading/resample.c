@@ -1,5 +1,5 @@
-/* One pass from uint8 pixels to normalised images: what tidali/resample.py does as matrix products, for CPUs. Compiled at first
-   use by tidali/native.py. GCC and Clang: vector types. */
+/* One pass from uint8 pixels to normalised images: what tidali/loading/resample.py does as matrix products, for CPUs. Compiled at first
+   use by tidali/loading/native.py. GCC and Clang: vector types. */
 
 #include <stdint.h>
 #include <string.h>

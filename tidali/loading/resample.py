@@ -5,7 +5,7 @@ source weights of one output row or column. Its sum is 1, so normalisation may c
 ``A`` is the same for the whole batch, or one for each sample (random crops), made on the device.
 
 ``A`` is banded. On a CPU its rows are taken in blocks, each times the window of source rows that it needs: 13 of 64 for 28
-output rows at 64 -> 224; and where there is a C compiler, its non-zero elements alone (`tidali.native`). On CUDA, where
+output rows at 64 -> 224; and where there is a C compiler, its non-zero elements alone (`tidali.loading.native`). On CUDA, where
 products are nearly free and launches are not, one block is all of it.
 """
 
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tidali import native
 from tidali.config import Kernel
-from tidali.memory import ReusedMemory
+from tidali.hardware.cpu_memory import ReusedMemory
+from tidali.loading import native
 
 CUBIC_A = {"pil": -0.5, "opencv": -0.75}
 """The free constant of Keys' cubic: -0.5 in PIL, DALI and torch's antialiased bicubic; -0.75 in OpenCV and torch's plain."""

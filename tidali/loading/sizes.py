@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tidali import counter
 from tidali.config import SizeOrder
+from tidali.loading import counter
 
-_STREAM = 6  # of random numbers; `tidali.order` has 0 and `tidali.augment` 1 to 5
+_STREAM = 6  # of random numbers; `tidali.loading.order` has 0 and `tidali.loading.augment` 1 to 5
 
 
 @dataclass(frozen=True, kw_only=True)

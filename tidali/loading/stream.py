@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidali.augment import take
 from tidali.config import Kernel
-from tidali.contract import Dataset, Split
-from tidali.data import against_streaming
-from tidali.device import rank_threads
+from tidali.dataset.contract import Dataset, Split
 from tidali.errors import TidaliError, UsageError
-from tidali.memory import keep_freed_memory
-from tidali.order import check_order, refuse_partial_batch
-from tidali.pipeline import Placement, ShardFiles, batch_pipeline, decode_pipeline
-from tidali.resample import Resample
-from tidali.sizes import SizePlan
+from tidali.hardware.cpu_memory import keep_freed_memory
+from tidali.hardware.device import rank_threads
+from tidali.loading.augment import take
+from tidali.loading.dali import Placement, ShardFiles, batch_pipeline, decode_pipeline
+from tidali.loading.order import check_order, refuse_partial_batch
+from tidali.loading.resample import Resample
+from tidali.loading.route import against_streaming
+from tidali.loading.sizes import SizePlan
 
 
 class StreamBatches:
     """Batches that are read, decoded and resized while they are used. Each iteration is one epoch.
 
-    DALI does all of it on a GPU. On a CPU, where images are of one size, it decodes alone, and `tidali.resample` resizes and
-    normalises as it does from the cache: 1.2 times the rate at 64 px, 3.8 at 128 and 4.6 at 224, on two cores.
+    DALI does all of it on a GPU. On a CPU, where images are of one size, it decodes alone, and `tidali.loading.resample`
+    resizes and normalises as it does from the cache: 1.2 times the rate at 64 px, 3.8 at 128 and 4.6 at 224, on two cores.
 
     Training drops the samples that do not fill a last batch; evaluation keeps them, so that every sample is seen exactly once.
     """
@@ -57,7 +57,7 @@ class StreamBatches:
             batch_size: of this rank.
             mean, std: per RGB channel on a 0..1 scale; the defaults give pixels in 0..1.
             num_threads: of DALI; this rank's share of the cores by default.
-            kernel, sizes: as in `tidali.cache.CachedBatches`; where DALI resizes, its own kernel and one size alone.
+            kernel, sizes: as in `tidali.loading.cache.CachedBatches`; where DALI resizes, its own kernel and one size alone.
 
         Raises:
             DatasetError: there is no such split.

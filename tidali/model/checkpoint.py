@@ -14,12 +14,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tidali.config import Kernel, Stem
-from tidali.contract import ClassName
+from tidali.dataset.contract import ClassName
 from tidali.errors import UsageError
 from tidali.files import write_atomically
-from tidali.models import build_resnet18
+from tidali.model.resnet import build_resnet18
 
 SUFFIX = ".safetensors"
+EVAL_BATCH_SIZE = 256
+"""One value for training runs, ``tidali eval`` and ``tidali predict``: the same arithmetic, so the same figures."""
 _METADATA_KEY = "tidali"  # safetensors metadata maps strings to strings: ours is one JSON document under this key
 _METADATA_VERSION = 1
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from tidali import __version__
-from tidali.checkpoint import ModelCard
 from tidali.errors import TidaliError
 from tidali.files import write_atomically
-from tidali.predict import Classifier
-from tidali.served import ServedModel
+from tidali.model.checkpoint import ModelCard
+from tidali.model.predict import Classifier
+from tidali.model.served import ServedModel
 
 Format = Literal["onnx", "pt2"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from tidali.checkpoint import ModelCard
-from tidali.contract import Dataset, iter_records, open_dataset, parse_image_size
-from tidali.decode_pil import upright_rgb
+from tidali.dataset.contract import Dataset, iter_records, open_dataset, parse_image_size
+from tidali.dataset.remote import is_remote
+from tidali.dataset.source import open_data
 from tidali.errors import DatasetError, UsageError
-from tidali.remote import is_remote
-from tidali.source import open_data
+from tidali.loading.decode_pil import upright_rgb
+from tidali.model.checkpoint import ModelCard
 
 MOST_PHOTOGRAPHS = 500
 _SYNTHETIC = 64

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tidali.decode_pil import upright_rgb
 from tidali.errors import TidaliError, UsageError, first_line
+from tidali.loading.decode_pil import upright_rgb
 
 _NOT_OPENED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 """PIL knows these by name, and leaves the opening to Ghostscript, to Windows, or to nobody."""

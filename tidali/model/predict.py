@@ -16,13 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tidali.checkpoint import ModelCard, find_checkpoint
-from tidali.checkpoint import load_model as load_network
 from tidali.config import AmpChoice, DeviceChoice
-from tidali.device import DevicePlan, cpu_count, plan_device, set_numerics
-from tidali.image_files import ImageError, read_pixels
-from tidali.resample import Resample
-from tidali.wiring import EVAL_BATCH_SIZE
+from tidali.hardware.device import DevicePlan, cpu_count, plan_device, set_numerics
+from tidali.loading.resample import Resample
+from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard, find_checkpoint
+from tidali.model.checkpoint import load_model as load_network
+from tidali.model.image_files import ImageError, read_pixels
 
 _SIZES_KEPT = 64  # of images whose resize matrices are kept
 

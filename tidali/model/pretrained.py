@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
-from tidali.checkpoint import SUFFIX, find_checkpoint, load_checkpoint, read_safetensors
 from tidali.config import IMAGENET_MEAN, IMAGENET_STD, StemInit
-from tidali.contract import Dataset, file_sha256
+from tidali.dataset.contract import Dataset, file_sha256
 from tidali.errors import TidaliError, UsageError, first_line
-from tidali.models import LoadReport, load_matching, weights_only
+from tidali.model.checkpoint import SUFFIX, find_checkpoint, load_checkpoint, read_safetensors
+from tidali.model.resnet import LoadReport, load_matching, weights_only
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation per RGB channel on a 0..1 scale."""

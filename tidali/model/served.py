@@ -7,15 +7,15 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from tidali.checkpoint import ModelCard
-from tidali.resample import bicubic_taps, centre_crop, make_affine
+from tidali.loading.resample import bicubic_taps, centre_crop, make_affine
+from tidali.model.checkpoint import ModelCard
 
 
 class ServedModel(nn.Module):
     """uint8 pixels (N, H, W, 3) RGB -> probabilities (N, classes) float32, as `Classifier` gives them in float32.
 
-    The resize is `tidali.resample`'s, ``Y = A_y X A_x^T`` and the clamp of what the cubic overshoots, in whole matrices:
-    constants that every runtime multiplies fast.
+    The resize is `tidali.loading.resample`'s, ``Y = A_y X A_x^T`` and the clamp of what the cubic overshoots, in whole
+    matrices: constants that every runtime multiplies fast.
     """
 
     horizontal: Tensor

@@ -1,7 +1,7 @@
 """The figures: learning curves, speed, accuracy against cost and resolution, accuracy by class, confusion.
 
-Each function gives a matplotlib figure, for `tidali.drawing.save_figure` or `tidali.drawing.inline_svg`; matplotlib is imported
-when one is drawn. Names in figures are plain text: a ``$`` in a class's name is a ``$``.
+Each function gives a matplotlib figure, for `tidali.report.drawing.save_figure` or `tidali.report.drawing.inline_svg`;
+matplotlib is imported when one is drawn. Names in figures are plain text: a ``$`` in a class's name is a ``$``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tidali.drawing import HEIGHT_IN, INK, MUTED, PALE, WIDTH_IN, series_colour, series_marker, styled
-from tidali.history import Run
+from tidali.report.drawing import HEIGHT_IN, INK, MUTED, PALE, WIDTH_IN, series_colour, series_marker, styled
+from tidali.training.history import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

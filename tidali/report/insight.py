@@ -13,16 +13,15 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tidali.checkpoint import find_checkpoint, load_model
 from tidali.config import AmpChoice, CacheChoice, DeviceChoice
 from tidali.console import progress_bar
-from tidali.contract import ClassName, Dataset, SampleRecord, Shard, iter_records
-from tidali.data import Batches, Data
-from tidali.device import DevicePlan, plan_device, set_numerics
+from tidali.dataset.contract import ClassName, Dataset, SampleRecord, Shard, iter_records
+from tidali.dataset.shard_bytes import parse_index
 from tidali.errors import DatasetError, TidaliError
-from tidali.evaluation import check_classes
-from tidali.shard_bytes import parse_index
-from tidali.wiring import EVAL_BATCH_SIZE
+from tidali.hardware.device import DevicePlan, plan_device, set_numerics
+from tidali.loading.data import Batches, Data
+from tidali.model.checkpoint import EVAL_BATCH_SIZE, find_checkpoint, load_model
+from tidali.training.evaluation import check_classes
 
 PICTURE_SIDE_PX = 256
 """Stored images above this are reduced to it for a page, which shows them at 96 CSS pixels: up to three dots each."""
@@ -125,7 +124,7 @@ def inspect_checkpoint(
     """A checkpoint's prediction for every sample of a split, preprocessed and computed as ``tidali eval`` does, in one process.
 
     Args:
-        given: a checkpoint's path, see `tidali.checkpoint.find_checkpoint`.
+        given: a checkpoint's path, see `tidali.model.checkpoint.find_checkpoint`.
         res: input side in pixels; by default the one it was trained at.
 
     Raises:
@@ -166,7 +165,7 @@ def _predict(model: nn.Module, batches: Batches, plan: DevicePlan) -> tuple[Tens
             with plan.autocast():
                 logits = model(images)
             logits = logits.float()
-            # The first of the top five, as `tidali.metrics.Meter` counts: equal bf16 logits are ordered as it orders them.
+            # The first of the top five, as `tidali.training.metrics.Meter` counts: equal bf16 logits are ordered alike.
             predicted = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, 0]
             losses = functional.cross_entropy(logits, labels, reduction="none")
             confidences = logits.softmax(1).amax(1)

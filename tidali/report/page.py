@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tidali.drawing import inline_svg, theme_css
-from tidali.figures import class_accuracy, confusion_matrix
-from tidali.insight import Insight
+from tidali.report.drawing import inline_svg, theme_css
+from tidali.report.figures import class_accuracy, confusion_matrix
+from tidali.report.insight import Insight
 
 if TYPE_CHECKING:
     from markupsafe import Markup

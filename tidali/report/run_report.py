@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from tidali import __version__
-from tidali.checkpoint import SUFFIX
 from tidali.console import warn
-from tidali.drawing import legend_entries
+from tidali.dataset.source import open_data
 from tidali.errors import TidaliError, UsageError
-from tidali.figures import accuracy_curves, loss_curves, throughput, waiting
 from tidali.files import write_atomically
-from tidali.history import Run, differing_settings
-from tidali.insight import inspect_checkpoint
-from tidali.page import BEST_FLATTERS, drawn, insight_part, render
-from tidali.source import open_data
+from tidali.model.checkpoint import SUFFIX
+from tidali.report.drawing import legend_entries
+from tidali.report.figures import accuracy_curves, loss_curves, throughput, waiting
+from tidali.report.insight import inspect_checkpoint
+from tidali.report.page import BEST_FLATTERS, drawn, insight_part, render
+from tidali.training.history import Run, differing_settings
 
 
 def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tidali.config import TrainSettings
-from tidali.contract import Dataset
+from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError
-from tidali.run_folder import write_json
+from tidali.training.run_folder import write_json
 
 INPUTS_NAME = "inputs.json"
 """Beside the runs' folders: of each, by its name, the hashes of what decides a run besides its settings."""

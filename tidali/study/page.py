@@ -7,16 +7,16 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from tidali.checkpoint import SUFFIX
-from tidali.contract import Dataset
-from tidali.drawing import legend_entries
+from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError, UsageError
-from tidali.figures import Point, ResolutionLine, accuracy_against_gmacs, accuracy_against_resolution, one_among
 from tidali.files import write_atomically
-from tidali.history import Run, read_runs
-from tidali.insight import Insight, inspect_checkpoint
-from tidali.page import BEST_FLATTERS, drawn, insight_part, render
-from tidali.pretrained import IMAGENET_NAME
+from tidali.model.checkpoint import SUFFIX
+from tidali.model.pretrained import IMAGENET_NAME
+from tidali.report.drawing import legend_entries
+from tidali.report.figures import Point, ResolutionLine, accuracy_against_gmacs, accuracy_against_resolution, one_among
+from tidali.report.insight import Insight, inspect_checkpoint
+from tidali.report.page import BEST_FLATTERS, drawn, insight_part, render
+from tidali.training.history import Run, read_runs
 
 PAGE_NAME = "study.html"
 _TORCHVISIONS_SHA256 = "f37072fd"

@@ -25,7 +25,7 @@ class Row:
     """Side of what the network sees, in pixels."""
     recipe: Recipe | None = None
     served: bool = False
-    """Measured as it would be served: stored pixels in, the resize a part of the network (`tidali.served`)."""
+    """Measured as it would be served: stored pixels in, the resize a part of the network (`tidali.model.served`)."""
     published_top1_percent: float | None = None
     eval_sizes: tuple[int, ...] = ()
     """Sides in pixels that the last weights are also measured at."""

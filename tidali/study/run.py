@@ -18,28 +18,29 @@ from typing import Any
 
 import torch
 
-from tidali.checkpoint import SUFFIX, load_model
 from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, Recipe, Stem, TrainSettings
 from tidali.console import say
-from tidali.contract import Dataset, file_sha256
-from tidali.data import against_streaming, choose_route, dali_is_installed, free_memory_bytes
-from tidali.device import cpu_count, plan_device
-from tidali.environment import versions
+from tidali.dataset.contract import Dataset, file_sha256
 from tidali.errors import TidaliError, UsageError
-from tidali.evaluation import evaluate_checkpoint, evaluate_served
 from tidali.files import write_atomically
-from tidali.models import forward_gmacs, resnet18_gmacs
-from tidali.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, imagenet_weights_path
-from tidali.resume import STATE_NAME
-from tidali.run_folder import write_json
-from tidali.served import ServedModel
-from tidali.sizes import SizePlan
-from tidali.study_inputs import content_hash, read_json, record_inputs, refuse_other_inputs, refuse_other_settings
-from tidali.study_page import write_study_page
-from tidali.study_rows import IMAGENET, ROWS, Row, needed_by, scaled
-from tidali.study_table import describe, markdown
-from tidali.train import train
-from tidali.wiring import selection_split
+from tidali.hardware.device import cpu_count, plan_device
+from tidali.hardware.versions import versions
+from tidali.loading.data import dali_is_installed, free_memory_bytes
+from tidali.loading.route import against_streaming, choose_route
+from tidali.loading.sizes import SizePlan
+from tidali.model.checkpoint import SUFFIX, load_model
+from tidali.model.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, imagenet_weights_path
+from tidali.model.resnet import forward_gmacs, resnet18_gmacs
+from tidali.model.served import ServedModel
+from tidali.study.inputs import content_hash, read_json, record_inputs, refuse_other_inputs, refuse_other_settings
+from tidali.study.page import write_study_page
+from tidali.study.rows import IMAGENET, ROWS, Row, needed_by, scaled
+from tidali.study.table import describe, markdown
+from tidali.training.evaluation import evaluate_checkpoint, evaluate_served
+from tidali.training.resume import STATE_NAME
+from tidali.training.run import train
+from tidali.training.run_folder import write_json
+from tidali.training.setup import selection_split
 
 DOCUMENT_VERSION = 1
 

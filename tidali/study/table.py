@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tidali.config import Recipe
-from tidali.study_rows import IMAGENET, Row
+from tidali.study.rows import IMAGENET, Row
 
 COLUMNS = ("row", "setting", "published %", "last %", "best %", "mirrored too %", "GMACs", "images/s", "minutes")
 

@@ -12,16 +12,16 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from tidali.convolution import speed_up_tiny_images
-from tidali.device import DevicePlan
-from tidali.distributed import Ranks
 from tidali.errors import TidaliError
-from tidali.memory import keep_freed_memory
-from tidali.metrics import Meter, Score
-from tidali.models import pool_before_relu
-from tidali.optimizer import ChannelsLastSGD
-from tidali.schedule import Schedule
-from tidali.timing import Stopwatch, WaitTimer
+from tidali.hardware.cpu_convolution import speed_up_tiny_images
+from tidali.hardware.cpu_memory import keep_freed_memory
+from tidali.hardware.cpu_optimizer import ChannelsLastSGD
+from tidali.hardware.device import DevicePlan
+from tidali.hardware.ranks import Ranks
+from tidali.hardware.timing import Stopwatch, WaitTimer
+from tidali.model.resnet import pool_before_relu
+from tidali.training.metrics import Meter, Score
+from tidali.training.schedule import Schedule
 
 _MAX_SHAPES = 64
 """Compiled at most; Dynamo's own limit is 8, and a recipe may list more sizes."""
@@ -94,8 +94,8 @@ def make_train_state(
     ranks: Ranks | None = None,
 ) -> TrainState:
     """Put the model on its device, channels-last, and make its optimizer: SGD, with decay on weights of two or more dimensions
-    only (batch norm's and biases are vectors). On a CPU the process keeps freed memory from then on (`tidali.memory`), and
-    convolutions of tiny images are faster (`tidali.convolution`)."""
+    only (batch norm's and biases are vectors). On a CPU the process keeps freed memory from then on
+    (`tidali.hardware.cpu_memory`), and convolutions of tiny images are faster (`tidali.hardware.cpu_convolution`)."""
     if plan.device.type == "cpu":
         keep_freed_memory()
         if not plan.compile:

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from tidali.bad_images import leave_out_bad
-from tidali.checkpoint import ModelCard, find_checkpoint, load_model
 from tidali.config import AmpChoice, CacheChoice, DeviceChoice, check_res
-from tidali.contract import Dataset
-from tidali.data import Data, fill
-from tidali.device import plan_device, set_numerics
-from tidali.distributed import joined_ranks
-from tidali.engine import evaluate
+from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError
-from tidali.metrics import Meter, Score
-from tidali.served import ServedModel
-from tidali.wiring import EVAL_BATCH_SIZE
+from tidali.hardware.device import plan_device, set_numerics
+from tidali.hardware.ranks import joined_ranks
+from tidali.loading.bad_images import leave_out_bad
+from tidali.loading.data import Data, fill
+from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard, find_checkpoint, load_model
+from tidali.model.served import ServedModel
+from tidali.training.engine import evaluate
+from tidali.training.metrics import Meter, Score
 
 _SERVED_BATCH = 64  # float32 at 224 px: its activations take 0.6 GB
 
@@ -46,7 +45,7 @@ def evaluate_checkpoint(
     """Score a checkpoint on a split, preprocessed as its card says.
 
     Args:
-        given: a checkpoint's path, see `tidali.checkpoint.find_checkpoint`.
+        given: a checkpoint's path, see `tidali.model.checkpoint.find_checkpoint`.
         resolutions: input sides in pixels; by default the one it was trained at.
         flip: score the mean of the logits of each image and of its mirror image.
 

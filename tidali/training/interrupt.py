@@ -6,15 +6,6 @@ import signal
 from types import FrameType, TracebackType
 
 from tidali.console import say
-from tidali.errors import TidaliError
-
-
-class Interrupted(TidaliError):
-    """The run was asked to stop, and has saved its state."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signal_number  # the shell's convention
 
 
 class StopRequest:

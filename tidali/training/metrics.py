@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tidali.distributed import Ranks
 from tidali.errors import TidaliError
 from tidali.files import write_atomically
+from tidali.hardware.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tidali.checkpoint import SUFFIX, ModelCard, read_metadata, read_safetensors
 from tidali.config import CacheChoice
 from tidali.console import warn
-from tidali.engine import TrainState
 from tidali.errors import UsageError, first_line
 from tidali.files import write_atomically
-from tidali.metrics import Meter, Score
+from tidali.model.checkpoint import SUFFIX, ModelCard, read_metadata, read_safetensors
+from tidali.training.engine import TrainState
+from tidali.training.metrics import Meter, Score
 
 STATE_NAME = f"state{SUFFIX}"
 _METADATA_KEY = "tidali-state"

@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidali.augment import draw_mix, mix_batch
-from tidali.checkpoint import SUFFIX, save_checkpoint
 from tidali.config import CacheChoice, TrainSettings
 from tidali.console import progress_bar, say
-from tidali.contract import Dataset
-from tidali.device import DevicePlan, plan_device, set_numerics
-from tidali.distributed import Ranks, joined_ranks
-from tidali.engine import EpochReport, all_finite, evaluate, train_epoch
-from tidali.errors import TidaliError
-from tidali.interrupt import Interrupted, StopRequest
-from tidali.metrics import JsonlLog, Meter, Score
-from tidali.resume import STATE_NAME, Progress, load_state, save_state, saved_route
-from tidali.run_folder import RunResult, epoch_fields, make_run_folder, summary, write_json
-from tidali.tensorboard import TensorBoardLog, require_tensorboard
-from tidali.timing import Stopwatch
-from tidali.wiring import announce, wire
+from tidali.dataset.contract import Dataset
+from tidali.errors import Interrupted, TidaliError
+from tidali.hardware.device import DevicePlan, plan_device, set_numerics
+from tidali.hardware.ranks import Ranks, joined_ranks
+from tidali.hardware.timing import Stopwatch
+from tidali.loading.augment import draw_mix, mix_batch
+from tidali.model.checkpoint import SUFFIX, save_checkpoint
+from tidali.training.engine import EpochReport, all_finite, evaluate, train_epoch
+from tidali.training.interrupt import StopRequest
+from tidali.training.metrics import JsonlLog, Meter, Score
+from tidali.training.resume import STATE_NAME, Progress, load_state, save_state, saved_route
+from tidali.training.run_folder import RunResult, epoch_fields, make_run_folder, summary, write_json
+from tidali.training.setup import announce, wire
+from tidali.training.tensorboard import TensorBoardLog, require_tensorboard
 
 RANKS_AGREE_S = 2.0
 RANKS_AGREE_STEPS = 20

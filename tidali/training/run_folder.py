@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tidali.device import DevicePlan, cpu_count
-from tidali.engine import EpochReport
-from tidali.environment import versions
 from tidali.errors import TidaliError, UsageError
 from tidali.files import write_atomically
-from tidali.metrics import Score
+from tidali.hardware.device import DevicePlan, cpu_count
+from tidali.hardware.versions import versions
+from tidali.training.engine import EpochReport
+from tidali.training.metrics import Score
 
 
 @dataclass(frozen=True, kw_only=True)

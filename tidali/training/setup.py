@@ -7,23 +7,21 @@ from typing import Any
 
 import torch
 
-from tidali.checkpoint import ModelCard
 from tidali.config import RECIPES, CacheChoice, TrainSettings
 from tidali.console import say
-from tidali.contract import Dataset
-from tidali.data import Batches, Data, Route
-from tidali.device import DevicePlan, cpu_count
-from tidali.distributed import Ranks
-from tidali.engine import TrainState, make_train_state
-from tidali.environment import versions
+from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError
-from tidali.models import LoadReport, build_resnet18
-from tidali.pretrained import apply_init, choose_normalisation
-from tidali.schedule import make_schedule
-from tidali.sizes import SizePlan
-
-EVAL_BATCH_SIZE = 256
-"""One value for training runs and ``tidali eval``, so that both do the same arithmetic and print the same figure."""
+from tidali.hardware.device import DevicePlan, cpu_count
+from tidali.hardware.ranks import Ranks
+from tidali.hardware.versions import versions
+from tidali.loading.data import Batches, Data
+from tidali.loading.route import Route
+from tidali.loading.sizes import SizePlan
+from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard
+from tidali.model.pretrained import apply_init, choose_normalisation
+from tidali.model.resnet import LoadReport, build_resnet18
+from tidali.training.engine import TrainState, make_train_state
+from tidali.training.schedule import make_schedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""The command line: parse the flags, call the other rooms, print."""
