@@ -27,7 +27,7 @@ from tidali.dataset.shard_bytes import (
 )
 from tidali.errors import DatasetError
 
-_MEND = "pack the source again into this folder: what is right is kept, this is written anew"
+_FIX = "pack the source again into this folder: what is right is kept, this is written anew"
 _MOST_FAULTS_A_FILE = 10
 
 
@@ -38,7 +38,7 @@ class Fault:
     file: str
     """Relative to the data set."""
     text: str
-    mend: str = _MEND
+    fix: str = _FIX
     key: str | None = None
     """Of the sample, where it is one sample's."""
     offset: int | None = None
@@ -47,7 +47,7 @@ class Fault:
     def __str__(self) -> str:
         key = f": sample {self.key}" if self.key else ""
         offset = f" at byte {self.offset}" if self.offset is not None else ""
-        return f"{self.file}{key}{offset}: {self.text}; {self.mend}"
+        return f"{self.file}{key}{offset}: {self.text}; {self.fix}"
 
 
 @dataclass(slots=True)

@@ -69,7 +69,7 @@ def download(
             os.replace(partial, path)
     except OSError as error:
         raise TidaliError(
-            f"{error.filename or dest}: {error.strerror or error}; mend that and run the same command again to go on"
+            f"{error.filename or dest}: {error.strerror or error}; fix that and run the same command again to go on"
         ) from None
     return path
 

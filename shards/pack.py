@@ -98,7 +98,7 @@ def pack(
             _finish(store, manifest)
     except OSError as error:
         where = f"{error.filename or store.location}: {error.strerror or error}"
-        raise TidaliError(f"{where}; mend that and run the same command again") from None
+        raise TidaliError(f"{where}; fix that and run the same command again") from None
     finally:
         gc.unfreeze()
     by_state = {state: tuple(r.summary.shard.name for r in results if r.state == state) for state in ("kept", "repaired")}
@@ -240,7 +240,7 @@ def _refuse_empty_train(store: Store, manifest: Manifest) -> None:
     if not manifest.splits["train"].samples:
         first = manifest.quarantine[0]
         what = f"no usable image in train: all are in {QUARANTINE}/, {first.source!r} for this: {first.reason}"
-        raise TidaliError(f"{store.location}: {what}; mend the source and choose another DEST")
+        raise TidaliError(f"{store.location}: {what}; fix the source and choose another DEST")
 
 
 def _finish(store: Store, manifest: Manifest) -> None:

@@ -140,7 +140,7 @@ def _walk(folder: str, prefix: str, above: set[str]) -> Iterator[tuple[str, os.s
         try:
             status = entry.stat()
         except OSError as error:
-            raise UsageError(f"{printable(entry.path)}: {error.strerror}; a broken link? Mend or remove it") from None
+            raise UsageError(f"{printable(entry.path)}: {error.strerror}; a broken link? Fix or remove it") from None
         yield prefix + entry.name, status
         if stat.S_ISDIR(status.st_mode):
             real = os.path.realpath(entry.path)

@@ -83,7 +83,7 @@ def finish_shard(
             return ShardResult("repaired" if repaired else "written", summarise(task.stem, path.read_bytes(), record))
     except OSError as error:
         where = f"{error.filename or store.location}: {error.strerror or error}"
-        raise TidaliError(f"{where}; mend that and run the same command again, it goes on from here") from None
+        raise TidaliError(f"{where}; fix that and run the same command again, it goes on from here") from None
 
 
 def tar_name(task: ShardTask) -> str:

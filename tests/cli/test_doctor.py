@@ -51,7 +51,7 @@ def test_a_machine_that_can_do_the_job(tidali, demo_data: Path, trained, tmp_pat
     status = {one["name"]: one["status"] for one in document["findings"]}
     assert status.keys() == PARTS | {"data", "checkpoint"}
     assert {name for name in status if status[name] != "ok"} <= {"GPU", "C compiler"}
-    assert all(one["mend"] for one in document["findings"] if one["status"] != "ok")
+    assert all(one["fix"] for one in document["findings"] if one["status"] != "ok")
     assert all("rows" not in one for one in document["findings"])
     assert document["versions"]["tidali"] == package.__version__
     assert {row["res"] for row in document["parity"]} == {32, 64, 128, 224}
@@ -114,7 +114,7 @@ def test_data_that_cannot_be_evaluated_on(no_work: None, write_photos, tmp_path:
     finding = found(tmp_path, data=str(tmp_path / "packed"))["data"]
     assert finding.status == "failure"
     assert "no split to evaluate on" in finding.text
-    assert "--val-fraction 0.1 --overwrite" in finding.mend
+    assert "--val-fraction 0.1 --overwrite" in finding.fix
 
 
 def test_data_behind_a_url_with_quarantined_files(
@@ -130,7 +130,7 @@ def test_data_behind_a_url_with_quarantined_files(
     url = f"memory://{tmp_path.name}/data"
     assert len(pack(FileSource(source), url, workers=1).manifest.quarantine) == 1
     finding = found(tmp_path, data=url)["data"]
-    assert (finding.status, finding.mend) == ("ok", "")
+    assert (finding.status, finding.fix) == ("ok", "")
 
 
 def test_an_installation_that_cannot_be_imported(tidali, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,13 +146,13 @@ def test_a_run_folder_of_no_possible_name(no_work: None, tmp_path: Path) -> None
     finding = found(tmp_path, out=tmp_path / ("x" * 300))["run folder"]
     assert finding.status == "failure"
     assert "cannot be written (File name too long)" in finding.text
-    assert finding.mend == "choose a folder of yours with --out"
+    assert finding.fix == "choose a folder of yours with --out"
 
 
 def test_a_data_set_that_is_not_there(no_work: None, tmp_path: Path) -> None:
     finding = found(tmp_path, data=str(tmp_path / "no"))["data"]
     assert finding.status == "failure"
-    assert "tidali shard" in finding.mend
+    assert "tidali shard" in finding.fix
 
 
 def no_checkpoint(path: Path, good: Path) -> str:
@@ -194,7 +194,7 @@ def test_a_wrong_checkpoint(no_work: None, trained, tmp_path: Path, stage: Calla
     assert finding.status == "failure"
     assert str(path) in finding.text
     assert says in finding.text
-    assert finding.mend
+    assert finding.fix
 
 
 def test_a_checkpoint_of_other_data(no_work: None, trained, tmp_path: Path) -> None:
@@ -204,14 +204,14 @@ def test_a_checkpoint_of_other_data(no_work: None, trained, tmp_path: Path) -> N
     finding = found(tmp_path, data=str(tmp_path / "other"), checkpoint=str(trained[0]))["checkpoint"]
     assert finding.status == "failure"
     assert "a head of 4 classes" in finding.text
-    assert "evaluate it on its own data" in finding.mend
+    assert "evaluate it on its own data" in finding.fix
 
 
 def test_a_run_folder_that_cannot_be_written(no_work: None, tmp_path: Path) -> None:
     finding = found(tmp_path, out=Path("/proc/runs"))["run folder"]  # not even root may make files there
     assert finding.status == "failure"
     assert "/proc: cannot be written" in finding.text
-    assert "--out" in finding.mend
+    assert "--out" in finding.fix
 
 
 def test_a_run_folder_below_a_file(no_work: None, tmp_path: Path) -> None:
@@ -219,14 +219,14 @@ def test_a_run_folder_below_a_file(no_work: None, tmp_path: Path) -> None:
     finding = found(tmp_path, out=tmp_path / "file" / "runs")["run folder"]
     assert finding.status == "failure"
     assert f"{tmp_path / 'file'}: cannot be written (Not a directory)" in finding.text
-    assert "--out" in finding.mend
+    assert "--out" in finding.fix
 
 
 @pytest.mark.parametrize(("free_mib", "status"), [(100, "failure"), (500, "warning")])
 def test_a_small_disk(no_work: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_mib: int, status: str) -> None:
     monkeypatch.setattr(doctor_files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free_mib << 20}))
     finding = found(tmp_path)["run folder"]
-    assert (finding.status, "make room" in finding.mend) == (status, True)
+    assert (finding.status, "make room" in finding.fix) == (status, True)
 
 
 def test_a_disk_that_fills_up(no_work: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_disk_that_fills_up(no_work: None, monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr(doctor_files.os, "fsync", full)
     finding = found(tmp_path)["run folder"]
-    assert (finding.status, "make room" in finding.mend) == ("failure", True)
+    assert (finding.status, "make room" in finding.fix) == ("failure", True)
     assert "No space left" in finding.text
 
 
@@ -244,7 +244,7 @@ def test_a_disk_that_fills_up(no_work: None, monkeypatch: pytest.MonkeyPatch, tm
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a usable GPU")
 @pytest.mark.parametrize(
-    ("driver", "built", "says", "mend"),
+    ("driver", "built", "says", "fix"),
     [
         (None, "12.6", "no NVIDIA driver", "install NVIDIA's driver"),
         ("550.54.15", None, "built without CUDA", "CUDA build of torch"),
@@ -254,15 +254,15 @@ def test_a_disk_that_fills_up(no_work: None, monkeypatch: pytest.MonkeyPatch, tm
     ],
 )
 def test_a_gpu_that_cannot_be_used(
-    no_work: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, driver: str | None, built: str | None, says: str, mend: str
+    no_work: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, driver: str | None, built: str | None, says: str, fix: str
 ) -> None:
     monkeypatch.setattr(doctor, "driver_version", lambda: driver)
     monkeypatch.setattr(torch.version, "cuda", built)
     findings = found(tmp_path, device="cuda")
     assert findings["GPU"].status == findings["device"].status == "failure"
     assert says in findings["GPU"].text
-    assert mend in findings["GPU"].mend
-    assert findings["device"].mend.startswith("use --device cpu")
+    assert fix in findings["GPU"].fix
+    assert findings["device"].fix.startswith("use --device cpu")
     assert findings["several ranks"].text.startswith("gloo")  # the rest is looked at, on the CPU
 
 
@@ -295,7 +295,7 @@ def doctor_routes() -> dict[str, Callable]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "name", "status", "says", "mend"),
+    ("stage", "name", "status", "says", "fix"),
     [
         (no_dali, "DALI", "failure", "not installed", "pip install nvidia-dali-cuda120"),
         (no_compiler, "C compiler", "warning", "by torch", "install gcc"),
@@ -303,13 +303,13 @@ def doctor_routes() -> dict[str, Callable]:
     ],
 )
 def test_staged_faults(
-    no_work: None, monkeypatch, tmp_path: Path, stage: Callable, name: str, status: str, says: str, mend: str
+    no_work: None, monkeypatch, tmp_path: Path, stage: Callable, name: str, status: str, says: str, fix: str
 ) -> None:
     stage(monkeypatch)
     finding = found(tmp_path)[name]
     assert finding.status == status
     assert says in finding.text
-    assert mend in finding.mend
+    assert fix in finding.fix
 
 
 def test_work_that_fails_leaves_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_work_that_fails_leaves_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_pa
     findings = found(tmp_path)
     for name in ("training step", "pixels", "training run"):
         assert (findings[name].status, findings[name].text) == ("failure", "RuntimeError: Triton is broken")
-        assert findings[name].mend
+        assert findings[name].fix
     assert findings["epochs"].status == findings["evaluation"].status == "ok"
 
 
@@ -349,14 +349,14 @@ def test_the_work_is_tried_in_each_precision_and_compiled_on_a_gpu(monkeypatch: 
 def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor.checks, "steps_lower_the_loss", lambda *_: "")
     monkeypatch.setattr(doctor.tempfile, "tempdir", str(tmp_path / "none"))
-    finding = next(finding for finding in doctor._checks(plan_device("cpu", "auto", "off"), _packing_tool()) if finding.mend)
+    finding = next(finding for finding in doctor._checks(plan_device("cpu", "auto", "off"), _packing_tool()) if finding.fix)
     assert (finding.name, finding.status) == ("temporary folder", "failure")
-    assert "TMPDIR" in finding.mend
+    assert "TMPDIR" in finding.fix
 
 
 def test_the_way_out_is_taken_from_our_own_errors() -> None:
     def fail() -> Finding:
         raise TidaliError("shard 3 is gone; pack it again; or not")
 
-    expected = Finding(name="data", status="failure", text="shard 3 is gone", mend="pack it again; or not")
+    expected = Finding(name="data", status="failure", text="shard 3 is gone", fix="pack it again; or not")
     assert guard("data", fail) == expected

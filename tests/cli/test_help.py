@@ -70,4 +70,4 @@ def test_version(tidali) -> None:
 def test_help_is_printed_as_it_is_written(tidali) -> None:
     text = " ".join(re.sub(r"[│\s]+", " ", tidali("shard", "--help").stdout).split())
     assert "SPLIT/CLASS/*.jpg or CLASS/*.jpg: a folder or a zip of it." in text
-    assert "Run again, it keeps every finished shard that is right and mends the rest." in text
+    assert "Run again, it keeps every finished shard that is right and repairs the rest." in text

@@ -118,7 +118,7 @@ def test_places_that_cannot_be(server: Server, tmp_path: Path, dest: str) -> Non
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "folder.zip" / "tiny-imagenet-200.zip").mkdir(parents=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(TidaliError, match="; mend that and run the same command again"):
+    with pytest.raises(TidaliError, match="; fix that and run the same command again"):
         fetch(server, f"{tmp_path}/{dest}")
     assert server.asked == []
 

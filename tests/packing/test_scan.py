@@ -240,7 +240,7 @@ def test_what_cannot_be_looked_at_is_refused_in_one_line(make: Any, tmp_path: Pa
             make.pack(path, tmp_path / "data")
     source = make.folder(make.tiny_tree(), tmp_path / "tiny")
     (source / "train" / "link").symlink_to("link")
-    with pytest.raises(UsageError, match=r"train/link: Too many levels of symbolic links; a broken link\? Mend or remove it"):
+    with pytest.raises(UsageError, match=r"train/link: Too many levels of symbolic links; a broken link\? Fix or remove it"):
         FileSource(source).scan()
     (source / "train" / "link").unlink()
 

@@ -15,7 +15,7 @@ from tidali.dataset.contract import Dataset
 from tidali.dataset.source import open_data
 from tidali.errors import DatasetError
 from tidali.files import temporary_path
-from tidali.loading.bad_images import leave_out_bad
+from tidali.loading.corrupt_images import drop_corrupt
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_damaged_images_name_the_folder_too(url: str, staged: Dataset) -> None:
     data[600] ^= 1  # in the first image, behind its header
     tar.write_bytes(data)
     with pytest.raises(DatasetError, match=f"1 of the 48 images .*; delete {staged.root}, which is a copy of {url}"):
-        leave_out_bad(open_data(url), "train")
+        drop_corrupt(open_data(url), "train")
 
 
 def test_each_file_is_on_the_disk_before_it_has_its_name(

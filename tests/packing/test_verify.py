@@ -308,7 +308,7 @@ def test_every_fault_is_found_and_named(data: Path, name: str) -> None:
     text = found(verify(data))
     for message in messages:
         assert message.format(**places) in text
-    assert all("; " in line for line in text.splitlines()), "each fault names its mend"
+    assert all("; " in line for line in text.splitlines()), "each fault names its fix"
     assert all("--overwrite" in line for line in text.splitlines() if line.startswith(MANIFEST_NAME)), "packing refuses else"
     assert len(text.splitlines()) <= 12, "one fault is not drowned in its consequences"
     if seen_by_cheap_check:

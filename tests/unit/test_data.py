@@ -17,7 +17,7 @@ from tidali.errors import DatasetError, UsageError
 from tidali.hardware import device as device_module
 from tidali.loading import data as data_module
 from tidali.loading.augment import Augment
-from tidali.loading.bad_images import find_bad
+from tidali.loading.corrupt_images import find_corrupt
 from tidali.loading.data import Data, free_memory_bytes
 from tidali.loading.route import choose_route
 from tidali.loading.sizes import SizePlan
@@ -175,7 +175,7 @@ def test_damaged_images_are_named_and_left_out_of_either_route(demo_copy: Path, 
 
 def test_an_image_that_changed_and_still_decodes_is_found(demo_copy: Path) -> None:
     keys = damage(demo_copy, "train", [5], at=400)
-    assert [image.key for image in find_bad(open_dataset(demo_copy), "train")] == keys
+    assert [image.key for image in find_corrupt(open_dataset(demo_copy), "train")] == keys
 
 
 def test_a_changed_label_is_found(demo_copy: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_changed_label_is_found(demo_copy: Path) -> None:
         file.seek(int(index[index.index("cls") + 1]))
         file.write(b"9")
     key = index[-1].rpartition(".")[0]
-    assert [image.key for image in find_bad(open_dataset(demo_copy), "val")] == [key]
+    assert [image.key for image in find_corrupt(open_dataset(demo_copy), "val")] == [key]
 
 
 def test_more_than_max_bad_fails_in_one_line(demo_copy: Path) -> None:
@@ -200,7 +200,7 @@ def test_damage_between_images_fails_in_one_line(demo_copy: Path) -> None:
         file.seek(300)  # in the first header, behind its name
         file.write(b"x")
     with pytest.raises(DatasetError, match="damaged between its images"):
-        find_bad(open_dataset(demo_copy), "val")
+        find_corrupt(open_dataset(demo_copy), "val")
 
 
 def test_streaming_refuses_what_it_does_not_have(demo_data: Path) -> None:
@@ -241,9 +241,9 @@ def test_both_routes_have_both_kernels_and_any_sizes(demo_data: Path, kernel: st
 
 def test_indexes_of_its_own_are_gone_when_the_process_ends(demo_copy: Path, tmp_path: Path) -> None:
     damage(demo_copy, "train", [5], at=400)
-    program = "import sys; from pathlib import Path; from tidali.loading.bad_images import leave_out_bad\n"
+    program = "import sys; from pathlib import Path; from tidali.loading.corrupt_images import drop_corrupt\n"
     program += "from tidali.dataset.contract import open_dataset\n"
-    program += "kept = leave_out_bad(open_dataset(Path(sys.argv[1])), 'train', 1)\n"
+    program += "kept = drop_corrupt(open_dataset(Path(sys.argv[1])), 'train', 1)\n"
     program += "print([index.exists() for index in kept.indexes.values()])"
     temporary = tmp_path / "temporary"
     temporary.mkdir()

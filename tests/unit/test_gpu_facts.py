@@ -26,7 +26,7 @@ def test_the_drivers_version(tmp_path: Path, text: str, version: str | None) -> 
 
 
 @pytest.mark.parametrize(
-    ("driver", "cuda", "mend"),
+    ("driver", "cuda", "fix"),
     [
         ("580.65.06", "13.0", None),
         ("550.54.15", "12.8", None),
@@ -39,14 +39,14 @@ def test_the_drivers_version(tmp_path: Path, text: str, version: str | None) -> 
         ("470.82", None, None),
     ],
 )
-def test_pairing(driver: str | None, cuda: str | None, mend: str | None) -> None:
+def test_pairing(driver: str | None, cuda: str | None, fix: str | None) -> None:
     fault = driver_fault(driver, cuda)
-    if mend is None:
+    if fix is None:
         assert fault is None
     else:
         assert fault is not None
-        assert fault[1].startswith(mend)
-        assert ("torch built for" in fault[1]) == ("torch built for" in mend)
+        assert fault[1].startswith(fix)
+        assert ("torch built for" in fault[1]) == ("torch built for" in fix)
 
 
 @pytest.mark.parametrize(

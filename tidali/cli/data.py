@@ -84,7 +84,7 @@ def shard(
 ) -> None:
     """Pack labelled images into shards: WebDataset tars with DALI indexes and a manifest.
 
-    The same source, seed and settings give the same bytes. Run again, it keeps every finished shard that is right and mends
+    The same source, seed and settings give the same bytes. Run again, it keeps every finished shard that is right and repairs
     the rest. Files that are no usable images are set aside in DEST/quarantine.
     """
     from shards.pack import pack

@@ -33,7 +33,7 @@ def doctor(
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of lines.")] = False,
 ) -> None:
-    """Look at what this machine can do, and say what to mend. Exits with 1 on any failure.
+    """Look at what this machine can do, and say what to fix. Exits with 1 on any failure.
 
     It decodes, resizes, trains and evaluates small samples on the device, in every precision that it has, as this package's
     tests do: about 20 s on two cores, and longer on a GPU, where the model is compiled too.
@@ -52,8 +52,8 @@ def doctor(
     for finding in examine(Wishes(device=device, out=out, data=data, checkpoint=checkpoint), packing):
         findings.append(finding)
         if not json_:
-            mend = f"; {finding.mend}" if finding.mend else ""
-            results.print(f"{_MARKS[finding.status]}{finding.name}: {finding.text}{mend}", markup=False)
+            fix = f"; {finding.fix}" if finding.fix else ""
+            results.print(f"{_MARKS[finding.status]}{finding.name}: {finding.text}{fix}", markup=False)
     rows = [row for finding in findings for row in finding.rows] if parity else []
     if json_:
         print(json.dumps(_document(findings, rows)))

@@ -74,7 +74,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("tidali bench step --json new.json --compare old.json", "has it become slower since?"),
     ),
     "doctor": (
-        ("tidali doctor", "what this machine can do, and what to mend"),
+        ("tidali doctor", "what this machine can do, and what to fix"),
         ("tidali doctor --data data/pets --checkpoint runs/NAME", "and these files"),
         ("tidali doctor --json", "for a program, or for a report of a fault"),
     ),

@@ -212,7 +212,7 @@ class Dataset:
     manifest: Manifest
     indexes: Mapping[str, Path] = field(default_factory=dict)
     """Tar name -> an index to read it by in place of its own."""
-    mend: str = "pack the source again into this folder: what is right is kept"
+    fix: str = "pack the source again into this folder: what is right is kept"
     """What to do about damage."""
 
     def split(self, name: str) -> Split:
@@ -305,27 +305,27 @@ def check_shards(root: Path, split: Split) -> None:
     ``tidali verify``.
 
     Raises:
-        DatasetError: names the first file that is missing or damaged, and the mend.
+        DatasetError: names the first file that is missing or damaged, and the fix.
     """
-    mend = "run 'tidali verify' to see all damage, and pack the source again to repair it"
+    fix = "run 'tidali verify' to see all damage, and pack the source again to repair it"
     for shard in split.shards:
         tar, index = root / shard.name, root / shard.index_name
         try:
             size_bytes, index_bytes = tar.stat().st_size, index.read_bytes()
             if size_bytes != shard.size_bytes:
-                raise DatasetError(f"{tar}: {size_bytes} bytes, the manifest says {shard.size_bytes}; {mend}")
+                raise DatasetError(f"{tar}: {size_bytes} bytes, the manifest says {shard.size_bytes}; {fix}")
             if hashlib.sha256(index_bytes).hexdigest() != shard.index_sha256:
-                raise DatasetError(f"{index}: not the index that the manifest names (SHA-256 differs); {mend}")
+                raise DatasetError(f"{index}: not the index that the manifest names (SHA-256 differs); {fix}")
             if shard.samples:
                 expected = _last_component(index_bytes)
                 with tar.open("rb") as file:
                     file.seek(expected.offset - BLOCK_BYTES)
                     if read_member_header(file.read(BLOCK_BYTES)) != (expected.name, expected.size_bytes):
-                        raise DatasetError(f"{tar}: no header of {expected.name!r} where {index.name} has it; {mend}")
+                        raise DatasetError(f"{tar}: no header of {expected.name!r} where {index.name} has it; {fix}")
         except OSError as error:
-            raise DatasetError(f"{error.filename or tar}: {error.strerror}; {mend}") from None
+            raise DatasetError(f"{error.filename or tar}: {error.strerror}; {fix}") from None
         except (ValueError, OverflowError):
-            raise DatasetError(f"{index}: does not end in a sample, the manifest says {shard.samples}; {mend}") from None
+            raise DatasetError(f"{index}: does not end in a sample, the manifest says {shard.samples}; {fix}") from None
 
 
 def _last_component(index: bytes) -> Component:

@@ -31,11 +31,11 @@ def open_data(location: str) -> Dataset:
     if not is_remote(location):
         return open_dataset(Path(location))
     folder = stage(location)
-    mend = f"delete {folder}, which is a copy of {location}: it is fetched again"
+    fix = f"delete {folder}, which is a copy of {location}: it is fetched again"
     try:
-        return replace(open_dataset(folder), mend=mend)
+        return replace(open_dataset(folder), fix=fix)
     except DatasetError as error:
-        raise DatasetError(f"{str(error).partition('; ')[0]}; {mend}") from None
+        raise DatasetError(f"{str(error).partition('; ')[0]}; {fix}") from None
 
 
 def read_manifest(location: str) -> Manifest:
@@ -106,7 +106,7 @@ def _fetch(url: str, folder: Path, name: str, sha256: str) -> None:
     fs, root = filesystem(url)
     partial = temporary_path(folder / name)
     digest = hashlib.sha256()
-    mend = f"'tidali verify {url}' shows all damage, packing again mends it"
+    fix = f"'tidali verify {url}' shows all damage, packing again repairs it"
     try:
         with fs.open(f"{root}/{name}", "rb", cache_type="readahead") as remote, open(partial, "wb") as local:
             while block := remote.read(_BLOCK_BYTES):
@@ -115,12 +115,12 @@ def _fetch(url: str, folder: Path, name: str, sha256: str) -> None:
             local.flush()
             os.fsync(local.fileno())
         if digest.hexdigest() != sha256:
-            raise DatasetError(f"{url}/{name}: damaged there or on the way (its SHA-256 is not the manifest's); {mend}")
+            raise DatasetError(f"{url}/{name}: damaged there or on the way (its SHA-256 is not the manifest's); {fix}")
         os.replace(partial, folder / name)
     except TidaliError:
         raise
     except FileNotFoundError:
-        raise DatasetError(f"{url}/{name}: missing; {mend}") from None
+        raise DatasetError(f"{url}/{name}: missing; {fix}") from None
     except OSError as error:
         if error.filename and str(error.filename).startswith(str(folder)):
             raise

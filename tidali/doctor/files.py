@@ -34,7 +34,7 @@ def run_folder(out: Path) -> Finding:
         with tempfile.NamedTemporaryFile(dir=there, prefix=".tidali-doctor-") as file:
             free_mib = shutil.disk_usage(there).free / 2**20
             if free_mib < 2 * _WRITE_MIB:  # what is left is not for doctor to fill
-                return Finding(name="", status="failure", text=f"{there}: {free_mib:.1f} MiB free", mend=room)
+                return Finding(name="", status="failure", text=f"{there}: {free_mib:.1f} MiB free", fix=room)
             block = os.urandom(1 << 20)
             watch = Stopwatch()
             for _ in range(_WRITE_MIB):
@@ -45,10 +45,10 @@ def run_folder(out: Path) -> Finding:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         text = f"{there}: cannot be written ({error.strerror})"
-        return Finding(name="", status="failure", text=text, mend=room if full else "choose a folder of yours with --out")
+        return Finding(name="", status="failure", text=text, fix=room if full else "choose a folder of yours with --out")
     text = f"{out}: {_WRITE_MIB / seconds:,.0f} MiB/s to disk, {free_mib / 1024:,.1f} GiB free"
     if free_mib < MIN_FREE_DISK_MIB:
-        return Finding(name="", status="warning", text=text, mend=room)
+        return Finding(name="", status="warning", text=text, fix=room)
     return ok(text)
 
 
@@ -59,17 +59,17 @@ def data(location: str, dataset: Dataset, device: torch.device, verify: Callable
     faults = verify(location)
     if faults:
         more = f", and {len(faults) - 1} more faults" if len(faults) > 1 else ""
-        mend = f"'tidali verify {location}' lists all; pack the source again: what is right is kept"
-        return Finding(name="", status="failure", text=f"{location}: {faults[0].partition('; ')[0]}{more}", mend=mend)
+        fix = f"'tidali verify {location}' lists all; pack the source again: what is right is kept"
+        return Finding(name="", status="failure", text=f"{location}: {faults[0].partition('; ')[0]}{more}", fix=fix)
     if not ({"val", "heldout"} & {name for name, split in manifest.splits.items() if split.samples and split.labelled}):
-        mend = "pack it again with --val-fraction 0.1 --overwrite, which holds out a tenth of train"
-        return Finding(name="", status="failure", text=f"{text}; no split to evaluate on", mend=mend)
+        fix = "pack it again with --val-fraction 0.1 --overwrite, which holds out a tenth of train"
+        return Finding(name="", status="failure", text=f"{text}; no split to evaluate on", fix=fix)
     empty = [
         class_.id for class_, count in zip(manifest.classes, dataset.split("train").class_counts, strict=True) if not count
     ]
     if empty:
-        mend = "add images of them to the source, or leave them out by --classes, and pack it again with --overwrite"
-        return Finding(name="", status="warning", text=f"{text}; no training image of {', '.join(empty[:5])}", mend=mend)
+        fix = "add images of them to the source, or leave them out by --classes, and pack it again with --overwrite"
+        return Finding(name="", status="warning", text=f"{text}; no training image of {', '.join(empty[:5])}", fix=fix)
     route = choose_route(
         "auto",
         [split for name, split in manifest.splits.items() if name in ("train", "val")],
@@ -88,15 +88,13 @@ def checkpoint(given: str, dataset: Dataset | None, plan: DevicePlan) -> Finding
     broken = [name for name, tensor in model.state_dict().items() if not _is_finite(tensor)]
     if broken:
         text = f"{path}: {len(broken)} tensors are not finite, {broken[0]} is the first"
-        return Finding(
-            name="", status="failure", text=text, mend="take an earlier checkpoint, or train again with a lower --lr"
-        )
+        return Finding(name="", status="failure", text=text, fix="take an earlier checkpoint, or train again with a lower --lr")
     images = torch.zeros(2, 3, card.res, card.res, device=plan.device).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), plan.autocast():
         logits = model.to(plan.device)(images)
     if not _is_finite(logits):
         text = f"{path}: its output is not finite in {plan.dtype_name}"
-        return Finding(name="", status="failure", text=text, mend="use it with --amp off")
+        return Finding(name="", status="failure", text=text, fix="use it with --amp off")
     top1 = {name.removesuffix("_top1_percent"): value for name, value in card.metrics.items() if name.endswith("_top1_percent")}
     scored = "".join(f", {value:.2f} % top-1 on {split} when it was saved" for split, value in top1.items() if split != "train")
     fits = "" if dataset is None else "; its classes are the data set's"

@@ -21,7 +21,7 @@ class Finding:
     name: str
     status: Status
     text: str
-    mend: str = ""
+    fix: str = ""
     """What to do about a warning or a failure."""
     rows: tuple[Row, ...] = ()
     """The table behind the line ``resampling``: how far each route to a network's input is from the DALI graph."""
@@ -31,18 +31,18 @@ def ok(text: str) -> Finding:
     return Finding(name="", status="ok", text=text)
 
 
-def guard(name: str, look: Callable[[], Finding], mend: str = REINSTALL) -> Finding:
+def guard(name: str, look: Callable[[], Finding], fix: str = REINSTALL) -> Finding:
     """What was found, or what stopped the look."""
     try:
         return replace(look(), name=name)
     except Exception as error:  # anything a broken installation can do
-        return of_error(name, error, mend)
+        return of_error(name, error, fix)
 
 
-def of_error(name: str, error: Exception, mend: str) -> Finding:
-    """The errors of this package name the way out after a semicolon; for the others it is ``mend``."""
+def of_error(name: str, error: Exception, fix: str) -> Finding:
+    """The errors of this package name the way out after a semicolon; for the others it is ``fix``."""
     if not isinstance(error, TidaliError):
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return Finding(name=name, status="failure", text=text, mend=mend)
-    text, _, own_mend = str(error).partition("; ")
-    return Finding(name=name, status="failure", text=text, mend=own_mend or mend)
+        return Finding(name=name, status="failure", text=text, fix=fix)
+    text, _, own_fix = str(error).partition("; ")
+    return Finding(name=name, status="failure", text=text, fix=own_fix or fix)

@@ -21,7 +21,7 @@ def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | No
 
 
 def driver_fault(driver: str | None, cuda: str | None) -> tuple[str, str] | None:
-    """What is wrong with a driver for this torch and DALI, and the mend; None where nothing is, or it is not known.
+    """What is wrong with a driver for this torch and DALI, and the fix; None where nothing is, or it is not known.
 
     Args:
         driver: '550.54.15'.
@@ -33,14 +33,14 @@ def driver_fault(driver: str | None, cuda: str | None) -> tuple[str, str] | None
     needed = max(_DALI_DRIVER, _CUDA_DRIVERS.get(major, 0))
     if branch >= needed:
         return None
-    mend = f"install driver {needed} or newer"
+    fix = f"install driver {needed} or newer"
     if branch >= _CUDA_DRIVERS[12] and major > 12:
-        mend += ", or a torch built for CUDA 12 (pytorch.org, 'Get started')"
-    return f"driver {branch} is older than CUDA {max(major, 12)} needs", mend
+        fix += ", or a torch built for CUDA 12 (pytorch.org, 'Get started')"
+    return f"driver {branch} is older than CUDA {max(major, 12)} needs", fix
 
 
 def gpu_fault(capability: tuple[int, int], built_for: Sequence[str]) -> tuple[str, str] | None:
-    """Why this torch has no code for a GPU, and the mend; None where it has.
+    """Why this torch has no code for a GPU, and the fix; None where it has.
 
     Code for 8.0 runs on 8.x, and ``compute_80`` is compiled for anything newer when it is loaded (CUDA programming guide,
     binary and PTX compatibility).

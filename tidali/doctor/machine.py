@@ -90,8 +90,8 @@ def examine(wishes: Wishes, packing: PackingTool) -> Iterator[Finding]:
             yield guard("data", lambda: doctor_files.data(location, there, plan.device, packing.verify))
     if wishes.checkpoint is not None:
         given = wishes.checkpoint
-        mend = "give the best or last .safetensors of a run, or the run's folder; 'tidali train' makes one"
-        yield guard("checkpoint", lambda: doctor_files.checkpoint(given, dataset, plan), mend)
+        fix = "give the best or last .safetensors of a run, or the run's folder; 'tidali train' makes one"
+        yield guard("checkpoint", lambda: doctor_files.checkpoint(given, dataset, plan), fix)
 
 
 # --------------------------------------------------------------------------------------------------------------- the machine
@@ -105,22 +105,22 @@ def _gpu(device: DeviceChoice) -> Finding:
         fault = driver_fault(driver, cuda) or gpu_fault(torch.cuda.get_device_capability(), torch.cuda.get_arch_list())
         if fault is None:
             return Finding(name="GPU", status="ok", text=text)
-        return Finding(name="GPU", status="failure", text=f"{text}: {fault[0]}", mend=fault[1])
+        return Finding(name="GPU", status="failure", text=f"{text}: {fault[0]}", fix=fault[1])
     if driver is None:
         status: Status = "failure" if device == "cuda" else "warning"
         text = "no NVIDIA driver is loaded: training runs on the CPU"
-        mend = "for a GPU, install NVIDIA's driver; in a container, let it see the GPU (--gpus all)"
-        return Finding(name="GPU", status=status, text=text, mend=mend)
+        fix = "for a GPU, install NVIDIA's driver; in a container, let it see the GPU (--gpus all)"
+        return Finding(name="GPU", status=status, text=text, fix=fix)
     if cuda is None:
         text = f"driver {driver} is loaded, and this torch is built without CUDA: training runs on the CPU"
-        mend = "install a CUDA build of torch (pytorch.org, 'Get started')"
-        return Finding(name="GPU", status="failure", text=text, mend=mend)
+        fix = "install a CUDA build of torch (pytorch.org, 'Get started')"
+        return Finding(name="GPU", status="failure", text=text, fix=fix)
     text = f"driver {driver} is loaded, and torch's CUDA {cuda} cannot use it"
     fault = driver_fault(driver, cuda)
     if fault is None:
-        mend = "let the container see the GPU (--gpus all), and look at what nvidia-smi says"
-        return Finding(name="GPU", status="failure", text=text, mend=mend)
-    return Finding(name="GPU", status="failure", text=f"{text}: {fault[0]}", mend=fault[1])
+        fix = "let the container see the GPU (--gpus all), and look at what nvidia-smi says"
+        return Finding(name="GPU", status="failure", text=text, fix=fix)
+    return Finding(name="GPU", status="failure", text=f"{text}: {fault[0]}", fix=fault[1])
 
 
 def _memory(device: torch.device) -> Finding:
@@ -130,11 +130,11 @@ def _memory(device: torch.device) -> Finding:
         total_gib = torch.cuda.mem_get_info(device)[1] / 2**30
         text += f", of {total_gib:.1f}"
         if free_gib < 0.5 * total_gib:
-            mend = "end what else uses the GPU, nvidia-smi lists it"
-            return Finding(name="", status="warning", text=f"{text}: another program holds the rest", mend=mend)
+            fix = "end what else uses the GPU, nvidia-smi lists it"
+            return Finding(name="", status="warning", text=f"{text}: another program holds the rest", fix=fix)
     if free_gib < MIN_FREE_MEMORY_GIB:
-        mend = f"{MIN_FREE_MEMORY_GIB:g} GiB are enough for 64 px: end other programs, and lower --batch-size"
-        return Finding(name="", status="warning", text=text, mend=mend)
+        fix = f"{MIN_FREE_MEMORY_GIB:g} GiB are enough for 64 px: end other programs, and lower --batch-size"
+        return Finding(name="", status="warning", text=text, fix=fix)
     return Finding(name="", status="ok", text=text)
 
 
@@ -142,14 +142,14 @@ def _compiler() -> Finding:
     if native.load() is not None:
         return Finding(name="", status="ok", text="found: images are resampled by compiled code on a CPU")
     text = "none works: on a CPU images are resampled by torch, at half the speed or less"
-    return Finding(name="", status="warning", text=text, mend="install gcc")
+    return Finding(name="", status="warning", text=text, fix="install gcc")
 
 
 def _dali(version: str) -> Finding:
     if not dali_is_installed():
         status: Status = "failure" if sys.platform.startswith("linux") else "warning"
         text = "not installed: images are decoded by PIL, and large data sets cannot be streamed"
-        return Finding(name="", status=status, text=text, mend="on Linux: pip install nvidia-dali-cuda120")
+        return Finding(name="", status=status, text=text, fix="on Linux: pip install nvidia-dali-cuda120")
     import tidali.loading.dali  # noqa: F401  is the import that can fail
 
     return Finding(name="", status="ok", text=version)
@@ -164,8 +164,8 @@ def _resampling() -> Finding:
         return Finding(name="", status="ok", text=text, rows=rows)
     pair = broken.comparison
     text = f"{pair.route} and {pair.against} differ by {broken.largest:.2f} grey levels at {broken.res} px"
-    mend = f"expected {pair.largest_allowed:g} at most: report it with these versions"
-    return Finding(name="", status="failure", text=text, mend=mend, rows=rows)
+    fix = f"expected {pair.largest_allowed:g} at most: report it with these versions"
+    return Finding(name="", status="failure", text=text, fix=fix, rows=rows)
 
 
 def _ranks(device: torch.device) -> Finding:
@@ -182,12 +182,12 @@ def _checks(plan: DevicePlan, packing: PackingTool) -> Iterator[Finding]:
     """The checks that the tests hold too, on a small data set made for them."""
     device = plan.device
     tried = checks.precisions(device, plan.amp_dtype)
-    mend = "train with --amp off --compile off, and report it with these versions"
+    fix = "train with --amp off --compile off, and report it with these versions"
 
     def steps() -> Finding:
         return ok("; ".join(checks.steps_lower_the_loss(device, amp) for amp in tried))
 
-    yield guard("training step", steps, mend)
+    yield guard("training step", steps, fix)
     if plan.compile:
 
         def compiled() -> Finding:
@@ -202,19 +202,19 @@ def _checks(plan: DevicePlan, packing: PackingTool) -> Iterator[Finding]:
             samples = packing.make_samples(Path(folder) / "samples")
             yield from _checks_on(samples, device, Path(folder))
     except (OSError, TidaliError) as error:
-        mend = f"the checks of the loader and of training need {MIN_TEMPORARY_MIB} MiB: make room, or name another by TMPDIR"
-        yield Finding(name="temporary folder", status="failure", text=first_line(error), mend=mend)
+        fix = f"the checks of the loader and of training need {MIN_TEMPORARY_MIB} MiB: make room, or name another by TMPDIR"
+        yield Finding(name="temporary folder", status="failure", text=first_line(error), fix=fix)
 
 
 def _checks_on(samples: Dataset, device: torch.device, folder: Path) -> Iterator[Finding]:
-    mend = "report it with these versions"
+    fix = "report it with these versions"
     if dali_is_installed():
-        yield guard("pixels", lambda: ok(checks.routes_agree(samples, device)), mend)
-    yield guard("epochs", lambda: ok(checks.epochs_are_whole(samples, device)), mend)
-    yield guard("evaluation", lambda: ok(checks.evaluation_is_whole(samples, device)), mend)
+        yield guard("pixels", lambda: ok(checks.routes_agree(samples, device)), fix)
+    yield guard("epochs", lambda: ok(checks.epochs_are_whole(samples, device)), fix)
+    yield guard("evaluation", lambda: ok(checks.evaluation_is_whole(samples, device)), fix)
     caches: list[CacheChoice] = ["device", "off"] if device.type == "cuda" and dali_is_installed() else ["device"]
 
     def runs() -> Finding:
         return ok("; ".join(checks.training_is_evaluation(samples, device, cache, folder / cache) for cache in caches))
 
-    yield guard("training run", runs, mend)
+    yield guard("training run", runs, fix)

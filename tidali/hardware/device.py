@@ -83,7 +83,7 @@ def choose_compile(facts: DeviceFacts, wish: CompileChoice) -> tuple[bool, str]:
     """
     if wish == "off":
         return False, "--compile off"
-    obstacle = _against_compiling(facts)
+    obstacle = _why_not_compilable(facts)
     if wish != "auto":
         if obstacle is not None:
             raise TidaliError(f"--compile {wish}: {obstacle}; or use --compile off")
@@ -93,7 +93,7 @@ def choose_compile(facts: DeviceFacts, wish: CompileChoice) -> tuple[bool, str]:
     return (False, obstacle) if obstacle is not None else (True, "pays on CUDA")
 
 
-def _against_compiling(facts: DeviceFacts) -> str | None:
+def _why_not_compilable(facts: DeviceFacts) -> str | None:
     """Why torch.compile cannot work, if it cannot."""
     if facts.capability is not None and facts.capability < (7, 0):
         major, minor = facts.capability

@@ -39,13 +39,13 @@ class Ranks:
             raise UsageError(f"--batch-size {global_batch_size}: not a multiple of the {self.world_size} ranks")
         return global_batch_size // self.world_size
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
         if self.world_size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
-    def largest(self, values: Sequence[float], device: torch.device) -> list[float]:
+    def all_reduce_max(self, values: Sequence[float], device: torch.device) -> list[float]:
         """Of each of some values the largest of any rank: what lets all of them do the same after the same step. Waits for the
         device."""
         if self.world_size == 1:
@@ -62,7 +62,7 @@ class Ranks:
         distributed.all_gather_object(values, value)
         return values
 
-    def share_buffers(self, model: nn.Module) -> None:
+    def broadcast_buffers(self, model: nn.Module) -> None:
         """Give every rank rank 0's batch-norm statistics, those that are saved: an evaluation is then of one model."""
         if self.world_size > 1:
             for buffer in model.buffers():

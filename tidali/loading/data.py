@@ -19,10 +19,10 @@ from tidali.errors import UsageError
 from tidali.hardware.device import ranks_on_machine
 from tidali.hardware.ranks import Ranks
 from tidali.loading.augment import Augment
-from tidali.loading.bad_images import leave_out_bad
 from tidali.loading.cache import CachedBatches, PixelCache, fill_cache
+from tidali.loading.corrupt_images import drop_corrupt
 from tidali.loading.order import refuse_partial_batch
-from tidali.loading.route import against_streaming, choose_route
+from tidali.loading.route import choose_route, why_not_streamable
 from tidali.loading.sizes import SizePlan
 
 
@@ -87,7 +87,7 @@ class Data:
         for split in splits:
             dataset.labelled_split(split)
         for split in splits:
-            dataset = leave_out_bad(dataset, split, max_bad)
+            dataset = drop_corrupt(dataset, split, max_bad)
         self.dataset, self.device = dataset, device
         free_bytes = free_memory_bytes(device)
         self.route = choose_route(
@@ -144,7 +144,7 @@ class Data:
         from tidali.loading.stream import StreamBatches
 
         augment = augment or Augment()
-        obstacle = against_streaming(self.dataset.split(split), self.device, augment=augment)
+        obstacle = why_not_streamable(self.dataset.split(split), self.device, augment=augment)
         if obstacle is not None:
             raise UsageError(obstacle)
         if dtype != torch.float32:

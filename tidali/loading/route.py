@@ -60,7 +60,7 @@ def choose_route(wish: CacheChoice, splits: Sequence[Split], *, max_res: int, fr
     return Route(cached=True, reason=stored, pixel_bytes=pixel_bytes, square=square)
 
 
-def against_streaming(
+def why_not_streamable(
     split: Split,
     device: torch.device | None,
     *,

@@ -19,7 +19,7 @@ from tidali.loading.augment import take
 from tidali.loading.dali import Placement, ShardFiles, batch_pipeline, decode_pipeline
 from tidali.loading.order import check_order, refuse_partial_batch
 from tidali.loading.resample import Resample
-from tidali.loading.route import against_streaming
+from tidali.loading.route import why_not_streamable
 from tidali.loading.sizes import SizePlan
 
 
@@ -86,7 +86,7 @@ class StreamBatches:
             keep_freed_memory()
             if size is not None:
                 self._resample = {side: Resample(size, side, mean=mean, std=std, kernel=kernel) for side in self._sizes.sides}
-        obstacle = against_streaming(dataset.split(split), device, kernel=kernel, sides=self._sizes.sides)
+        obstacle = why_not_streamable(dataset.split(split), device, kernel=kernel, sides=self._sizes.sides)
         if obstacle is not None:
             raise UsageError(obstacle)
         self._epoch, self._run = 0, 0  # where the consumer is; runs are the pipeline's batches, dropped ones included

@@ -26,7 +26,7 @@ from tidali.files import write_atomically
 from tidali.hardware.device import cpu_count, plan_device
 from tidali.hardware.versions import versions
 from tidali.loading.data import dali_is_installed, free_memory_bytes
-from tidali.loading.route import against_streaming, choose_route
+from tidali.loading.route import choose_route, why_not_streamable
 from tidali.loading.sizes import SizePlan
 from tidali.model.checkpoint import SUFFIX, load_model
 from tidali.model.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, imagenet_weights_path
@@ -147,7 +147,7 @@ class Study:
                 self.settings.cache, splits, max_res=max(row.res, *sides), free_bytes=free_bytes, has_dali=dali_is_installed()
             )
             how: dict[str, Any] = dict(kernel=row.recipe.kernel, sides=sides, augment=row.recipe.augment)
-            obstacle = None if route.cached else against_streaming(splits[0], self.plan.device, **how)
+            obstacle = None if route.cached else why_not_streamable(splits[0], self.plan.device, **how)
             if obstacle is not None:
                 obstacles[row.name] = f"{obstacle}; the cache is off: {route.reason}"
                 say(f"row {row.name} is left out: {obstacles[row.name]}")

@@ -171,7 +171,7 @@ def train_step(state: TrainState, images: Tensor, targets: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochReport:
+class EpochResult:
     """One pass over the training split."""
 
     score: Score
@@ -191,7 +191,7 @@ def train_epoch(
     ranks: Ranks | None = None,
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     on_step: Callable[[float], None] | None = None,
-) -> EpochReport:
+) -> EpochResult:
     """Train over all batches that are left of an epoch.
 
     Args:
@@ -226,7 +226,7 @@ def train_epoch(
     score = meter.read(ranks)
     compile_s = state.compile_s - compiled_before_s
     left_out *= ranks.world_size if ranks is not None else 1
-    return EpochReport(
+    return EpochResult(
         score=score,
         images_per_s=(score.samples - before - left_out) / (seconds - compile_s),
         seconds=seconds,

@@ -12,7 +12,7 @@ from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError
 from tidali.hardware.device import plan_device, set_numerics
 from tidali.hardware.ranks import joined_ranks
-from tidali.loading.bad_images import leave_out_bad
+from tidali.loading.corrupt_images import drop_corrupt
 from tidali.loading.data import Data, fill
 from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard, find_checkpoint, load_model
 from tidali.model.served import ServedModel
@@ -92,7 +92,7 @@ def evaluate_served(given: str, dataset: Dataset, *, split: str = "val", device:
     check_classes(card, dataset, given)
     plan = plan_device(device, "off", "off")
     set_numerics()
-    dataset = leave_out_bad(dataset, split)
+    dataset = drop_corrupt(dataset, split)
     size = dataset.split(split).single_image_size
     if size is None:
         raise UsageError(f"{dataset.root}: images of several sizes, and a served network takes one")

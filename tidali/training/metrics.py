@@ -73,7 +73,7 @@ class Meter:
 
     def read(self, ranks: Ranks | None = None) -> Score:
         """The counts so far, of all ranks where they are given. Waits for the device."""
-        return _score(self.sums if ranks is None else ranks.sum_(self.sums.clone()))
+        return _score(self.sums if ranks is None else ranks.all_reduce_sum(self.sums.clone()))
 
     def peek(self) -> Score:
         """The counts as of an earlier call, for a display: never waits for the device."""

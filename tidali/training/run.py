@@ -22,7 +22,7 @@ from tidali.hardware.ranks import Ranks, joined_ranks
 from tidali.hardware.timing import Stopwatch
 from tidali.loading.augment import draw_mix, mix_batch
 from tidali.model.checkpoint import SUFFIX, save_checkpoint
-from tidali.training.engine import EpochReport, all_finite, evaluate, train_epoch
+from tidali.training.engine import EpochResult, all_finite, evaluate, train_epoch
 from tidali.training.interrupt import StopRequest
 from tidali.training.metrics import JsonlLog, Meter, Score
 from tidali.training.resume import STATE_NAME, Progress, load_state, save_state, saved_route
@@ -145,7 +145,7 @@ class Run:
         if not math.isfinite(trained.score.loss_sum):  # on a GPU the last steps' loss is known only here
             self.refuse("loss is")
 
-        self.ranks.share_buffers(self.state.evaluated)
+        self.ranks.broadcast_buffers(self.state.evaluated)
         score = self.evaluate()
         if not math.isfinite(score.loss_sum):
             self.refuse("loss is")
@@ -187,7 +187,7 @@ class Run:
             return list(flags)
         if self.state.step < self.ask_at:
             return [False] * len(flags)
-        *agreed, asked_s = self.ranks.largest([*flags, self.since_asked.peek_s()], self.plan.device)
+        *agreed, asked_s = self.ranks.all_reduce_max([*flags, self.since_asked.peek_s()], self.plan.device)
         step_s = asked_s / (self.state.step - self.asked_at)
         self.asked_at, self.since_asked = self.state.step, Stopwatch()
         self.ask_at = self.asked_at + steps_between_questions(step_s, self.plan.device)
@@ -197,7 +197,7 @@ class Run:
         saved = self.out / STATE_NAME
         raise TidaliError(f"the {what} not finite by step {self.state.step}; the state before it is {saved}; try a lower --lr")
 
-    def report_epoch(self, trained: EpochReport, score: Score, is_best: bool) -> None:
+    def report_epoch(self, trained: EpochResult, score: Score, is_best: bool) -> None:
         """Weights, one line of metrics.jsonl, one line for people."""
         if not self.ranks.is_main:
             return

@@ -12,7 +12,7 @@ from tidali.errors import TidaliError, UsageError
 from tidali.files import write_atomically
 from tidali.hardware.device import DevicePlan, cpu_count
 from tidali.hardware.versions import versions
-from tidali.training.engine import EpochReport
+from tidali.training.engine import EpochResult
 from tidali.training.metrics import Score
 
 
@@ -46,7 +46,7 @@ def make_run_folder(out: Path) -> Path:
     return out
 
 
-def epoch_fields(trained: EpochReport, score: Score, split: str) -> dict[str, float]:
+def epoch_fields(trained: EpochResult, score: Score, split: str) -> dict[str, float]:
     """One line of metrics.jsonl, units in the names."""
     return {
         "train_loss": trained.score.loss,

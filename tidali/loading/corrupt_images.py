@@ -23,11 +23,11 @@ from tidali.errors import DatasetError
 from tidali.hardware.device import rank_threads
 
 DEFAULT_SHARE = 0.001
-"""Of a split's images that may be bad before the run fails: more is no accident, and wants mending."""
+"""Of a split's images that may be bad before the run fails: more is no accident, and wants repairing."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BadImage:
+class CorruptImage:
     """One whose bytes, or whose label's, have changed."""
 
     shard: str
@@ -39,7 +39,7 @@ class BadImage:
         return f"{self.shard}: {self.key} at offset {self.offset}"
 
 
-def leave_out_bad(dataset: Dataset, split: str, max_bad: int | None = None) -> Dataset:
+def drop_corrupt(dataset: Dataset, split: str, max_bad: int | None = None) -> Dataset:
     """The data set without the split's damaged images, each of them named. Reads every shard of the split once.
 
     Args:
@@ -50,21 +50,21 @@ def leave_out_bad(dataset: Dataset, split: str, max_bad: int | None = None) -> D
     """
     samples = dataset.split(split).samples
     limit = int(DEFAULT_SHARE * samples) if max_bad is None else max_bad
-    bad = find_bad(dataset, split)
+    bad = find_corrupt(dataset, split)
     if not bad:
         return dataset
     if len(bad) > limit:
         raise DatasetError(
             f"{dataset.root}: {len(bad)} of the {samples} images of {split!r} are damaged, the first {bad[0]}, and --max-bad "
-            f"is {limit}; 'tidali verify' names them all; {dataset.mend}"
+            f"is {limit}; 'tidali verify' names them all; {dataset.fix}"
         )
     for image in bad:
         warn(f"left out, damaged: {image}")
-    warn(f"{len(bad)} of the {samples} images of {split!r} are left out; {dataset.mend}")
+    warn(f"{len(bad)} of the {samples} images of {split!r} are left out; {dataset.fix}")
     return without(dataset, split, bad)
 
 
-def find_bad(dataset: Dataset, split: str) -> list[BadImage]:
+def find_corrupt(dataset: Dataset, split: str) -> list[CorruptImage]:
     """The split's damaged images, in stored order.
 
     Raises:
@@ -74,11 +74,14 @@ def find_bad(dataset: Dataset, split: str) -> list[BadImage]:
     with ThreadPoolExecutor(rank_threads()) as pool:  # hashing lets go of the interpreter's lock
         sound = pool.map(lambda shard: file_sha256(dataset.root / shard.name) == shard.sha256, shards)
         return [
-            image for shard, is_sound in zip(shards, sound, strict=True) if not is_sound for image in _bad_in(dataset, shard)
+            image
+            for shard, is_sound in zip(shards, sound, strict=True)
+            if not is_sound
+            for image in _corrupt_in(dataset, shard)
         ]
 
 
-def without(dataset: Dataset, split: str, bad: Sequence[BadImage]) -> Dataset:
+def without(dataset: Dataset, split: str, bad: Sequence[CorruptImage]) -> Dataset:
     """The same data set with indexes of its own, in a temporary folder, that do not list the bad images."""
     folder = Path(tempfile.mkdtemp(prefix="tidali-index-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # whoever holds the data set may open a reader until then
@@ -98,7 +101,7 @@ def without(dataset: Dataset, split: str, bad: Sequence[BadImage]) -> Dataset:
     return replace(dataset, manifest=manifest, indexes=indexes)
 
 
-def _bad_in(dataset: Dataset, shard: Shard) -> list[BadImage]:
+def _corrupt_in(dataset: Dataset, shard: Shard) -> list[CorruptImage]:
     """Samples whose image or label is not what was packed."""
     digits = dataset.manifest.label_digits
     index = dataset.root / shard.index_name
@@ -111,10 +114,10 @@ def _bad_in(dataset: Dataset, shard: Shard) -> list[BadImage]:
                 content[part.extension] = file.read(part.size_bytes)
             label = b"" if record.label is None else label_bytes(record.label, digits)
             if zlib.crc32(content[record.extension]) != record.crc32 or content.get(LABEL_EXTENSION, b"") != label:
-                bad.append(BadImage(shard=shard.name, key=record.key, offset=record.offset))
+                bad.append(CorruptImage(shard=shard.name, key=record.key, offset=record.offset))
     if not bad:
         raise DatasetError(
             f"{dataset.root / shard.name}: damaged between its images (SHA-256 differs); 'tidali verify' says where; "
-            f"{dataset.mend}"
+            f"{dataset.fix}"
         )
     return bad
