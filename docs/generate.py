@@ -1,11 +1,10 @@
-"""Write the pages, and the tables in them, that are made from the program: ``python docs/generate.py``; with ``--check`` say
-which of them are stale, and exit with 1."""
+"""Write the pages, tables and pictures that are made from the program and from recorded measurements: ``python
+docs/generate.py``. With ``--check`` name those that are stale and exit with 1."""
 
 from __future__ import annotations
 
 import ast
 import inspect
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -15,11 +14,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+import measured  # beside this file
 from typer.models import OptionInfo
 
 import tidali
-from bench.markdown import table
-from bench.report import parts
 from tidali import config
 from tidali.cli.examples import EXAMPLES
 from tidali.cli.main import app, root
@@ -191,7 +189,7 @@ def python_names() -> str:
         parts.append(f"```python\n{paragraph}\n```" if paragraph.startswith(">>>") else text)
     names = [f"{tidali._HOMES[name]}.{name}" for name in tidali.__all__]  # without importing torch for it
     lines = ["# Python", "", *("\n\n".join(parts)).splitlines(), ""]
-    for title, members in (("The ten names", names), ("What they give and take", BESIDES)):
+    for title, members in (("The ten names", names), ("Their arguments and results", BESIDES)):
         lines += [f"## {title}", ""]
         for member in members:
             lines += [f"::: {member}", ""]
@@ -213,30 +211,27 @@ BESIDES = (
 )
 
 
-# --------------------------------------------------------------------------------------------------------------------- results
-
-
-def results(page: str) -> str:
-    """The page with its tables of measurements made from the recorded documents, ``<!-- begin: FILE, BENCHMARK -->``."""
-    for file, benchmark in re.findall(r"<!-- begin: (bench/results/\S+\.json), (.+?) -->", page):
-        recorded = json.loads((DOCS.parent / file).read_text(encoding="utf-8"))
-        (part,) = (part for part in parts(recorded) if part["benchmark"] == benchmark)
-        page = replace_part(page, f"{file}, {benchmark}", f"\n{table(part)}\n")
-    return page
-
-
 # ----------------------------------------------------------------------------------------------------------------------- pages
 
 
 def pages() -> dict[Path, str]:
-    """Every page that is made, or has a part that is, as it should be."""
-    recipes, readme = DOCS / "recipes.md", DOCS.parent / "README.md"
-    return {
-        readme: results(readme.read_text(encoding="utf-8")),
-        DOCS / "cli.md": command_line(),
-        DOCS / "api.md": python_names(),
-        recipes: replace_part(recipes.read_text(encoding="utf-8"), "recipe fields", recipe_table()),
+    """Every page and picture that is generated, or has a generated part, as it should be."""
+    results = DOCS / "results.md"
+    generated_parts = {
+        DOCS.parent / "README.md": {"results in short": measured.results_in_short()},
+        results: measured.benchmark_tables(results.read_text(encoding="utf-8")),
+        DOCS / "study.md": {measured.STUDY: measured.study_table()},
+        DOCS / "recipes.md": {"recipe fields": recipe_table()},
     }
+    written = {DOCS / "cli.md": command_line(), DOCS / "api.md": python_names()}
+    for path, texts in generated_parts.items():
+        page = path.read_text(encoding="utf-8")
+        for name, text in texts.items():
+            page = replace_part(page, name, text)
+        written[path] = page
+    for theme in ("light", "dark"):
+        written[DOCS / f"loaders-{theme}.svg"] = measured.loaders_chart(dark=theme == "dark")
+    return written
 
 
 def replace_part(page: str, name: str, text: str) -> str:

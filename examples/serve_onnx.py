@@ -18,7 +18,7 @@ size = card["input"]["width"], card["input"]["height"]
 
 
 def pixels(path: str) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of the size that the file takes; it resizes to the network's, and normalises, itself."""
+    """(H, W, 3) uint8 RGB of the model's input size. The model itself resizes to the network's size and normalises."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     return np.asarray(image if image.size == size else ImageOps.fit(image, size, Image.Resampling.BICUBIC))
 

@@ -9,8 +9,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-# Not run on a cluster by its authors. Two minutes before the end SIGTERM comes: the run saves its state, mid-epoch, and the job
-# is put in the queue again, where it goes on.
+# Its authors have not run it on a cluster. Two minutes before the time limit Slurm sends SIGTERM: the run saves its state, mid-epoch,
+# and the job is requeued. When it starts again, it resumes the run.
 set -euo pipefail
 
 DATA=${DATA:?a packed data set that every node sees}
