@@ -148,7 +148,7 @@ def loaders_chart(*, dark: bool) -> str:
         rows = [row for row in document["rows"] if label(row) == place]
         measured = sorted((row for row in rows if "images_per_s" in row), key=lambda row: -row["images_per_s"]["median"])
         per_pixel = max(row["images_per_s"]["max"] for row in measured) / _BARS
-        elements.append(_text(0, y + 20, f"{place}, images/s", colour["ink"], size=14, weight=600))
+        elements.append(_text(0, y + 20, f"Loaders at {place}, images/s", colour["ink"], size=14, weight=600))
         y += _HEAD
         for row in measured:
             elements += _bar(row, y, per_pixel, colour)

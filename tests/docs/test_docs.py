@@ -72,6 +72,18 @@ def test_the_rows_of_a_table_have_its_columns(page: Path) -> None:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_chart_of_loaders_shows_every_row_of_its_record(generate: ModuleType, theme: str) -> None:
+    """Also those that are faster than tidali: a name and a number for each, the fastest first."""
+    rows = generate.measured.recorded(generate.measured.PEERS, "peers")["rows"]
+    shown = re.findall(r"<text [^>]*>(.*?)</text>", (DOCS / f"loaders-{theme}.svg").read_text())
+    for res in (64, 224):
+        of_res = sorted((row for row in rows if row["res"] == res), key=lambda row: row["images_per_s"]["median"], reverse=True)
+        expected = [text for row in of_res for text in (row["case"], f"{row['images_per_s']['median']:,.0f}")]
+        start = shown.index(f"Loaders at {res} px, images/s") + 1
+        assert shown[start : start + len(expected)] == expected
+
+
 def test_a_stale_page_is_noticed(generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     (tmp_path / "cli.md").write_text("old")
     monkeypatch.setattr(generate, "pages", lambda: {tmp_path / "cli.md": "new"})
@@ -87,7 +99,7 @@ def test_a_stale_page_is_noticed(generate: ModuleType, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text):
         if not re.match(r"[a-z]+:", target):
             path, _, anchor = target.partition("#")
             there = (page.parent / path) if path else page
