@@ -1,4 +1,4 @@
-"""A document's tables as Markdown: the README's are made by it from what is recorded, so that they cannot disagree."""
+"""A document's tables as Markdown. docs/generate.py makes docs/results.md's with it from the records."""
 
 from __future__ import annotations
 
