@@ -243,7 +243,7 @@ def test_a_sleep_in_the_loader_is_found(tidali, quick, small, monkeypatch, tmp_p
     assert found["data_wait_share"] > 0.5
     assert "the loader is what binds" in found["line"]
     (message,) = (line for line in ended.stderr.splitlines() if line.startswith("tidali:"))
-    assert "slower than the old document by more than 60 %" in message
+    assert "slower than in the old document by more than 60 %" in message
     assert "loader only" in message
     assert "end to end" in message
 
@@ -276,7 +276,7 @@ def test_a_wait_around_the_step_is_found(tidali, quick, small, monkeypatch) -> N
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--plot", "out.pdf"], "--plot out.pdf: end its name in .png, .svg, .html"),
+        (["--plot", "out.pdf"], "--plot out.pdf: give a file that ends in .png or .svg or .html"),
         (["--plot", "nowhere/out.png"], "--plot nowhere/out.png: there is no folder nowhere"),
         (["pack", "--profile"], "--profile: goes with 'bench train', 'bench step', not with 'bench pack'"),
         (["step", "--peers", "ffcv"], "--peers: goes with 'bench peers', not with 'bench step'"),

@@ -221,7 +221,7 @@ def test_input_size_without_the_data(tidali, orphan: Path) -> None:
         (["--input-size", "0"], "--input-size 0"),
         (["--format", "tflite"], "--format"),
         (["-o", "nowhere/x.pt2"], "there is no folder nowhere"),
-        (["-o", "."], "--out .: a folder"),
+        (["-o", "."], "--out .: is a folder"),
         (["--format", "pt2", "--data", "nowhere"], "nowhere: no dataset.json here"),
     ],
 )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
 
 from tidali.cli.main import app
+from tidali.cli.options import RecipeName
+from tidali.config import RECIPES
 
 README = Path(__file__).parents[2] / "README.md"
 COMMANDS = typer.main.get_command(app).commands
@@ -61,6 +64,10 @@ def test_readme_names_no_command_or_option_that_is_not_there() -> None:
     assert used <= options | {"--help", "--version"}
 
 
+def test_every_recipe_can_be_chosen() -> None:
+    assert get_args(RecipeName) == tuple(RECIPES)
+
+
 def test_version(tidali) -> None:
     from tidali import __version__
 
@@ -69,5 +76,5 @@ def test_version(tidali) -> None:
 
 def test_help_is_printed_as_it_is_written(tidali) -> None:
     text = " ".join(re.sub(r"[│\s]+", " ", tidali("shard", "--help").stdout).split())
-    assert "SPLIT/CLASS/*.jpg or CLASS/*.jpg: a folder or a zip of it." in text
-    assert "Run again, it keeps every finished shard that is right and repairs the rest." in text
+    assert "SPLIT/CLASS/*.jpg or CLASS/*.jpg: a folder, or a zip of one." in text
+    assert "When run again, it keeps every intact shard and rewrites the rest." in text

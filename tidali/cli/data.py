@@ -1,4 +1,4 @@
-"""The commands that make and look at data sets."""
+"""The commands that make, check and show data sets."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tidali.config import change, check_res, make_recipe
+from tidali.cli.options import JsonOption, RecipeName, output_file
+from tidali.config import Kernel, change, check_res, make_recipe
 from tidali.console import print_table, progress_bar, results, say, warn
 from tidali.errors import TidaliError, UsageError
 
@@ -22,70 +24,59 @@ if TYPE_CHECKING:
 _SIZE_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _LISTED_FILES = 10
 
-# Groups of options in the help.
-WHICH = "Which images"
-STORED = "How they are stored"
-SHEET = "Contact sheet"
-RUNNING = "How to run"
+# One for each group of options in the help. Called as typer.Option.
+which_option = partial(typer.Option, rich_help_panel="Which images")
+stored_option = partial(typer.Option, rich_help_panel="How they are stored")
+sheet_option = partial(typer.Option, rich_help_panel="Contact sheet")
+running_option = partial(typer.Option, rich_help_panel="How to run")
 
-Dest = Annotated[str, typer.Argument(help="Folder to make the data set in, or a URL such as s3://bucket/data.")]
-Data = Annotated[str, typer.Argument(help="A packed data set: a folder or a URL.")]
-Workers = Annotated[
+DestArgument = Annotated[str, typer.Argument(help="Folder to make the data set in, or a URL such as s3://bucket/data.")]
+DataArgument = Annotated[str, typer.Argument(help="A packed data set: a folder or a URL.")]
+WorkersOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Processes.", show_default="enough for all cores; one for small jobs", rich_help_panel=RUNNING),
+    running_option(min=1, help="Number of processes.", show_default="enough for all cores; one for small jobs"),
 ]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the data set in DEST, where it is another one.", rich_help_panel=RUNNING)
+OverwriteOption = Annotated[
+    bool, running_option("--overwrite", help="Replace the data set in DEST if it was made from another source or settings.")
 ]
 
 
 def shard(
-    source: Annotated[Path, typer.Argument(help="Tiny-ImageNet, SPLIT/CLASS/*.jpg or CLASS/*.jpg: a folder or a zip of it.")],
-    dest: Dest,
+    source: Annotated[Path, typer.Argument(help="Tiny-ImageNet, SPLIT/CLASS/*.jpg or CLASS/*.jpg: a folder, or a zip of one.")],
+    dest: DestArgument,
     layout: Annotated[
         Literal["auto", "tiny-imagenet", "folder"],
-        typer.Option(help="How SOURCE is laid out; auto looks for wnids.txt.", rich_help_panel=WHICH),
+        which_option(help="Layout of SOURCE; auto takes it for Tiny-ImageNet if it has a wnids.txt."),
     ] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of train's order and of the held-out split.", rich_help_panel=STORED)] = 0,
-    shard_samples: Annotated[
-        int | None, typer.Option(help="Samples a shard.", show_default="1000", rich_help_panel=STORED)
-    ] = None,
+    seed: Annotated[
+        int, stored_option(min=0, help="Random seed of the order of train and of the choice of held-out images.")
+    ] = 0,
+    shard_samples: Annotated[int | None, stored_option(help="Samples per shard.", show_default="1000")] = None,
     shard_size: Annotated[
-        str | None, typer.Option(help="Or its largest size, such as 64MB or 256MiB.", rich_help_panel=STORED)
+        str | None, stored_option(help="Largest size of a shard, such as 64MB or 256MiB, instead of --shard-samples.")
     ] = None,
     val_fraction: Annotated[
         float,
-        typer.Option(
-            help="Share of each class of train to hold out, as val, or as heldout where SOURCE has a val.",
-            rich_help_panel=WHICH,
-        ),
+        which_option(help="Fraction of each train class to hold out: as val, or as heldout if SOURCE has a val split."),
     ] = 0.0,
     classes: Annotated[
-        str | None, typer.Option(help="The first N classes, or a FILE with one class id a line.", rich_help_panel=WHICH)
+        str | None, which_option(help="Only the first N classes, or those in a FILE with one class id per line.")
     ] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Resize to PX x PX (bicubic) and encode as JPEG.", metavar="PX", rich_help_panel=STORED)
-    ] = None,
+    size: Annotated[int | None, stored_option(help="Resize to PX x PX (bicubic) and encode as JPEG.", metavar="PX")] = None,
     kernel: Annotated[
-        Literal["pil", "opencv"],
-        typer.Option(help="Of --size. pil: a = -0.5, antialiased; opencv: a = -0.75, not.", rich_help_panel=STORED),
+        Kernel, stored_option(help="Bicubic kernel of --size. pil: a = -0.5, antialiased; opencv: a = -0.75, not antialiased.")
     ] = "pil",
-    max_pixels: Annotated[
-        int, typer.Option(help="Images that declare more are quarantined undecoded.", rich_help_panel=WHICH)
-    ] = 1 << 26,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 if any file was quarantined.", rich_help_panel=RUNNING)
-    ] = False,
-    workers: Workers = None,
-    executor: Annotated[
-        Literal["local", "ray"], typer.Option(help="Where to pack; ray needs the extra 'ray'.", rich_help_panel=RUNNING)
-    ] = "local",
-    overwrite: Overwrite = False,
+    max_pixels: Annotated[int, which_option(help="Images that declare more pixels are quarantined without being decoded.")] = 1
+    << 26,
+    strict: Annotated[bool, running_option("--strict", help="Exit with 1 if any file was quarantined.")] = False,
+    workers: WorkersOption = None,
+    executor: Annotated[Literal["local", "ray"], running_option(help="Where to pack; ray needs the extra 'ray'.")] = "local",
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Pack labelled images into shards: WebDataset tars with DALI indexes and a manifest.
 
-    The same source, seed and settings give the same bytes. Run again, it keeps every finished shard that is right and repairs
-    the rest. Files that are no usable images are set aside in DEST/quarantine.
+    The same source, seed and settings give the same bytes. When run again, it keeps every intact shard and rewrites the rest.
+    Files that are not usable images are copied to DEST/quarantine instead.
     """
     from shards.pack import pack
     from shards.plan import PackSettings
@@ -115,18 +106,18 @@ def shard(
         )
     _print_pack(report)
     if strict and report.manifest.quarantine:
-        raise TidaliError(f"{dest}: {len(report.manifest.quarantine)} files were quarantined, and --strict was asked for")
+        raise TidaliError(f"{dest}: {len(report.manifest.quarantine)} files were quarantined, which --strict does not allow")
 
 
 def demo(
-    dest: Dest,
-    classes: Annotated[int, typer.Option(help="2 to 200.")] = 10,
-    per_class: Annotated[int, typer.Option(help="Training images a class; val has a fifth of it, at least 5.")] = 250,
-    seed: Annotated[int, typer.Option(min=0, help="Of the drawings and their order.")] = 0,
-    workers: Workers = None,
-    overwrite: Overwrite = False,
+    dest: DestArgument,
+    classes: Annotated[int, typer.Option(help="Number of classes, 2 to 200.")] = 10,
+    per_class: Annotated[int, typer.Option(help="Training images per class; val gets a fifth as many, but at least 5.")] = 250,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the drawings and of their order.")] = 0,
+    workers: WorkersOption = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
-    """Make the built-in data set: drawn figures, 64 x 64, already packed. No network."""
+    """Make the built-in data set: drawn figures, 64 x 64, already packed. Needs no network."""
     from shards.demo import pack_demo
 
     with _progress("drawing") as progress:
@@ -137,11 +128,11 @@ def demo(
 
 
 def verify(
-    data: Data,
-    decode: Annotated[bool, typer.Option("--decode", help="Decode every image too.")] = False,
-    workers: Workers = None,
+    data: DataArgument,
+    decode: Annotated[bool, typer.Option("--decode", help="Also decode every image.")] = False,
+    workers: WorkersOption = None,
 ) -> None:
-    """Check a packed data set: every hash, index entry, tar header, label and count. Exits with 1 on any fault."""
+    """Check a packed data set: every hash, index entry, tar header, label and count. Exits with 1 if anything is wrong."""
     from shards.store import local_copy
     from shards.verify import verify as verify_folder
 
@@ -152,55 +143,44 @@ def verify(
     if report.faults:
         raise TidaliError(f"{data}: {len(report.faults)} fault{'s' if len(report.faults) > 1 else ''}")
     checked = "every file, header, label and image" if decode else "every file, header and label"
-    text = (
-        f"{data}: {report.samples:,} samples in {report.shards} shards, {report.size_bytes / 1e6:,.1f} MB: {checked} is right"
-    )
-    results.print(text, markup=False)
+    found = f"{report.samples:,} samples in {report.shards} shards, {report.size_bytes / 1e6:,.1f} MB"
+    results.print(f"{data}: {found}: {checked} is right", markup=False)
 
 
 def info(
-    data: Data,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
-    sheet: Annotated[
-        Path | None, typer.Option(help="Write a contact sheet of random samples to this PNG.", rich_help_panel=SHEET)
-    ] = None,
-    split: Annotated[str, typer.Option(help="Of the contact sheet.", rich_help_panel=SHEET)] = "train",
-    seed: Annotated[int, typer.Option(min=0, help="Of the contact sheet's choice.", rich_help_panel=SHEET)] = 0,
+    data: DataArgument,
+    json_: JsonOption = False,
+    sheet: Annotated[Path | None, sheet_option(help="Write a contact sheet of random samples to this PNG file.")] = None,
+    split: Annotated[str, sheet_option(help="Split to draw the samples from.")] = "train",
+    seed: Annotated[int, sheet_option(min=0, help="Random seed of the choice of samples.")] = 0,
     recipe: Annotated[
-        Literal["seed", "modern"] | None,
-        typer.Option(
-            help="The contact sheet shows what the network sees in training by this recipe.",
-            show_default="as stored",
-            rich_help_panel=SHEET,
-        ),
+        RecipeName | None,
+        sheet_option(help="Show the images as the network sees them in training with this recipe.", show_default="as stored"),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
+        sheet_option(
             "--set",
             metavar="FIELD=VALUE",
-            help="As in 'tidali train', such as augment.erase=0.5; repeatable.",
-            rich_help_panel=SHEET,
+            help="With --recipe: change a field of it, such as augment.erase=0.5; repeatable.",
         ),
     ] = None,
     res: Annotated[
-        int | None,
-        typer.Option(help="With --recipe: input side in pixels.", show_default="as in 'tidali train'", rich_help_panel=SHEET),
+        int | None, sheet_option(help="With --recipe: input side in pixels.", show_default="as in 'tidali train'")
     ] = None,
 ) -> None:
     """Show what a packed data set holds."""
     from tidali.dataset.source import open_data, read_manifest
 
     if sheet is None and (recipe is not None or set_ or res is not None):
-        raise UsageError("--recipe, --set and --res are of the contact sheet; add --sheet FILE.png")
+        raise UsageError("--recipe, --set and --res apply to the contact sheet; add --sheet FILE.png")
     if recipe is None and (set_ or res is not None):
-        raise UsageError("--set and --res show a recipe's images; add --recipe modern")
+        raise UsageError("--set and --res change what a recipe shows; add --recipe modern")
     if sheet is not None:
         from shards.sheet import SHEET_IMAGES, contact_sheet, draw_sheet
         from tidali.files import write_atomically
 
-        if sheet.is_dir() or not sheet.parent.is_dir():
-            raise UsageError(f"--sheet {sheet}: {'a folder; name a file' if sheet.is_dir() else f'no folder {sheet.parent}'}")
+        output_file(sheet, "--sheet")
         dataset = open_data(data)
         if recipe is None:
             image = contact_sheet(dataset, split, seed=seed)
@@ -215,18 +195,21 @@ def info(
         write_atomically(sheet, png.getvalue())
         say(f"wrote {sheet}")
     manifest = read_manifest(data)
-    if as_json:
+    if json_:
         print(json.dumps(_info_document(data, manifest), ensure_ascii=False))
     else:
         _print_info(data, manifest)
 
 
 def download(
-    dest: Annotated[str, typer.Argument(help="Folder to put it in, made where there is none; or a file, such as tiny.zip.")],
-    url: Annotated[str | None, typer.Option(help="Where from.", show_default="Tiny-ImageNet's public home")] = None,
-    md5: Annotated[str | None, typer.Option(help="What the file's MD5 must be.", show_default="Tiny-ImageNet's")] = None,
+    dest: Annotated[
+        str, typer.Argument(help="Folder to download into, created if it does not exist; or a file name, such as tiny.zip.")
+    ],
+    url: Annotated[str | None, typer.Option(help="URL to download from.", show_default="Tiny-ImageNet's public home")] = None,
+    md5: Annotated[str | None, typer.Option(help="Expected MD5 of the file.", show_default="Tiny-ImageNet's")] = None,
 ) -> None:
-    """Download the real Tiny-ImageNet (237 MB). Goes on where it broke off; the file appears whole and checked."""
+    """Download the real Tiny-ImageNet (237 MB). Resumes an interrupted download. The file appears when it is complete and
+    checked."""
     from shards import download as fetch
 
     with progress_bar(note=False) as bar:
@@ -247,7 +230,7 @@ def parse_size(text: str) -> int:
     """'64MB' -> 64,000,000; '1GiB' -> 1,073,741,824; a bare number is bytes.
 
     Raises:
-        UsageError: not a size.
+        UsageError: the text is not a size.
     """
     number = text.strip().lower().rstrip("abcdefghijklmnopqrstuvwxyz")
     unit = text.strip().lower()[len(number) :]
@@ -277,7 +260,7 @@ def _progress(what: str) -> Iterator[Progress]:
         try:
             yield lambda done, total: bar.update(task, completed=done, total=total)
         except KeyboardInterrupt:
-            say("stopped; run the same command again, it goes on from here")
+            say("stopped; run the same command again to continue from here")
             raise
 
 
@@ -285,14 +268,14 @@ def _print_pack(report: PackReport) -> None:
     manifest = report.manifest
     _print_splits(f"{report.location}: {len(manifest.classes)} classes", manifest)
     if report.kept or report.repaired:
-        redone = f"; damaged and written anew: {', '.join(report.repaired)}" if report.repaired else ""
-        say(f"{report.written} shards written, {len(report.kept)} kept from an earlier run{redone}")
+        rewritten = f"; damaged and rewritten: {', '.join(report.repaired)}" if report.repaired else ""
+        say(f"{report.written} shards written, {len(report.kept)} kept from an earlier run{rewritten}")
     if report.removed:
         say(f"removed left-over files: {', '.join(report.removed)}")
     if report.ignored_files:
-        say(f"{report.ignored_files} files of the source are no images by their names and were left out")
+        say(f"{report.ignored_files} files of the source do not have the name of an image and were skipped")
     if manifest.quarantine:
-        warn(f"{len(manifest.quarantine)} files are no usable images; their bytes are in {report.location}/quarantine")
+        warn(f"{len(manifest.quarantine)} files are not usable images; their bytes are in {report.location}/quarantine")
         for entry in manifest.quarantine[:_LISTED_FILES]:
             warn(f"{entry.source!r}: {entry.reason}")
         if len(manifest.quarantine) > _LISTED_FILES:
@@ -330,7 +313,7 @@ def _print_info(data: str, manifest: Manifest) -> None:
 
 
 def _info_document(data: str, manifest: Manifest) -> dict[str, object]:
-    """The manifest with what people ask of it worked out, and without the shards' hashes."""
+    """The manifest with the size and number of shards of each split in place of the list of shards with their hashes."""
     document = json.loads(manifest.to_json())
     del document["checksum"]
     for name, split in manifest.splits.items():

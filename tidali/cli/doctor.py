@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidali.cli.train import DeviceOption
+from tidali.cli.options import DeviceOption, JsonOption
 from tidali.errors import TidaliError, first_line
 
 if TYPE_CHECKING:
@@ -22,21 +22,23 @@ _MARKS = {"ok": "ok      ", "warning": "warning ", "failure": "FAILURE "}
 
 
 def doctor(
-    data: Annotated[str | None, typer.Option(help="A packed data set to look at too, every hash of it.")] = None,
+    data: Annotated[str | None, typer.Option(help="A packed data set to check too, with all its hashes.")] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(metavar="CKPT", help="A checkpoint to look at too, with --data whether its classes fit.")
+        str | None,
+        typer.Option(metavar="CKPT", help="A checkpoint to check too; with --data, also whether its classes match the data's."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where run folders will be made.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="Folder in which 'tidali train' will make run folders.")] = Path("runs"),
     device: DeviceOption = "auto",
     parity: Annotated[
-        bool, typer.Option("--parity", help="Also print how far the routes to a network's input differ, in grey levels.")
+        bool,
+        typer.Option("--parity", help="Also print how far the ways of resizing an image differ, in grey levels of 0..255."),
     ] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of lines.")] = False,
+    json_: JsonOption = False,
 ) -> None:
-    """Look at what this machine can do, and say what to fix. Exits with 1 on any failure.
+    """Check what works on this machine, and say what is wrong and how to fix it. Exits with 1 on any failure.
 
-    It decodes, resizes, trains and evaluates small samples on the device, in every precision that it has, as this package's
-    tests do: about 20 s on two cores, and longer on a GPU, where the model is compiled too.
+    It decodes, resizes, trains and evaluates small samples on the device, in every precision that the device has, with the same
+    checks as the project's tests. This takes about 20 s on two cores, and longer on a GPU, where the model is also compiled.
     """
     from tidali.console import results
 

@@ -1,4 +1,4 @@
-"""What the commands are used for: shown below the help of each, kept right by a test that parses every line."""
+"""Examples of each command, printed below its help. A test parses every line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("tidali doctor", "is this machine ready?"),
         ("tidali train --res 64 --epochs 5", "the main job, on built-in demo data"),
         ("tidali shard pets data/pets --val-fraction 0.1", "your own images"),
-        ("tidali train --data data/pets", "and a model of them"),
+        ("tidali train --data data/pets", "and a model trained on them"),
     ),
     "shard": (
         ("tidali shard tiny-imagenet-200.zip data/tiny", "the zip is read without extracting it"),
@@ -27,7 +27,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "verify": (
         ("tidali verify data/pets", "every hash, index entry, header, label and count"),
-        ("tidali verify data/pets --decode", "and every image"),
+        ("tidali verify data/pets --decode", "and also decode every image"),
     ),
     "info": (
         ("tidali info data/pets", "splits, classes, sizes"),
@@ -37,52 +37,52 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "download": (("tidali download data/", "then: tidali shard data/tiny-imagenet-200.zip data/tiny"),),
     "train": (
-        ("tidali train --data data/pets", "at the images' own size, by the recipe 'modern'"),
-        ("tidali train --data data/pets --res 224 --init imagenet --epochs 5", "start from ImageNet's weights"),
+        ("tidali train --data data/pets", "at the images' own size, with the recipe 'modern'"),
+        ("tidali train --data data/pets --res 224 --init imagenet --epochs 5", "start from ImageNet weights"),
         ("tidali train --data data/pets --set lr=0.1 --set augment.shift_px=4", "change the recipe"),
-        ("tidali train --resume runs/NAME", "go on after a stop, mid-epoch too"),
+        ("tidali train --resume runs/NAME", "resume a stopped run, even in the middle of an epoch"),
         ("torchrun --nproc-per-node 4 -m tidali train --data data/pets", "four GPUs"),
     ),
     "study": (
         ("tidali study --data data/tiny", "every row of the table"),
         ("tidali study --data data/tiny --rows 1,7 --epochs-scale 0.2", "a quick look at two rows"),
-        ("tidali study --data data/tiny --seeds 3", "a mean and a deviation of each row"),
+        ("tidali study --data data/tiny --seeds 3", "mean and standard deviation of each row"),
     ),
     "predict": (
-        ("tidali predict runs/NAME photo.jpg", "the five likeliest classes"),
+        ("tidali predict runs/NAME photo.jpg", "the five most probable classes"),
         ("tidali predict runs/NAME holiday/ --top 1 --csv > classes.csv", "a folder, for a spreadsheet"),
         ("tidali predict runs/NAME 'holiday/*.jpg' --json", "a pattern, for a program"),
     ),
     "export": (
-        ("tidali export runs/NAME", "best.onnx beside the checkpoint; serve it by examples/serve_onnx.py"),
-        ("tidali export runs/NAME --format pt2 --out model.pt2", "torch.export's program"),
-        ("tidali export runs/NAME --input-size 480x640", "for frames of a camera"),
+        ("tidali export runs/NAME", "best.onnx beside the checkpoint; examples/serve_onnx.py serves it"),
+        ("tidali export runs/NAME --format pt2 --out model.pt2", "a program saved by torch.export"),
+        ("tidali export runs/NAME --input-size 480x640", "for camera frames of that size"),
     ),
     "plot": (("tidali plot runs/A runs/B --out curves.svg", "the curves of two runs in one picture"),),
     "report": (
-        ("tidali report runs/NAME", "curves, confusion and the hardest samples in one page"),
+        ("tidali report runs/NAME", "learning curves, confusion matrix and hardest samples on one page"),
         ("tidali report runs/A runs/B -o compared.html", "two runs side by side"),
     ),
     "eval": (
         ("tidali eval runs/NAME --data data/pets", "the best epoch's weights on val"),
-        ("tidali eval runs/NAME/last --data data/pets --res 64,128,224", "the last ones at three resolutions"),
+        ("tidali eval runs/NAME/last --data data/pets --res 64,128,224", "the last epoch's weights at three resolutions"),
         ("tidali eval runs/NAME --data data/pets --json", "for a program"),
     ),
     "bench": (
-        ("tidali bench", "where a training step's time goes on this machine, and what holds it back"),
-        ("tidali bench peers --data data/pets --res 224", "beside the loaders that people use"),
-        ("tidali bench step --json new.json --compare old.json", "has it become slower since?"),
+        ("tidali bench", "where the time of a training step goes, and what limits it"),
+        ("tidali bench peers --data data/pets --res 224", "beside other projects' data loaders"),
+        ("tidali bench step --json new.json --compare old.json", "has it become slower since then?"),
     ),
     "doctor": (
-        ("tidali doctor", "what this machine can do, and what to fix"),
-        ("tidali doctor --data data/pets --checkpoint runs/NAME", "and these files"),
-        ("tidali doctor --json", "for a program, or for a report of a fault"),
+        ("tidali doctor", "what works on this machine, and how to fix what does not"),
+        ("tidali doctor --data data/pets --checkpoint runs/NAME", "check these files too"),
+        ("tidali doctor --json", "for a program, or to attach to a bug report"),
     ),
 }
 
 
 class CommandWithExamples(TyperCommand):
-    """Prints the command's examples below its help: as they are typed, so that they can be copied, whatever the width."""
+    """Prints the command's examples below its help, one per line whatever the width, so that they can be copied."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
@@ -90,7 +90,7 @@ class CommandWithExamples(TyperCommand):
 
 
 class ProgramWithExamples(TyperGroup):
-    """The same for the program as a whole."""
+    """The same for the program itself."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)

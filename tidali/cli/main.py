@@ -1,4 +1,4 @@
-"""The ``tidali`` command. Imports neither torch nor DALI: each command brings in what it needs."""
+"""The ``tidali`` command. Imports neither torch nor DALI: each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any
+import traceback
+from typing import Annotated
 
 import typer
 
 from tidali import __version__, console
-from tidali.cli import bench as cli_bench
-from tidali.cli import data as cli_data
-from tidali.cli import doctor as cli_doctor
-from tidali.cli import model as cli_model
-from tidali.cli import report as cli_report
-from tidali.cli import study as cli_study
-from tidali.cli import train as cli_train
+from tidali.cli.bench import bench
+from tidali.cli.data import demo, download, info, shard, verify
+from tidali.cli.doctor import doctor
 from tidali.cli.examples import CommandWithExamples, ProgramWithExamples
+from tidali.cli.model import export, predict
+from tidali.cli.report import plot, report
+from tidali.cli.study import study
+from tidali.cli.train import eval_, train
 from tidali.errors import Interrupted, TidaliError, UsageError
 from tidali.hardware.cpu_threads import wait_briefly
 
@@ -34,34 +34,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-DATA = "Data"
-MODEL = "Model"
-MEASURE = "Measure"
+for panel, functions in {
+    "Data": (shard, demo, verify, info, download),
+    "Model": (train, study, eval_, predict, export, plot, report),
+    "Measure": (bench, doctor),
+}.items():
+    for function in functions:
+        # Joined lines: a paragraph is as wide as the terminal.
+        text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
+        name = function.__name__.rstrip("_")
+        app.command(name, cls=CommandWithExamples, rich_help_panel=panel, help=text)(function)
 
 
-def _add(function: Callable[..., Any], panel: str, name: str | None = None) -> None:
-    help_ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")  # a paragraph is as wide as the terminal
-    app.command(name, cls=CommandWithExamples, rich_help_panel=panel, help=help_)(function)
-
-
-_add(cli_data.shard, DATA)
-_add(cli_data.demo, DATA)
-_add(cli_data.verify, DATA)
-_add(cli_data.info, DATA)
-_add(cli_data.download, DATA)
-_add(cli_train.train, MODEL)
-_add(cli_study.study, MODEL)
-_add(cli_train.eval_, MODEL, "eval")
-_add(cli_model.predict, MODEL)
-_add(cli_model.export, MODEL)
-_add(cli_report.plot, MODEL)
-_add(cli_report.report, MODEL)
-_add(cli_bench.bench, MEASURE)
-_add(cli_doctor.doctor, MEASURE)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(given: bool) -> None:
+    if given:
         print(f"tidali {__version__}")
         raise typer.Exit
 
@@ -72,9 +58,14 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Before a command: results, warnings and errors alone.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Give it before the command. Print only results, warnings and errors.")
+    ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Before a command: more messages, when each came, and where an error arose.")
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Give it before the command. Print more messages, their times, and tracebacks of errors."
+        ),
     ] = False,
 ) -> None:
     if quiet and verbose:
@@ -87,27 +78,28 @@ def root(
 
 
 def main() -> None:
-    """The console script: what a user can cause ends as one line and an exit code, 2 for wrong use and 1 for failed work."""
+    """The console script. An error that a user can cause ends as one line and an exit code: 2 for wrong use, 1 for failed
+    work."""
     wait_briefly()
     try:
         code = app(standalone_mode=False)
-        sys.stdout.flush()  # here, where a full disk can be said in a line; at the interpreter's end it cannot
+        sys.stdout.flush()  # a full disk is reported here in one line; the interpreter's own flush at exit could not
     except TidaliError as error:
         if console.is_verbose():
-            _print_traceback(error)
+            traceback.print_exception(error)
         if isinstance(error, Interrupted) and not console.is_main_rank():
-            sys.exit(error.exit_code)  # all ranks stopped alike
+            sys.exit(error.exit_code)  # every rank stopped for the same reason; the main rank prints it
         sys.exit(_fail(str(error), error.exit_code))
-    except BrokenPipeError:  # the reader of our output has gone, as `tidali info DATA | head` does
-        _drop_output()
+    except BrokenPipeError:  # the reader of our output has exited, as in `tidali info DATA | head`
+        _discard_output()
         sys.exit(1)
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise  # of a file, which its writer should have caught, or of something else
-        _drop_output()
+            raise  # not about standard output: a file, whose writer should have caught it, or something else
+        _discard_output()
         sys.exit(_fail(f"standard output: {error.strerror}", 1))
     except Exception as error:
-        # click's own complaints about flags and values, as typer carries them, differ by where typer takes its click from.
+        # click's own errors about flags and values. Their class depends on where typer takes its click from.
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)
@@ -116,15 +108,9 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _drop_output() -> None:
-    """What standard output still holds goes nowhere: the interpreter would try again at its end, and complain."""
+def _discard_output() -> None:
+    """Send what standard output still buffers nowhere: the interpreter would try to write it again at exit, and complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _print_traceback(error: BaseException) -> None:
-    import traceback
-
-    traceback.print_exception(error)
 
 
 def _fail(message: str, exit_code: int) -> int:

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tidali.cli.train import AmpOption, DeviceOption
+from tidali.cli.options import AmpOption, CheckpointArgument, DeviceOption, FlipOption, JsonOption, output_file
 from tidali.errors import TidaliError, UsageError
 from tidali.files import printable
 
 if TYPE_CHECKING:
     from tidali.model.image_files import ImageError
 
-CheckpointArgument = Annotated[
-    str, typer.Argument(metavar="CKPT", help="A checkpoint, or a run folder for its best one.", show_default=False)
-]
+Format = Literal["onnx", "pt2"]
+"""As `tidali.model.export.Format`, whose module is too slow to import for the help."""
 
 
 def predict(
@@ -30,24 +29,24 @@ def predict(
         list[str],
         typer.Argument(
             metavar="IMAGE|FOLDER|GLOB",
-            help="Files of any format that PIL opens; folders are searched through; patterns may be quoted.",
+            help="Files of any format that PIL opens, folders (searched recursively), or quoted patterns.",
         ),
     ],
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 5,
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
-    flip: Annotated[bool, typer.Option("--flip", help="Average the logits of each image and its mirror image.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
-    csv_: Annotated[bool, typer.Option("--csv", help="Print CSV instead, a line for each image and class.")] = False,
+    flip: FlipOption = False,
+    json_: JsonOption = False,
+    csv_: Annotated[bool, typer.Option("--csv", help="Print CSV instead of text, a line for each image and class.")] = False,
 ) -> None:
-    """Name what is in images, with probabilities, preprocessed as 'tidali eval' does it.
+    """Predict the classes of images, with probabilities. Preprocessing is the same as in 'tidali eval'.
 
-    An image that cannot be read is named on standard error and skipped. Exits with 0 where every image was read, with 1 where
-    any was skipped (the others are printed all the same), with 2 where no image was found.
+    An image that cannot be read is named on standard error and skipped. Exits with 0 if every image was read, with 1 if any was
+    skipped (the predictions of the others are printed), with 2 if no image was found.
     """
     if json_ and csv_:
         raise UsageError("--json and --csv: give one of them")
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # on damaged metadata, which does not matter here
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about damaged metadata, which prediction does not read
 
     from tidali.console import print_table, progress_bar, warn
     from tidali.model.image_files import find_images
@@ -99,34 +98,36 @@ def predict(
 def export(
     checkpoint: CheckpointArgument,
     format: Annotated[
-        Literal["onnx", "pt2"] | None,
-        typer.Option(help="onnx, or torch.export's program.", show_default="by the suffix of --out, else onnx"),
+        Format | None,
+        typer.Option(
+            help="onnx, or pt2: the program that torch.export saves.", show_default="by the suffix of --out, else onnx"
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="The file.", show_default="beside the checkpoint")
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="File to write.", show_default="beside the checkpoint")
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="A packed data set: its images' size is the input's, and its val images check the file.",
-            show_default="the one it was trained on, where that is still there",
+            help="A packed data set; its image size becomes the input size, and the file is checked on its val images.",
+            show_default="the one the checkpoint was trained on, if it is still there",
         ),
     ] = None,
     input_size: Annotated[
         str | None,
         typer.Option(
-            metavar="H|HxW", help="Of the images that will be given, in pixels.", show_default="what the data set's images are"
+            metavar="H|HxW", help="Size of the input images in pixels.", show_default="the size of the data set's images"
         ),
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
+    json_: JsonOption = False,
 ) -> None:
-    """Write a checkpoint as one file to serve: uint8 pixels in, probabilities out, bicubic resize and normalisation inside.
+    """Export a checkpoint for serving: uint8 pixels in, probabilities out, with the bicubic resize and normalisation inside.
 
-    The input is uint8 (N, H, W, 3) RGB, N any number; the output float32 (N, classes). The file's metadata, under 'tidali', is
-    JSON with the class names and the preprocessing. It is run beside the checkpoint's model before it is written, and not
-    written where the two differ.
+    The input is uint8 (N, H, W, 3) RGB with any N; the output is float32 (N, classes). The file's metadata entry 'tidali' is
+    JSON with the class names and the preprocessing. The exported model is compared with the checkpoint's first, and nothing is
+    written if their outputs differ.
     """
-    fmt: Literal["onnx", "pt2"] = format or ("pt2" if out is not None and out.suffix == ".pt2" else "onnx")
+    fmt: Format = format or ("pt2" if out is not None and out.suffix == ".pt2" else "onnx")
     size = parse_input_size(input_size) if input_size is not None else None
 
     from tidali.console import print_table
@@ -137,29 +138,24 @@ def export(
 
     refuse_missing_packages(fmt)
     file = find_checkpoint(checkpoint)
-    path = out if out is not None else file.with_suffix(f".{fmt}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"--out {path}: {'a folder; name a file' if path.is_dir() else f'there is no folder {path.parent}'}")
+    path = output_file(out if out is not None else file.with_suffix(f".{fmt}"), "--out")
     model = load_model(file, device="cpu", amp="off")
     inputs = choose_inputs(model.card, checkpoint, data, size)
     report = export_model(model, path, fmt, inputs.size, inputs.images)
     height, width = inputs.size
     if json_:
-        print(
-            json.dumps(
-                {
-                    "checkpoint": checkpoint,
-                    "path": str(path),
-                    "format": fmt,
-                    "input_height": height,
-                    "input_width": width,
-                    "classes": len(model.classes),
-                    "size_bytes": report.size_bytes,
-                    "checked_on": inputs.what,
-                    **asdict(report.agreement),
-                }
-            )
-        )
+        document = {
+            "checkpoint": checkpoint,
+            "path": str(path),
+            "format": fmt,
+            "input_height": height,
+            "input_width": width,
+            "classes": len(model.classes),
+            "size_bytes": report.size_bytes,
+            "checked_on": inputs.what,
+            **asdict(report.agreement),
+        }
+        print(json.dumps(document))
         return
     agreement = report.agreement
     print_table(
@@ -181,7 +177,7 @@ def parse_input_size(text: str) -> tuple[int, int]:
     """'64' -> (64, 64), '48x64' -> (48, 64): height and width in pixels.
 
     Raises:
-        UsageError: neither.
+        UsageError: anything else.
     """
     parts = text.split("x")
     if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) <= 1 << 14 for part in parts):

@@ -6,22 +6,22 @@ from typing import Annotated
 
 import typer
 
-RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders that 'tidali train' has written.")]
+from tidali.cli.options import output_file
+
+RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders written by 'tidali train'.")]
 
 
 def plot(
     runs: RunsArgument,
     out: Annotated[
-        str, typer.Option("--out", "-o", metavar="FILE", help="Picture to write, as PNG or SVG by its suffix.")
+        str, typer.Option("--out", "-o", metavar="FILE", help="Picture to write; ends in .png or .svg.")
     ] = "curves.png",
 ) -> None:
-    """Draw the learning curves of one or several runs into a picture: accuracy and loss by epoch, evaluated and on train.
+    """Draw the learning curves of one or several runs into one picture: accuracy and loss by epoch, evaluated and on train.
 
-    Each run is named by its folder and what sets it apart from the others.
+    The legend names each run by its folder and by the settings that differ from the other runs.
     """
-    from tidali.report.drawing import check_figure_path
-
-    path = check_figure_path(out, "--out")
+    path = output_file(out, "--out", (".png", ".svg"))
 
     from tidali.training.history import labels, read_runs
 
@@ -39,19 +39,16 @@ def report(
     runs: RunsArgument,
     out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="Page to write.")] = "report.html",
     data: Annotated[
-        str | None, typer.Option(help="The runs' packed data set.", show_default="the one that each was trained on")
+        str | None,
+        typer.Option(help="A packed data set to evaluate all runs on.", show_default="the one each run was trained on"),
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page for a run, or for several side by side.
+    """Write one self-contained HTML page about a run, or about several side by side.
 
-    Results, settings that differ, learning curves, throughput, accuracy by class, the most confused classes and the hardest
-    samples with their pictures. The page needs neither network nor the run folder.
+    It shows results, the settings that differ, learning curves, throughput, accuracy by class, the most confused classes and
+    the hardest samples with their pictures. To view it, neither the network nor the run folder is needed.
     """
-    from pathlib import Path
-
-    from tidali.report.drawing import check_folder
-
-    path = check_folder(Path(out), "--out")
+    path = output_file(out, "--out")
 
     from tidali.training.history import read_runs
 

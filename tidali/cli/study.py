@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from tidali.cli.train import AmpOption, CacheOption, CompileOption, DataOption, DeviceOption
+from tidali.cli.options import AmpOption, CacheOption, CompileOption, DataOption, DeviceOption
 from tidali.errors import UsageError
 
 
@@ -18,15 +18,17 @@ def study(
     data: DataOption,
     rows: Annotated[
         str | None,
-        typer.Option(help="Rows to run, such as 1,7; those they start from are added.", show_default="all"),
+        typer.Option(help="Rows to run, such as 1,7; the rows whose weights they start from are added.", show_default="all"),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each row, for a mean and a deviation.")] = 1,
-    epochs_scale: Annotated[float, typer.Option(help="All epochs times this: 0.2 is a quick look.")] = 1.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each row, for the mean and the standard deviation.")] = 1,
+    epochs_scale: Annotated[
+        float, typer.Option(help="Multiply the number of epochs of every row by this; 0.2 gives a quick look.")
+    ] = 1.0,
     imagenet_weights: Annotated[
         str | None,
         typer.Option(
             metavar="PATH",
-            help="Weights in the place of torchvision's ImageNet ones: .pth, .safetensors or a run folder.",
+            help="Weights to use instead of torchvision's ImageNet weights: .pth, .safetensors or a run folder.",
             show_default="torchvision's, downloaded once",
         ),
     ] = None,
@@ -36,12 +38,14 @@ def study(
     cache: CacheOption = "auto",
     out: Annotated[str | None, typer.Option(help="Folder of the study.", show_default="runs/study-DATA")] = None,
 ) -> None:
-    """Train and measure the rows of the transfer-learning study, and put them into one table.
+    """Train and evaluate the rows of the transfer-learning study, and write them as one table.
 
-    Writes study.json, study.md and study.html, and a run folder for each row. Run again, it keeps the rows that are finished.
+    Writes study.json, study.md and study.html, and a run folder for each row. When run again, it keeps the finished rows.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("tidali study is one process; under torchrun give a row's config.json to 'tidali train --config'")
+        raise UsageError(
+            "tidali study runs in one process; under torchrun, use 'tidali train --config' with the config.json of a row"
+        )
 
     from tidali.console import print_table, say
     from tidali.dataset.source import open_data
@@ -61,7 +65,7 @@ def study(
         cache=cache,
     )
     document = run_study(settings, open_data(data), command=shlex.join(["tidali", *sys.argv[1:]]))
-    print_table(f"{settings.out}", COLUMNS, [cells(row, short=True) for row in document["rows"]])
+    print_table(settings.out, COLUMNS, [cells(row, short=True) for row in document["rows"]])
     for note in notes(document):
         say(note)
-    say(f"{Path(settings.out) / 'study.html'} has the curves and pictures")
+    say(f"{Path(settings.out) / 'study.html'}: learning curves and pictures")
