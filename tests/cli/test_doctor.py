@@ -16,8 +16,8 @@ import tidali as package
 from tidali.cli.doctor import _packing_tool
 from tidali.doctor import files as doctor_files
 from tidali.doctor import machine as doctor
-from tidali.doctor.findings import Finding, guard
-from tidali.doctor.machine import Wishes, examine
+from tidali.doctor.findings import Finding, run_check
+from tidali.doctor.machine import examine
 from tidali.errors import TidaliError
 from tidali.hardware.device import DevicePlan, plan_device
 from tidali.loading import native
@@ -36,9 +36,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_checks", lambda *_: ())
 
 
-def found(tmp_path: Path, **wishes: Any) -> dict[str, Finding]:
-    wished = Wishes(**{"device": "cpu", "out": tmp_path / "runs", **wishes})
-    return {finding.name: finding for finding in examine(wished, _packing_tool())}
+def found(tmp_path: Path, **options: Any) -> dict[str, Finding]:
+    options = {"device": "cpu", "out": tmp_path / "runs", **options}
+    return {finding.name: finding for finding in examine(_packing_tool(), **options)}
 
 
 def test_a_machine_that_can_do_the_job(tidali, demo_data: Path, trained, tmp_path: Path) -> None:
@@ -139,14 +139,14 @@ def test_an_installation_that_cannot_be_imported(tidali, monkeypatch: pytest.Mon
     assert (ended.code, ended.stdout) == (1, "")
     (line,) = ended.stderr.splitlines()
     assert line.startswith("tidali: this installation cannot be imported (ModuleNotFoundError: import of tidali.doctor.machine")
-    assert line.endswith("; install tidali anew in a new virtual environment")
+    assert "virtual environment" in line.partition("; ")[2]
 
 
 def test_a_run_folder_of_no_possible_name(no_work: None, tmp_path: Path) -> None:
     finding = found(tmp_path, out=tmp_path / ("x" * 300))["run folder"]
     assert finding.status == "failure"
     assert "cannot be written (File name too long)" in finding.text
-    assert finding.fix == "choose a folder of yours with --out"
+    assert "--out" in finding.fix
 
 
 def test_a_data_set_that_is_not_there(no_work: None, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_run_folder_below_a_file(no_work: None, tmp_path: Path) -> None:
 def test_a_small_disk(no_work: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free_mib: int, status: str) -> None:
     monkeypatch.setattr(doctor_files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free_mib << 20}))
     finding = found(tmp_path)["run folder"]
-    assert (finding.status, "make room" in finding.fix) == (status, True)
+    assert (finding.status, "needs up to 1024 MiB" in finding.fix) == (status, True)
 
 
 def test_a_disk_that_fills_up(no_work: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_disk_that_fills_up(no_work: None, monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr(doctor_files.os, "fsync", full)
     finding = found(tmp_path)["run folder"]
-    assert (finding.status, "make room" in finding.fix) == ("failure", True)
+    assert (finding.status, "needs up to 1024 MiB" in finding.fix) == ("failure", True)
     assert "No space left" in finding.text
 
 
@@ -266,7 +266,7 @@ def test_a_gpu_that_cannot_be_used(
     assert findings["several ranks"].text.startswith("gloo")  # the rest is looked at, on the CPU
 
 
-def test_no_driver_is_no_failure_without_a_wish_for_a_gpu(
+def test_no_driver_is_no_failure_where_no_gpu_is_asked_for(
     no_work: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(doctor, "driver_version", lambda: None)
@@ -316,7 +316,7 @@ def test_work_that_fails_leaves_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_pa
     def fail(*_: object) -> str:
         raise RuntimeError("Triton is\nbroken")
 
-    for name in ("steps_lower_the_loss", "routes_agree", "training_is_evaluation"):
+    for name in ("steps_lower_the_loss", "routes_agree", "eval_matches_training"):
         monkeypatch.setattr(doctor.checks, name, fail)
     findings = found(tmp_path)
     for name in ("training step", "pixels", "training run"):
@@ -335,11 +335,11 @@ def test_the_work_is_tried_in_each_precision_and_compiled_on_a_gpu(monkeypatch: 
 
     monkeypatch.setattr(doctor.checks, "precisions", lambda *_: ("bf16", "fp16", "off"))
     monkeypatch.setattr(doctor.checks, "steps_lower_the_loss", step)
-    monkeypatch.setattr(doctor.checks, "compiled_is_eager", lambda _: "the same")
+    monkeypatch.setattr(doctor.checks, "compiled_matches_eager", lambda _: "the same")
     monkeypatch.setattr(doctor.checks, "routes_agree", lambda *_: "")
-    monkeypatch.setattr(doctor.checks, "epochs_are_whole", lambda *_: "")
-    monkeypatch.setattr(doctor.checks, "evaluation_is_whole", lambda *_: "")
-    monkeypatch.setattr(doctor.checks, "training_is_evaluation", lambda _, __, cache, ___: cache)
+    monkeypatch.setattr(doctor.checks, "epochs_are_complete", lambda *_: "")
+    monkeypatch.setattr(doctor.checks, "evaluation_counts_once", lambda *_: "")
+    monkeypatch.setattr(doctor.checks, "eval_matches_training", lambda _, __, cache, ___: cache)
     findings = {finding.name: finding for finding in doctor._checks(plan, _packing_tool())}
     assert tried == [("bf16", False), ("fp16", False), ("off", False), ("auto", True)]
     assert findings["training run"].text == "device; off"
@@ -359,4 +359,4 @@ def test_the_way_out_is_taken_from_our_own_errors() -> None:
         raise TidaliError("shard 3 is gone; pack it again; or not")
 
     expected = Finding(name="data", status="failure", text="shard 3 is gone", fix="pack it again; or not")
-    assert guard("data", fail) == expected
+    assert run_check("data", fail) == expected

@@ -27,7 +27,7 @@ def test_gpu_batches_are_the_cpus(dataset: Dataset) -> None:
 
 
 def test_training_batches_cover_an_epoch(dataset: Dataset) -> None:
-    checks.epochs_are_whole(dataset, CUDA)
+    checks.epochs_are_complete(dataset, CUDA)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
@@ -38,7 +38,7 @@ def test_steps_in_each_precision_lower_the_loss(amp: str) -> None:
 
 
 def test_compiled_forward_is_eagers() -> None:
-    checks.compiled_is_eager(CUDA)
+    checks.compiled_matches_eager(CUDA)
 
 
 def test_compiled_steps_lower_the_loss() -> None:
@@ -46,16 +46,16 @@ def test_compiled_steps_lower_the_loss() -> None:
 
 
 def test_evaluation_counts_every_sample(dataset: Dataset) -> None:
-    checks.evaluation_is_whole(dataset, CUDA)
+    checks.evaluation_counts_once(dataset, CUDA)
 
 
 @pytest.mark.parametrize("cache", ["off", "device"])
 def test_train_then_eval_agree(dataset: Dataset, tmp_path: Path, cache: str) -> None:
-    checks.training_is_evaluation(dataset, CUDA, cache, tmp_path / "run")
+    checks.eval_matches_training(dataset, CUDA, cache, tmp_path / "run")
 
 
-def test_ranks_can_talk() -> None:
-    checks.ranks_can_talk("cuda", torch.cuda.device_count())
+def test_ranks_communicate() -> None:
+    checks.ranks_communicate("cuda", torch.cuda.device_count())
 
 
 def test_the_doctor_runs_them_all(tidali, demo_data: Path, tmp_path: Path) -> None:

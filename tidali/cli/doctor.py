@@ -43,15 +43,15 @@ def doctor(
     from tidali.console import results
 
     try:
-        from tidali.doctor.machine import Wishes, examine
+        from tidali.doctor.machine import examine
 
         packing = _packing_tool()
-    except (ImportError, OSError) as error:  # a shared library that is not there is an OSError
+    except (ImportError, OSError) as error:  # a missing shared library is an OSError
         text = f"this installation cannot be imported ({type(error).__name__}: {first_line(error)})"
-        raise TidaliError(f"{text}; install tidali anew in a new virtual environment") from None
+        raise TidaliError(f"{text}; install tidali again in a new virtual environment") from None
 
     findings = []
-    for finding in examine(Wishes(device=device, out=out, data=data, checkpoint=checkpoint), packing):
+    for finding in examine(packing, device=device, out=out, data=data, checkpoint=checkpoint):
         findings.append(finding)
         if not json_:
             fix = f"; {finding.fix}" if finding.fix else ""
@@ -78,7 +78,7 @@ def _packing_tool() -> PackingTool:
         return open_dataset(folder)
 
     def faults(location: str) -> list[str]:
-        with local_copy(location) as folder:  # what is staged for training is without the quarantined files
+        with local_copy(location) as folder:  # the copy for training lacks quarantined files
             return [str(fault) for fault in verify(folder).faults]
 
     return PackingTool(make_samples=make_samples, verify=faults)
@@ -104,7 +104,7 @@ def _print_parity(rows: list[Row]) -> None:
 
     print_table(
         "differences from 64 px, in grey levels of 0..255",
-        ("route", "against", "res", "largest", "allowed", "mean", "why that much"),
+        ("route", "against", "res", "largest", "allowed", "mean", "reason for the tolerance"),
         [
             (
                 row.comparison.route,

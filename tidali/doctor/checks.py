@@ -1,6 +1,7 @@
-"""What must hold on any device, each check small enough to run anywhere: `tidali doctor` runs them all, and the tests each.
+"""Checks of loading, training and evaluation that must pass on any device, each small enough to run anywhere.
 
-Every check takes a device and returns one line of what it saw; what does not hold is a TidaliError that says by how much.
+`tidali doctor` runs all of them, and so do the tests. A check returns one line that says what it found, or raises a TidaliError
+that says what is wrong and by how much.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tidali.training.evaluation import evaluate_checkpoint
 from tidali.training.run import train
 
 PIXEL_RESOLUTIONS = (64, 96)
-"""As the sample images are stored, which takes no resizing, and larger."""
+"""The size of the stored sample images, which needs no resizing, and a larger one."""
 _CLOSE_GREY_LEVELS = 4.0
 _CLOSE_SHARE = 0.999
 _MEAN_GREY_LEVELS = 1.0
@@ -47,11 +48,11 @@ def _require(holds: bool, text: str) -> None:
 
 
 def routes_agree(dataset: Dataset, device: torch.device) -> str:
-    """Every route's batches of val are those of the stream on the CPU: as many, in the same order, the same pixels.
+    """Every way of loading val returns the batches of the stream on the CPU: the same number, order, labels and pixels.
 
-    Grey levels may differ: nvJPEG and libjpeg-turbo round their inverse DCT and colour conversion differently, by one or two,
-    and a resize spreads that. The bounds, 1 on average and 4 for 99.9 % of the values, are judged from there: **not measured**
-    on a GPU.
+    Grey levels may differ a little: nvJPEG and libjpeg-turbo round their inverse DCT and colour conversion differently, by one
+    or two, and a resize spreads that. The bounds, 1 on average and 4 for 99.9 % of the values, were estimated from this. They
+    are **not measured** on a GPU.
 
     Raises:
         TidaliError: names the route, the resolution and the difference.
@@ -65,7 +66,7 @@ def routes_agree(dataset: Dataset, device: torch.device) -> str:
             for (images, labels), (cpu_images, cpu_labels) in zip(got, expected, strict=True):
                 _require(images.device == labels.device == device, f"{where}: on {images.device}, not on {device}")
                 _require(images.is_contiguous(memory_format=torch.channels_last), f"{where}: not channels-last")
-                _require(torch.equal(labels.cpu(), cpu_labels), f"{where}: other labels than on the CPU")
+                _require(torch.equal(labels.cpu(), cpu_labels), f"{where}: the labels are not those on the CPU")
                 largest[route] = max(largest.get(route, 0.0), _require_close(images, cpu_images, where))
     differences = ", ".join(f"{route} {difference:.2f}" for route, difference in largest.items())
     where = " and ".join(str(res) for res in PIXEL_RESOLUTIONS)
@@ -85,7 +86,7 @@ def _other_routes(dataset: Dataset, res: int, device: torch.device) -> Iterator[
 
 
 def _batches(dataset: Dataset, split: str, device: torch.device, cache: CacheChoice, **settings: Any) -> Any:
-    """As `Data.batches`, with pixels in 0..1."""
+    """`Data.batches` with pixels in 0..1."""
     with silenced():
         data = Data(dataset, (split,), device, cache=cache, max_res=settings["res"])
         return data.batches(split, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **settings)
@@ -105,8 +106,9 @@ def _require_close(images: Tensor, expected: Tensor, where: str) -> float:
 # --------------------------------------------------------------------------------------------------------------------- epochs
 
 
-def epochs_are_whole(dataset: Dataset, device: torch.device) -> str:
-    """Two epochs of train, shuffled and mirrored, by each route: every class as often as the manifest has it.
+def epochs_are_complete(dataset: Dataset, device: torch.device) -> str:
+    """Two shuffled epochs of train with random flips, from the cache and from the stream, have every class as often as the
+    manifest says.
 
     Raises:
         TidaliError: names the route and the counts.
@@ -123,22 +125,23 @@ def epochs_are_whole(dataset: Dataset, device: torch.device) -> str:
             batches.set_epoch(epoch)
             counts = torch.bincount(torch.cat([labels for _, labels in batches]), minlength=len(expected)).tolist()
             route = "the stream" if cache == "off" else "the cache"
-            _require(counts == expected, f"{route} gave {counts} images of the classes, not {expected}")
-    return f"each of {split.samples} training images once an epoch, by {'both routes' if len(routes) == 2 else 'the cache'}"
+            _require(counts == expected, f"{route} returned {counts} images of the classes instead of {expected}")
+    source = "both the stream and the cache" if len(routes) == 2 else "the cache"
+    return f"each of {split.samples} training images comes once per epoch, from {source}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------- steps
 
 
 def precisions(device: torch.device, chosen: torch.dtype | None) -> tuple[AmpChoice, ...]:
-    """Those to try on a device: all that a GPU has; on a CPU the chosen one alone, as others are emulated there."""
+    """The precisions to check: on a GPU all that it supports; on a CPU only the chosen one, as it would emulate the others."""
     if device.type == "cuda":
         return ("bf16", "fp16", "off") if torch.cuda.is_bf16_supported(including_emulation=False) else ("fp16", "off")
     return ("bf16",) if chosen is torch.bfloat16 else ("off",)
 
 
 def steps_lower_the_loss(device: torch.device, amp: AmpChoice, *, compile: bool = False) -> str:
-    """15 steps of ResNet-18 on one batch of 16 images of 32 px in one precision: the loss falls to less than half.
+    """15 training steps of ResNet-18 on one batch of 16 images of 32 px lower the loss to less than half.
 
     Raises:
         TidaliError: names the precision and the losses.
@@ -152,17 +155,17 @@ def steps_lower_the_loss(device: torch.device, amp: AmpChoice, *, compile: bool 
     expected = state.plan.amp_dtype or torch.float32
     _require(logits.dtype is expected, f"{how}: the output is {logits.dtype}")
     kept = {parameter.dtype for parameter in state.model.parameters()}
-    _require(kept == {torch.float32}, f"{how}: weights of {kept} instead of float32")
-    # Not finite is neither above nor below: asked for so that it fails too.
+    _require(kept == {torch.float32}, f"{how}: the weights are {kept} instead of float32")
+    # Written so that NaN fails too.
     _require(losses[-1] < 0.5 * losses[0], f"{how}: the loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {_STEPS} steps")
     return f"{how}: the loss fell from {losses[0]:.2f} to {losses[-1]:.2f} in {_STEPS} steps"
 
 
-def compiled_is_eager(device: torch.device) -> str:
-    """The compiled model's output is the eager one's, in float32.
+def compiled_matches_eager(device: torch.device) -> str:
+    """The compiled model's output equals the eager model's, in float32.
 
     Raises:
-        TidaliError: by how much it is not.
+        TidaliError: names the difference, or nothing was compiled.
     """
     state, (images, _) = _tiny_state(device, "off", compile=True), _one_batch(device)
     _require(state.forward is not state.model, "nothing was compiled")
@@ -170,10 +173,10 @@ def compiled_is_eager(device: torch.device) -> str:
     with torch.inference_mode():
         eager, compiled = state.model(images), state.forward(images)
     difference = (eager - compiled).abs().max().item()
-    # float32 throughout, but fused kernels sum in another order over 18 layers.
+    # All in float32, but fused kernels sum in another order, over 18 layers.
     fits = torch.allclose(compiled, eager, rtol=1e-3, atol=1e-3)
-    _require(fits, f"the compiled model's output differs from the eager one's by {difference:.2g}")
-    return f"outputs differ from the eager model's by {difference:.1g} at most"
+    _require(fits, f"the compiled model's output differs from the eager model's by {difference:.2g}")
+    return f"outputs differ from the eager model's by at most {difference:.1g}"
 
 
 def _tiny_state(device: torch.device, amp: AmpChoice, *, compile: bool = False) -> TrainState:
@@ -200,11 +203,11 @@ def _one_batch(device: torch.device) -> tuple[Tensor, Tensor]:
 # ----------------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluation_is_whole(dataset: Dataset, device: torch.device) -> str:
-    """Val is counted once, sample by sample, whatever the batch.
+def evaluation_counts_once(dataset: Dataset, device: torch.device) -> str:
+    """Evaluation counts every sample of val exactly once, at any batch size.
 
     Raises:
-        TidaliError: other counts, or losses that differ.
+        TidaliError: another number of samples, or a loss that depends on the batch size.
     """
     state = _tiny_state(device, "auto")
     samples = dataset.split("val").samples
@@ -218,21 +221,20 @@ def evaluation_is_whole(dataset: Dataset, device: torch.device) -> str:
         for batch_size in (7, samples)
     ]
     one, other = (score.loss for score in scores)
-    # Half precision's products depend on how the batch is cut, by far less than one sample's loss.
-    _require(
-        abs(one - other) <= 1e-2 * abs(other), f"the loss of val is {one:.4f} or {other:.4f}, by how it is cut into batches"
-    )
-    return f"all {samples} samples of val counted once, whatever the batch"
+    # In half precision the result of a product depends on the batch size, by far less than one sample's loss.
+    text = f"the loss on val is {one:.4f} in batches of 7, but {other:.4f} in one batch"
+    _require(abs(one - other) <= 1e-2 * abs(other), text)
+    return f"all {samples} samples of val are counted once, at any batch size"
 
 
-def training_is_evaluation(dataset: Dataset, device: torch.device, cache: CacheChoice, folder: Path) -> str:
-    """An epoch at 32 px as ``tidali train`` does it, and its weights scored as ``tidali eval`` does: one accuracy.
+def eval_matches_training(dataset: Dataset, device: torch.device, cache: CacheChoice, folder: Path) -> str:
+    """``tidali eval`` reports for the weights of a run the same accuracy as ``tidali train`` did; one epoch at 32 px.
 
     Args:
-        folder: an empty one, for the run.
+        folder: for the run; empty or not there yet.
 
     Raises:
-        TidaliError: two accuracies.
+        TidaliError: names both accuracies.
     """
     settings = TrainSettings(
         data=str(dataset.root),
@@ -247,18 +249,22 @@ def training_is_evaluation(dataset: Dataset, device: torch.device, cache: CacheC
         best = train(settings, dataset).best
         _, (row,) = evaluate_checkpoint(settings.out, dataset, device=settings.device, cache=cache)
     trained, scored = best.top1_percent, row.score.top1_percent
-    _require(trained == scored, f"training says {trained:.2f} % top-1, evaluation {scored:.2f} %")
-    return f"an epoch, {'cached' if cache == 'device' else 'streamed'}: evaluation finds the {scored:.0f} % top-1 of training"
+    _require(trained == scored, f"training reports {trained:.2f} % top-1, evaluation {scored:.2f} %")
+    return (
+        f"one {'cached' if cache == 'device' else 'streamed'} epoch: training and evaluation both report {scored:.0f} % top-1"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------- ranks
 
 
-def ranks_can_talk(device_type: str, ranks: int) -> str:
-    """Add up a number over this many ranks, one a GPU by NCCL, or by gloo on the CPU; more than one rank are processes.
+def ranks_communicate(device_type: str, ranks: int) -> str:
+    """An all-reduce over this many ranks works: by NCCL with one rank per GPU, or by gloo on the CPU.
+
+    A single rank runs in this process, several in processes of their own.
 
     Raises:
-        TidaliError: they could not, or not within a minute.
+        TidaliError: it does not work, or takes more than a minute.
     """
     backend = "nccl" if device_type == "cuda" else "gloo"
     with tempfile.TemporaryDirectory() as folder:
@@ -270,7 +276,7 @@ def ranks_can_talk(device_type: str, ranks: int) -> str:
         except Exception as error:
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1:]
             raise TidaliError(f"{backend}: {(reason or [type(error).__name__])[0][:200]}") from None
-    return f"{backend} adds up over {ranks} rank{'s' if ranks > 1 else ''}"
+    return f"{backend}: all-reduce over {ranks} rank{'s' if ranks > 1 else ''} works"
 
 
 def _add_up_in_processes(backend: str, ranks: int, folder: str) -> None:
@@ -279,7 +285,7 @@ def _add_up_in_processes(backend: str, ranks: int, folder: str) -> None:
     )
     try:
         watch = Stopwatch()
-        while not context.join(timeout=1):  # true once every process has ended
+        while not context.join(timeout=1):  # true when every process has ended
             if watch.peek_s() > _RANKS_TIMEOUT_S:
                 raise TidaliError(f"{ranks} ranks did not reach each other within {_RANKS_TIMEOUT_S} s")
     finally:

@@ -1,4 +1,4 @@
-"""What ``tidali doctor`` says of a user's own files: the run folder, a data set, a checkpoint."""
+"""Checks of the user's own files: the folder for runs, a data set, a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tidali.dataset.contract import Dataset
-from tidali.doctor.findings import Finding, ok
+from tidali.doctor.findings import Finding, failure, ok, warning
 from tidali.hardware.device import DevicePlan
 from tidali.hardware.timing import Stopwatch
 from tidali.loading.data import dali_is_installed, free_memory_bytes
@@ -22,19 +21,20 @@ from tidali.model.checkpoint import find_checkpoint, load_model
 from tidali.training.evaluation import check_classes
 
 MIN_FREE_DISK_MIB = 1024
-"""A run folder holds two sets of weights of 45 MB and a state of 134 MB, each written beside the old one first."""
+"""For a run folder: two sets of weights of 45 MB and a state of 134 MB. A new file is written before the old one is removed."""
 _WRITE_MIB = 64
 
 
 def run_folder(out: Path) -> Finding:
-    there = out
-    room = f"a run needs up to {MIN_FREE_DISK_MIB} MiB: make room, or choose another disk with --out"
+    """Write to the disk of the folder, or of the nearest parent folder that exists, and measure how fast."""
+    existing = out
+    free_space = f"a run needs up to {MIN_FREE_DISK_MIB} MiB: free some space, or choose another disk with --out"
     try:
-        there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".tidali-doctor-") as file:
-            free_mib = shutil.disk_usage(there).free / 2**20
-            if free_mib < 2 * _WRITE_MIB:  # what is left is not for doctor to fill
-                return Finding(name="", status="failure", text=f"{there}: {free_mib:.1f} MiB free", fix=room)
+        existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".tidali-doctor-") as file:
+            free_mib = shutil.disk_usage(existing).free / 2**20
+            if free_mib < 2 * _WRITE_MIB:  # the test file must not fill the disk
+                return failure(f"{existing}: {free_mib:.1f} MiB free", free_space)
             block = os.urandom(1 << 20)
             watch = Stopwatch()
             for _ in range(_WRITE_MIB):
@@ -44,32 +44,34 @@ def run_folder(out: Path) -> Finding:
             seconds = watch.elapsed_s()
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        text = f"{there}: cannot be written ({error.strerror})"
-        return Finding(name="", status="failure", text=text, fix=room if full else "choose a folder of yours with --out")
+        fix = free_space if full else "choose a folder that you may write to with --out"
+        return failure(f"{existing}: cannot be written ({error.strerror})", fix)
     text = f"{out}: {_WRITE_MIB / seconds:,.0f} MiB/s to disk, {free_mib / 1024:,.1f} GiB free"
-    if free_mib < MIN_FREE_DISK_MIB:
-        return Finding(name="", status="warning", text=text, fix=room)
-    return ok(text)
+    return warning(text, free_space) if free_mib < MIN_FREE_DISK_MIB else ok(text)
 
 
 def data(location: str, dataset: Dataset, device: torch.device, verify: Callable[[str], Sequence[str]]) -> Finding:
+    """Whether the data set is intact and can be trained on, and how it would be loaded.
+
+    Args:
+        verify: see `tidali.doctor.machine.PackingTool`.
+    """
     manifest = dataset.manifest
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in manifest.splits.items())
     text = f"{location}: {len(manifest.classes)} classes; {splits}"
     faults = verify(location)
     if faults:
         more = f", and {len(faults) - 1} more faults" if len(faults) > 1 else ""
-        fix = f"'tidali verify {location}' lists all; pack the source again: what is right is kept"
-        return Finding(name="", status="failure", text=f"{location}: {faults[0].partition('; ')[0]}{more}", fix=fix)
+        fix = f"'tidali verify {location}' lists all; pack the source again: intact shards are kept"
+        return failure(f"{location}: {faults[0].partition('; ')[0]}{more}", fix)
     if not ({"val", "heldout"} & {name for name, split in manifest.splits.items() if split.samples and split.labelled}):
         fix = "pack it again with --val-fraction 0.1 --overwrite, which holds out a tenth of train"
-        return Finding(name="", status="failure", text=f"{text}; no split to evaluate on", fix=fix)
-    empty = [
-        class_.id for class_, count in zip(manifest.classes, dataset.split("train").class_counts, strict=True) if not count
-    ]
+        return failure(f"{text}; no split to evaluate on", fix)
+    counts = dataset.split("train").class_counts
+    empty = [class_.id for class_, count in zip(manifest.classes, counts, strict=True) if not count]
     if empty:
-        fix = "add images of them to the source, or leave them out by --classes, and pack it again with --overwrite"
-        return Finding(name="", status="warning", text=f"{text}; no training image of {', '.join(empty[:5])}", fix=fix)
+        fix = "add images of them to the source, or choose other classes with --classes, and pack it again with --overwrite"
+        return warning(f"{text}; no training images of {', '.join(empty[:5])}", fix)
     route = choose_route(
         "auto",
         [split for name, split in manifest.splits.items() if name in ("train", "val")],
@@ -81,25 +83,21 @@ def data(location: str, dataset: Dataset, device: torch.device, verify: Callable
 
 
 def checkpoint(given: str, dataset: Dataset | None, plan: DevicePlan) -> Finding:
+    """Whether the checkpoint's weights and output are finite, and whether its classes are those of the data set."""
     path = find_checkpoint(given)
     model, card = load_model(path)
     if dataset is not None:
         check_classes(card, dataset, given)
-    broken = [name for name, tensor in model.state_dict().items() if not _is_finite(tensor)]
+    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if broken:
-        text = f"{path}: {len(broken)} tensors are not finite, {broken[0]} is the first"
-        return Finding(name="", status="failure", text=text, fix="take an earlier checkpoint, or train again with a lower --lr")
+        fix = "take an earlier checkpoint, or train again with a lower --lr"
+        return failure(f"{path}: {len(broken)} tensors are not finite, {broken[0]} is the first", fix)
     images = torch.zeros(2, 3, card.res, card.res, device=plan.device).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), plan.autocast():
         logits = model.to(plan.device)(images)
-    if not _is_finite(logits):
-        text = f"{path}: its output is not finite in {plan.dtype_name}"
-        return Finding(name="", status="failure", text=text, fix="use it with --amp off")
+    if not logits.isfinite().all():
+        return failure(f"{path}: its output is not finite in {plan.dtype_name}", "use it with --amp off")
     top1 = {name.removesuffix("_top1_percent"): value for name, value in card.metrics.items() if name.endswith("_top1_percent")}
-    scored = "".join(f", {value:.2f} % top-1 on {split} when it was saved" for split, value in top1.items() if split != "train")
+    scores = "".join(f", {value:.2f} % top-1 on {split} when it was saved" for split, value in top1.items() if split != "train")
     fits = "" if dataset is None else "; its classes are the data set's"
-    return ok(f"{path}: ResNet-18, {card.stem} stem, {len(card.classes)} classes, {card.res} px{scored}{fits}")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    return ok(f"{path}: ResNet-18, {card.stem} stem, {len(card.classes)} classes, {card.res} px{scores}{fits}")

@@ -1,4 +1,4 @@
-"""The lines of a report on what works and what does not."""
+"""What the doctor reports: for each part whether it works, and if not, what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -9,40 +9,46 @@ from typing import Literal
 from tidali.doctor.parity import Row
 from tidali.errors import TidaliError
 
-Status = Literal["ok", "warning", "failure"]
-
-REINSTALL = "install tidali anew in a new virtual environment"
+REINSTALL = "install tidali again in a new virtual environment"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """One line of the report."""
 
-    name: str
-    status: Status
+    name: str = ""
+    """The part that was checked; `run_check` fills it in."""
+    status: Literal["ok", "warning", "failure"]
     text: str
     fix: str = ""
-    """What to do about a warning or a failure."""
+    """How to fix a warning or a failure."""
     rows: tuple[Row, ...] = ()
-    """The table behind the line ``resampling``: how far each route to a network's input is from the DALI graph."""
+    """The table behind the line ``resampling``: how far each way of resizing is from the DALI graph."""
 
 
 def ok(text: str) -> Finding:
-    return Finding(name="", status="ok", text=text)
+    return Finding(status="ok", text=text)
 
 
-def guard(name: str, look: Callable[[], Finding], fix: str = REINSTALL) -> Finding:
-    """What was found, or what stopped the look."""
+def warning(text: str, fix: str) -> Finding:
+    return Finding(status="warning", text=text, fix=fix)
+
+
+def failure(text: str, fix: str) -> Finding:
+    return Finding(status="failure", text=text, fix=fix)
+
+
+def run_check(name: str, check: Callable[[], Finding | str], fix: str = REINSTALL) -> Finding:
+    """The finding of a check; a text alone means that the part works, and an error is a failure.
+
+    Args:
+        fix: for errors that do not say how to fix them. Those of this package do, after a semicolon.
+    """
     try:
-        return replace(look(), name=name)
-    except Exception as error:  # anything a broken installation can do
-        return of_error(name, error, fix)
-
-
-def of_error(name: str, error: Exception, fix: str) -> Finding:
-    """The errors of this package name the way out after a semicolon; for the others it is ``fix``."""
-    if not isinstance(error, TidaliError):
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return Finding(name=name, status="failure", text=text, fix=fix)
-    text, _, own_fix = str(error).partition("; ")
-    return Finding(name=name, status="failure", text=text, fix=own_fix or fix)
+        found = check()
+    except TidaliError as error:
+        text, _, own_fix = str(error).partition("; ")
+        found = failure(text, own_fix or fix)
+    except Exception as error:  # a broken installation can raise anything
+        found = failure(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", fix)
+    return replace(found if isinstance(found, Finding) else ok(found), name=name)

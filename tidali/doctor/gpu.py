@@ -1,4 +1,5 @@
-"""Do this GPU, its driver and this torch go together? Decided from described facts, so that it can be tested without a GPU."""
+"""Whether a GPU, its driver and a build of torch fit together. Pure functions of given facts, so they are tested without a
+GPU."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ from pathlib import Path
 _DALI_DRIVER = 525
 """CUDA 12's first driver branch (NVIDIA's CUDA compatibility guide), for which the DALI package is built."""
 _CUDA_DRIVERS = {11: 450, 12: 525, 13: 580}
-"""CUDA major version -> the first driver branch that runs it, by the same guide."""
+"""CUDA major version -> the first driver branch that runs it, from the same guide."""
 
 
 def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """Of the loaded NVIDIA kernel module, '550.54.15' for example; None where there is none."""
+    """The version of the loaded NVIDIA kernel module, such as '550.54.15'; None if none is loaded."""
     try:
         first_line = path.read_text().splitlines()[0]
     except (OSError, IndexError):
@@ -21,11 +22,11 @@ def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | No
 
 
 def driver_fault(driver: str | None, cuda: str | None) -> tuple[str, str] | None:
-    """What is wrong with a driver for this torch and DALI, and the fix; None where nothing is, or it is not known.
+    """What is wrong with a driver for this torch and DALI, and how to fix it; None if nothing is, or if that is unknown.
 
     Args:
-        driver: '550.54.15'.
-        cuda: that torch was built for, '13.0'.
+        driver: its version, such as '550.54.15'.
+        cuda: the version that torch was built for, such as '13.0'.
     """
     if driver is None or cuda is None:
         return None
@@ -40,18 +41,18 @@ def driver_fault(driver: str | None, cuda: str | None) -> tuple[str, str] | None
 
 
 def gpu_fault(capability: tuple[int, int], built_for: Sequence[str]) -> tuple[str, str] | None:
-    """Why this torch has no code for a GPU, and the fix; None where it has.
+    """Why this torch has no code for a GPU, and how to fix it; None if it has.
 
-    Code for 8.0 runs on 8.x, and ``compute_80`` is compiled for anything newer when it is loaded (CUDA programming guide,
-    binary and PTX compatibility).
+    Code for compute capability 8.0 runs on 8.x, and ``compute_80`` is compiled for any newer GPU when it is loaded (CUDA
+    programming guide, binary and PTX compatibility).
 
     Args:
-        built_for: torch's list, such as ``["sm_75", "sm_80", "compute_80"]``.
+        built_for: what `torch.cuda.get_arch_list` returns, such as ``["sm_75", "sm_80", "compute_80"]``.
     """
     major, minor = capability
     for entry in built_for:
         kind, _, digits = entry.partition("_")
-        number = digits.rstrip("af")  # sm_90a and the like are for that capability alone
+        number = digits.rstrip("af")  # sm_90a and the like run on that capability only
         if not number.isdecimal():
             continue
         built = (int(number[:-1]), int(number[-1]))

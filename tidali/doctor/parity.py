@@ -1,6 +1,8 @@
-"""How far the routes from pixels to network input are apart, in grey levels: what ``tidali doctor`` prints and the tests hold.
+"""How far different ways of resizing pixels to network input are apart, in grey levels of 0..255.
 
-The reference is the DALI graph on a CPU. Images reach it as PNG, so that every route sees the same pixels.
+``tidali doctor`` prints these differences, and the tests hold them below the tolerances here.
+
+The reference is the DALI graph on a CPU. It gets the images as PNG, so that every route sees the same pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from tidali.config import IMAGENET_MEAN, IMAGENET_STD, Kernel
 from tidali.loading.resample import Resample
 
 RESOLUTIONS = (32, 64, 128, 224)
-_GREY_LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}  # normalisation that leaves 0..255
+_GREY_LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}  # a normalisation that leaves pixels at 0..255
 
 Route = Callable[[Tensor, int], Tensor]
 """(N, S, S, 3) uint8 pixels and a resolution -> (N, 3, res, res) float32, in grey levels 0..255."""
@@ -30,25 +32,25 @@ Route = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two routes that should agree, and how far they may differ on photographs, in grey levels."""
+    """Two routes that should agree, and their tolerances on photographs, in grey levels."""
 
     route: str
     against: str
     largest_allowed: float
     mean_allowed: float
     reason: str
-    """For the tolerances."""
+    """Why the tolerances are what they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A comparison's outcome at one resolution."""
+    """The result of a comparison at one resolution."""
 
     comparison: Comparison
     res: int
     """In pixels."""
     largest: float
-    """Difference of any channel of any pixel, in grey levels."""
+    """Largest difference of any channel of any pixel, in grey levels."""
     mean: float
 
     @property
@@ -91,7 +93,7 @@ def matrix(pixels: Tensor, res: int, *, kernel: Kernel = "pil", antialias: bool 
 
 
 def matrix_bfloat16(pixels: Tensor, res: int) -> Tensor:
-    """As a network gets it: normalised with ImageNet's constants, then rounded to bfloat16."""
+    """As a network sees it: normalised with ImageNet's constants, then rounded to bfloat16."""
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
     size = (pixels.shape[1], pixels.shape[2])
     images = Resample(size, res, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.bfloat16)(pixels)
@@ -128,14 +130,14 @@ COMPARISONS = (
         against="DALI",
         largest_allowed=16.0,
         mean_allowed=0.5,
-        reason="PIL clamps to uint8 between its two passes, and leaves out taps beyond the border where DALI repeats it",
+        reason="PIL clamps to uint8 between its two passes, and drops the taps beyond the border where DALI repeats the border",
     ),
     Comparison(
         route="torch antialiased",
         against="DALI",
         largest_allowed=12.0,
         mean_allowed=0.5,
-        reason="torch leaves out taps beyond the border where DALI repeats it; 8 pixels inside they are 1 apart",
+        reason="torch drops the taps beyond the border where DALI repeats the border; 8 pixels inside, they differ by 1",
     ),
     Comparison(
         route="matrix, a = -0.75",
@@ -149,13 +151,13 @@ COMPARISONS = (
         against="DALI",
         largest_allowed=100.0,
         mean_allowed=16.0,
-        reason="another kernel (a = -0.75), and not antialiased: shown for its size, not to be mixed",
+        reason="another kernel (a = -0.75), and not antialiased: shown because it is so large; do not mix the two",
     ),
 )
 
 
 def photographs(count: int = 8, size: int = 64, seed: int = 0) -> Tensor:
-    """Images with a photograph's spectrum, amplitude 1/f, and enough contrast that some pixels are clipped.
+    """Random images with the spectrum of photographs (amplitude 1/f), and enough contrast that some pixels are clipped.
 
     Returns:
         (count, size, size, 3) uint8.
@@ -168,10 +170,10 @@ def photographs(count: int = 8, size: int = 64, seed: int = 0) -> Tensor:
 
 
 def parity_table(pixels: Tensor | None = None, resolutions: Sequence[int] = RESOLUTIONS) -> list[Row]:
-    """Every comparison at every resolution.
+    """The results of every comparison at every resolution.
 
     Args:
-        pixels: (N, S, S, 3) uint8; `photographs` by default. The tolerances are for photographs: noise differs by more.
+        pixels: (N, S, S, 3) uint8; `photographs` by default, which the tolerances are for. Noise differs by more.
     """
     pixels = photographs() if pixels is None else pixels
     rows = []
