@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.report import against, conditions, label, made_of, number, parts, spread
 from tidali.files import write_atomically
-from tidali.report.drawing import INK, MUTED, PALE, save_figure, series_colour, series_marker, styled
+from tidali.report.drawing import INK, MUTED, PALE, house_style, save_figure, series_colour, series_marker
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,13 +27,13 @@ def write_plot(document: Mapping[str, Any], path: Path) -> None:
     Raises:
         TidaliError: the file cannot be written.
     """
-    if path.suffix == ".html":
+    if path.suffix.lower() == ".html":
         write_atomically(path, page(document))
     else:
         save_figure(draw(document), path)
 
 
-@styled
+@house_style()
 def draw(document: Mapping[str, Any], *, signed: bool = True) -> Figure:
     """A panel for each place that rows were measured at, and one for each thing that was varied.
 

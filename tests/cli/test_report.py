@@ -130,7 +130,7 @@ def test_several_side_by_side(tidali, trained, other_run: Path, nasty_data: Path
     assert differing[1:] == [["lr", "0.05", "0.125"]]
     assert ["momentum", "0.9"] in shared
     assert "lr" not in {row[0] for row in shared}
-    assert f"{NASTY}: not finished, or stopped: 1 of 2 epochs" in page.text
+    assert f"{NASTY}: not finished, 1 of 2 epochs" in page.text
     minutes = next(row for row in results if row[0] == "minutes")
     assert minutes[2] == "-"
     assert page.text.count("Most confused") == 2
@@ -145,11 +145,11 @@ def test_without_the_data_the_page_says_so(tidali, trained, tmp_path: Path, read
     ended = tidali("--quiet", "report", run, "-o", tmp_path / "report.html")  # which leaves out all but warnings
     console.set_verbosity("normal")
     assert ended.code == 0
-    assert "warning: run: no pictures and no figures by class" in ended.stderr
+    assert "warning: run: no pictures" in ended.stderr
     page = read_page(tmp_path / "report.html")
     assert page.images == []
     assert page.svgs == 4
-    assert "no pictures and no figures by class" in page.text
+    assert "run: no pictures" in page.text
     assert "gone: no dataset.json" in page.text
 
 

@@ -12,9 +12,10 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
+from tidali.cli.options import output_file
 from tidali.errors import TidaliError, UsageError
 from tidali.report import figures
-from tidali.report.drawing import COLOURS, check_figure_path, inline_svg, legend_entries, save_figure, series_colour, theme_css
+from tidali.report.drawing import COLOURS, inline_svg, legend_entries, save_figure, series_colour, theme_css
 from tidali.report.figures import Point, ResolutionLine
 from tidali.training.history import Run
 
@@ -41,11 +42,11 @@ RUNS = [make_run("a", [10, 30, 45]), make_run(NASTY, [20, 25, 50])]
 POINTS = [Point(label="1", gmacs=0.148, top1_percent=30, series=0), Point(label="2", gmacs=1.814, top1_percent=74, series=8)]
 LINES = [ResolutionLine(label="2", series=8, res=[224, 64], gmacs=[1.814, 0.148], top1_percent=[74, 17])]
 DRAWN = {
-    "accuracy": lambda: figures.accuracy_curves(RUNS),
-    "one epoch": lambda: figures.accuracy_curves([make_run("a", [10])]),
-    "loss": lambda: figures.loss_curves(RUNS),
-    "throughput": lambda: figures.throughput(RUNS),
-    "waiting": lambda: figures.waiting(RUNS),
+    "accuracy": lambda: figures.by_epoch(figures.accuracy, RUNS),
+    "one epoch": lambda: figures.by_epoch(figures.accuracy, [make_run("a", [10])]),
+    "loss": lambda: figures.by_epoch(figures.loss, RUNS),
+    "throughput": lambda: figures.by_epoch(figures.throughput, RUNS),
+    "waiting": lambda: figures.by_epoch(figures.waiting, RUNS),
     "one among": lambda: figures.one_among(RUNS, [1], 3),
     "comparison": lambda: figures.comparison(RUNS, ["a", NASTY]),
     "gmacs": lambda: figures.accuracy_against_gmacs(POINTS, LINES),
@@ -160,7 +161,7 @@ def test_paths_that_cannot_be_written_are_refused_before_work(given: str, tmp_pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UsageError, match="--out"):
-        check_figure_path(given.replace("{folder}", "folder"), "--out")
+        output_file(given.replace("{folder}", "folder"), "--out", (".png", ".svg"))
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:

@@ -1,28 +1,26 @@
-"""How figures look: colours, markers, type; as files, or as SVG inside a page whose light or dark theme they follow."""
+"""How figures look, and how they become files, or SVG in a page that follows its light or dark theme."""
 
 from __future__ import annotations
 
-import functools
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
-from tidali.errors import UsageError
+from tidali.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Drawing = ParamSpec("Drawing")
-
-# Light and dark value of each colour. Figures are drawn in the light ones; inside a page each is replaced by the CSS variable
-# of its name, so no two may be equal. The first six series came out of a search for colours that lie far apart: at least 24
-# hundredths of OKLab for normal sight and 13 with protanopia, deuteranopia and tritanopia (Machado et al., 2009, severity 1) in
-# the light ones, 23 and 10.9 in the dark ones; with the seventh, close to the ink, 18 and 13, and 17 and 8. Their contrast
-# against the page is at least 3.2 and 4.2 to 1.
+# The light and the dark value of each colour. Figures are drawn in the light ones. Inside a page, each is replaced by the CSS
+# variable of its name, so no two may be equal. The first six series were found by a search for colours that are far apart: the
+# smallest distance of two, in hundredths of OKLab, is 24 for normal sight and 13 with protanopia, deuteranopia or tritanopia
+# (Machado et al., 2009, severity 1) in the light theme, and 23 and 10.9 in the dark theme. With the seventh, which is close to
+# the ink, it is 18 and 13, and 17 and 8. Their contrast against the page is at least 3.2 to 1 (light) and 4.2 to 1 (dark).
 COLOURS = {
     "ink": ("#1d1d1f", "#ececee"),
     "muted": ("#63636b", "#a3a3ad"),
@@ -40,9 +38,9 @@ COLOURS = {
 INK, MUTED, GRID, PALE = (COLOURS[name][0] for name in ("ink", "muted", "grid", "pale"))
 _SERIES = 7
 _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚"}
-"""matplotlib's name -> the character that stands for it in a page. With seven colours, 42 series before one comes again."""
+"""matplotlib's name of a marker -> the character for it in a page. With seven colours this makes 42 different series."""
 
-# Of a figure in inches: SVG has 72 units an inch, and pages show a figure 340 to 560 CSS pixels wide, at about its own size.
+# The default size of a figure. SVG has 72 units per inch, and pages show figures 340 to 560 CSS pixels wide: about this size.
 WIDTH_IN, HEIGHT_IN = 5.6, 3.6
 
 _STYLE: dict[Any, Any] = {
@@ -83,71 +81,48 @@ def series_marker(place: int) -> str:
 
 
 def legend_entries(labels: list[str]) -> list[dict[str, str]]:
-    """What a page's legend needs for each series: its marker as a character, its colour's CSS variable, its label."""
+    """For each series of a page's legend: its marker as a character, its colour as a CSS variable, and its label."""
     return [
         {"mark": _MARKERS[series_marker(place)], "colour": f"var(--series-{place % _SERIES})", "label": label}
         for place, label in enumerate(labels)
     ]
 
 
-def styled(draw: Callable[Drawing, Figure]) -> Callable[Drawing, Figure]:
-    """Draw in the house style, whatever matplotlibrc says."""
+@contextmanager
+def house_style(more: dict[Any, Any] | None = None) -> Iterator[None]:
+    """Draw in tidali's style, whatever matplotlibrc says. Also a decorator of functions that draw.
 
-    @functools.wraps(draw)
-    def wrapped(*args: Drawing.args, **kwargs: Drawing.kwargs) -> Figure:
-        with _style():
-            return draw(*args, **kwargs)
-
-    return wrapped
-
-
-def check_figure_path(given: str, option: str) -> Path:
+    Args:
+        more: further settings of matplotlib.
     """
-    Raises:
-        UsageError: not a PNG's or an SVG's name, or in a folder that is not there.
-    """
-    path = Path(given)
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise UsageError(f"{option} {given}: give a file that ends in .png or .svg")
-    return check_folder(path, option)
+    import matplotlib
 
-
-def check_folder(path: Path, option: str) -> Path:
-    """
-    Raises:
-        UsageError: the file's folder is not there, or the file is a folder.
-    """
-    if not path.parent.is_dir():
-        raise UsageError(f"{option} {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise UsageError(f"{option} {path}: is a folder; give a file")
-    return path
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({**_STYLE, **(more or {})})
+        yield
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """A PNG of 150 dots an inch or an SVG with its letters as outlines, by the suffix, on white.
+    """Write a PNG of 150 dots per inch, or an SVG with its letters as outlines, by the suffix, on white.
 
     Raises:
         TidaliError: it cannot be written.
     """
-    from tidali.files import write_atomically
-
     kind = path.suffix.lower().removeprefix(".")
     write_atomically(path, _rendered(figure, kind, facecolor=COLOURS["page"][0], dpi=150))
 
 
 def inline_svg(figure: Figure, description: str) -> str:
-    """An ``<svg>`` element for a page: its letters are text, its colours the page's CSS variables, its width the place's.
+    """An ``<svg>`` element for a page. Letters are text, colours are the page's CSS variables, and it is as wide as its place.
 
     Args:
-        description: of what it shows, for those who cannot see it.
+        description: what the figure shows, for readers who cannot see it.
     """
-    from html import escape
-
     text = _rendered(figure, "svg", transparent=True, dpi=144, fonttype="none").decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # figure_1, axes_1, ...: a page holds several figures
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # ids such as figure_1 would not be unique: a page has several figures
     head, tail = text.split(">", 1)
     width, height = re.findall(r'(?:width|height)="([0-9.]+)pt"', head)
     svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}"'
@@ -165,20 +140,10 @@ def theme_css() -> str:
 
 def _rendered(figure: Figure, kind: str, *, fonttype: str = "path", **options: Any) -> bytes:
     out = io.BytesIO()
-    # No date and a fixed salt: equal runs give equal files. SVG's ids are hashes of what they name.
+    # No date and a fixed salt for the ids in the SVG, so that equal figures are equal files.
     metadata = {"Date": None} if kind == "svg" else {}
-    with _style({"svg.fonttype": fonttype, "svg.hashsalt": "tidali"}), warnings.catch_warnings():
-        # A class name may hold characters that matplotlib's own font lacks: a page's text has the reader's fonts.
+    with house_style({"svg.fonttype": fonttype, "svg.hashsalt": "tidali"}), warnings.catch_warnings():
+        # A class name may have characters that matplotlib's font lacks. On a page the reader's own fonts show them.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         figure.savefig(out, format=kind, metadata=metadata, **options)
     return out.getvalue()
-
-
-@contextmanager
-def _style(more: dict[Any, Any] | None = None) -> Iterator[None]:
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({**_STYLE, **(more or {})})
-        yield

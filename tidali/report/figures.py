@@ -1,17 +1,17 @@
 """The figures: learning curves, speed, accuracy against cost and resolution, accuracy by class, confusion.
 
-Each function gives a matplotlib figure, for `tidali.report.drawing.save_figure` or `tidali.report.drawing.inline_svg`;
-matplotlib is imported when one is drawn. Names in figures are plain text: a ``$`` in a class's name is a ``$``.
+Most functions return a matplotlib figure, for `tidali.report.drawing.save_figure` or `tidali.report.drawing.inline_svg`.
+matplotlib is imported when one is drawn. Names in figures are plain text: a ``$`` in the name of a class is drawn as a ``$``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tidali.report.drawing import HEIGHT_IN, INK, MUTED, PALE, WIDTH_IN, series_colour, series_marker, styled
+from tidali.report.drawing import HEIGHT_IN, INK, MUTED, PALE, WIDTH_IN, house_style, series_colour, series_marker
 from tidali.training.history import Run
 
 if TYPE_CHECKING:
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ALL_CLASSES = 40
-"""Up to so many classes each has its bar; of more, the lowest and the highest twenty."""
+"""Up to this many classes each have a bar; of more, only the twenty lowest and the twenty highest."""
 NAMED_CELLS = 30
-"""Up to so many classes a confusion matrix names them and writes each count."""
+"""Up to this many classes, a confusion matrix has their names and counts."""
 _NAME_LETTERS = 22
 _GMAC_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-# Of cells in a confusion matrix, which are an image and so cannot follow the page: 4.1 to 4.4 to 1 against its light and dark,
-# and 3.5 or more against the counts in them.
+# The cells of a confusion matrix are an image, whose colours cannot follow the theme of the page. The contrast of these colours
+# is 4.1 to 4.4 to 1 against a light and a dark page, and at least 3.5 to 1 against the counts in the cells.
 _RIGHT_RGB, _WRONG_RGB = (0.2, 0.46, 0.91), (0.86, 0.3, 0.04)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A model's accuracy at its cost."""
+    """The accuracy of a model and what it costs."""
 
     label: str
     gmacs: float
@@ -51,69 +51,71 @@ class ResolutionLine:
     top1_percent: Sequence[float]
 
 
-@styled
+@house_style()
 def comparison(runs: Sequence[Run], labels: Sequence[str]) -> Figure:
     """Accuracy and loss of several runs in one picture with a legend, for a file."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     names = [*labels, "evaluated", "train, as counted while training"]
-    columns = 2 if len(names) > 5 and max(len(name) for name in names) < 70 else 1  # a half holds 75 letters
+    columns = 2 if len(names) > 5 and max(len(name) for name in names) < 70 else 1  # half the width has room for 75 letters
     figure = Figure(figsize=(2 * WIDTH_IN, HEIGHT_IN + 0.2 + 0.2 * -(-len(names) // columns)))
-    accuracy, loss = figure.subplots(1, 2)
-    _accuracy(accuracy, runs)
-    _loss(loss, runs)
+    left, right = figure.subplots(1, 2)
+    accuracy(left, runs)
+    loss(right, runs)
     lines = [
         Line2D([], [], color=series_colour(place), marker=series_marker(place), linestyle="-") for place in range(len(runs))
     ]
     lines += [Line2D([], [], color=MUTED, linestyle="-"), Line2D([], [], color=MUTED, linestyle="--", linewidth=1.2)]
     legend = figure.legend(lines, [""] * len(lines), loc="outside lower left", fontsize=9, ncols=columns)
-    for text, name in zip(legend.get_texts(), names, strict=True):  # given at once, names that begin with _ would be left out
+    for text, name in zip(
+        legend.get_texts(), names, strict=True
+    ):  # matplotlib leaves out names that begin with _ when they are passed to legend()
         text.set_text(name)
     return figure
 
 
-@styled
-def accuracy_curves(runs: Sequence[Run]) -> Figure:
+@house_style()
+def by_epoch(draw: Callable[[Axes, Sequence[Run]], None], runs: Sequence[Run]) -> Figure:
+    """A figure of its own for `accuracy`, `loss`, `throughput` or `waiting`."""
+    figure, axes = _panel()
+    draw(axes, runs)
+    return figure
+
+
+def accuracy(axes: Axes, runs: Sequence[Run]) -> None:
     """Top-1 by epoch: evaluated as lines with markers, on train dashed."""
-    figure, axes = _panel()
-    _accuracy(axes, runs)
-    return figure
+    _evaluated_and_train(axes, runs, "top1_percent", "top-1, %")
+    _percent_limits(axes)
 
 
-@styled
-def loss_curves(runs: Sequence[Run]) -> Figure:
+def loss(axes: Axes, runs: Sequence[Run]) -> None:
     """Cross entropy by epoch: evaluated as lines with markers, on train dashed."""
-    figure, axes = _panel()
-    _loss(axes, runs)
-    return figure
+    _evaluated_and_train(axes, runs, "loss", "cross entropy, nats")
 
 
-@styled
-def throughput(runs: Sequence[Run]) -> Figure:
-    """Images a second in training, by epoch."""
-    figure, axes = _panel()
+def throughput(axes: Axes, runs: Sequence[Run]) -> None:
+    """Images per second in training, by epoch."""
     for place, run in enumerate(runs):
         _line(axes, run, "images_per_s", place)
-    _finish(axes, runs, "images/s in training")
+    _label_epochs(axes, runs, "images/s in training")
     axes.set_ylim(bottom=0)
-    return figure
 
 
-@styled
-def waiting(runs: Sequence[Run]) -> Figure:
-    """Share of the training time that the step waited for data, by epoch."""
-    figure, axes = _panel()
+def waiting(axes: Axes, runs: Sequence[Run]) -> None:
+    """Percentage of the training time that steps waited for data, by epoch."""
     for place, run in enumerate(runs):
         _line(axes, run, "data_wait_share", place, scale=100)
-    _finish(axes, runs, "waiting for data, % of the time")
-    axes.set_ylim(0, max(axes.get_ylim()[1], 5))  # or noise about a share of nothing would fill the figure
-    return figure
+    _label_epochs(axes, runs, "waiting for data, % of the time")
+    axes.set_ylim(0, max(axes.get_ylim()[1], 5))  # otherwise the noise around 0 % would fill the figure
 
 
-@styled
+@house_style()
 def one_among(runs: Sequence[Run], chosen: Sequence[int], series: int) -> Figure:
-    """The accuracy of some runs, seeds of one row say, in front of all the others': one of several panels with equal axes."""
+    """The accuracy of some runs, such as all seeds of a row, drawn over the pale lines of the other runs.
+
+    Several of these stand side by side on a page, so their axes are equal.
+    """
     figure, axes = _panel(width_in=3.4, height_in=2.3)
     for place, run in enumerate(runs):
         if place not in chosen:
@@ -121,14 +123,14 @@ def one_among(runs: Sequence[Run], chosen: Sequence[int], series: int) -> Figure
     for place in chosen:
         _line(axes, runs[place], f"{runs[place].split}_top1_percent", series)
         _line(axes, runs[place], "train_top1_percent", series, train=True)
-    _finish(axes, runs, "top-1, %")
+    _label_epochs(axes, runs, "top-1, %")
     axes.set_ylim(0, 102)
     return figure
 
 
-@styled
+@house_style()
 def accuracy_against_gmacs(points: Sequence[Point], lines: Sequence[ResolutionLine] = ()) -> Figure:
-    """Top-1 against the multiply-adds of a forward pass: models as points, weights at several resolutions as lines."""
+    """Top-1 against the multiply-adds of a forward pass: a point for each model, a line for weights at several resolutions."""
     figure, axes = _panel()
     for line in lines:
         pairs = sorted(zip(line.gmacs, line.top1_percent, strict=True))
@@ -146,13 +148,13 @@ def accuracy_against_gmacs(points: Sequence[Point], lines: Sequence[ResolutionLi
     axes.margins(y=0.09)
     _percent_limits(axes)
     _plain_log_ticks(axes, [point.gmacs for point in points] + [gmacs for line in lines for gmacs in line.gmacs])
-    axes.set_xlabel("GMACs a forward pass")
+    axes.set_xlabel("GMACs per forward pass")
     axes.set_ylabel("top-1, %")
     _label_points(axes, points)
     return figure
 
 
-@styled
+@house_style()
 def accuracy_against_resolution(lines: Sequence[ResolutionLine]) -> Figure:
     """Top-1 of each set of weights at the input sides that it was evaluated at."""
     figure, axes = _panel()
@@ -170,10 +172,9 @@ def accuracy_against_resolution(lines: Sequence[ResolutionLine]) -> Figure:
     return figure
 
 
-@styled
+@house_style()
 def class_accuracy(names: Sequence[str], top1_percent: Sequence[float | None]) -> Figure:
-    """Top-1 of each class as sorted bars; of more than 40 classes the lowest and the highest 20. Classes without samples (None)
-    are left out."""
+    """Top-1 of each class as sorted bars, at most `ALL_CLASSES` of them. Classes without samples (None) are left out."""
     rows: list[tuple[float, str] | None] = [
         *sorted(
             ((percent, name) for name, percent in zip(names, top1_percent, strict=True) if percent is not None), reverse=True
@@ -199,21 +200,21 @@ def class_accuracy(names: Sequence[str], top1_percent: Sequence[float | None]) -
     return figure
 
 
-@styled
+@house_style()
 def confusion_matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure:
     """Samples by true class (rows) and predicted class (columns).
 
     Args:
-        counts: in class order. A cell is as opaque as the square root of its share of the row, so that few mistakes show.
+        counts: in class order. The opacity of a cell is the square root of its fraction of the row, so that rare mistakes show.
     """
     import numpy as np
 
     table = np.asarray(counts, dtype=float)
-    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    fraction = table / np.maximum(table.sum(1, keepdims=True), 1)
     cells = np.empty((*table.shape, 4))
     cells[..., :3] = _WRONG_RGB
     cells[np.arange(len(table)), np.arange(len(table)), :3] = _RIGHT_RGB
-    cells[..., 3] = np.sqrt(share)
+    cells[..., 3] = np.sqrt(fraction)
     figure, axes = _panel(width_in=6.6, height_in=6.3)
     axes.imshow(cells, interpolation="nearest")
     axes.grid(visible=False)
@@ -239,19 +240,11 @@ def _panel(*, width_in: float = WIDTH_IN, height_in: float = HEIGHT_IN) -> tuple
     return figure, figure.subplots()
 
 
-def _accuracy(axes: Axes, runs: Sequence[Run]) -> None:
+def _evaluated_and_train(axes: Axes, runs: Sequence[Run], measure: str, label: str) -> None:
     for place, run in enumerate(runs):
-        _line(axes, run, "train_top1_percent", place, train=True)
-        _line(axes, run, f"{run.split}_top1_percent", place)
-    _finish(axes, runs, "top-1, %")
-    _percent_limits(axes)
-
-
-def _loss(axes: Axes, runs: Sequence[Run]) -> None:
-    for place, run in enumerate(runs):
-        _line(axes, run, "train_loss", place, train=True)
-        _line(axes, run, f"{run.split}_loss", place)
-    _finish(axes, runs, "cross entropy, nats")
+        _line(axes, run, f"train_{measure}", place, train=True)
+        _line(axes, run, f"{run.split}_{measure}", place)
+    _label_epochs(axes, runs, label)
 
 
 def _line(axes: Axes, run: Run, field: str, place: int, *, train: bool = False, scale: float = 1.0) -> None:
@@ -259,16 +252,16 @@ def _line(axes: Axes, run: Run, field: str, place: int, *, train: bool = False, 
     if not train:
         style = {"marker": series_marker(place), "markevery": max(1, len(run.epochs) // 8)}
     values = [scale * value for value in run.column(field)]
-    if train and len(values) == 1:  # a line of one point is none
+    if train and len(values) == 1:  # a single point is not visible as a line
         style["marker"] = "_"
     axes.plot(run.column("epoch"), values, color=series_colour(place), **style)
 
 
-def _finish(axes: Axes, runs: Sequence[Run], what: str) -> None:
+def _label_epochs(axes: Axes, runs: Sequence[Run], label: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("epoch")
-    axes.set_ylabel(what)
+    axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if max(len(run.epochs) for run in runs) == 1:
         axes.set_xlim(0, 2)
@@ -280,8 +273,8 @@ def _percent_limits(axes: Axes) -> None:
 
 
 def _plain_log_ticks(axes: Axes, values: Sequence[float]) -> None:
-    """Ticks such as 0.2 and 0.5 in place of powers of ten, of which the range holds one or none."""
-    low, high = min(values) / 1.3, max(values) * 1.6  # room for labels to the right
+    """Ticks such as 0.2 and 0.5 instead of powers of ten: the range contains at most one of those."""
+    low, high = min(values) / 1.3, max(values) * 1.6  # room for the labels on the right
     ticks = [tick for tick in _GMAC_TICKS if low <= tick <= high]
     axes.set_xlim(low, high)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -289,9 +282,9 @@ def _plain_log_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _label_points(axes: Axes, points: Sequence[Point]) -> None:
-    """Each point's label on the side where no other model is close, moved up where two would touch, with a line back then."""
+    """Label each point on the side where no other point is close. Labels that would touch are moved up and joined by a line."""
     height_percent = (axes.get_ylim()[1] - axes.get_ylim()[0]) * 0.055
-    placed: list[tuple[float, float]] = []  # log10 of GMACs, height
+    placed: list[tuple[float, float]] = []  # log10 of GMACs, percent
     for point in sorted(points, key=lambda point: point.top1_percent):
         x = math.log10(point.gmacs)
         crowded = any(0.01 < math.log10(other.gmacs) - x < 0.2 for other in points)

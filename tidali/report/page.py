@@ -1,4 +1,4 @@
-"""What the pages of a report, a study and a benchmark share: templates, figures inside them, the part that shows pictures."""
+"""What the pages of a report, a study and a benchmark have in common: templates, figures, and the part that shows pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _TEMPLATES = Path(__file__).parent
 _PAIRS, _PICTURES_OF_A_PAIR, _HARDEST = 10, 4, 12
 MATRIX_CLASSES = 250
-"""Of more classes than this a matrix has cells below two pixels a side, and is left out."""
+"""With more classes, the cells of a confusion matrix would be smaller than two pixels, so it is left out."""
 
 BEST_FLATTERS = (
     "“Best” is the epoch chosen by its accuracy on the samples that it is reported on, which flatters: compare “last”."
@@ -25,10 +25,10 @@ BEST_FLATTERS = (
 
 
 def render(template: str, folder: Path | None = None, **context: Any) -> bytes:
-    """A template filled in; everything that is put in is escaped unless it is `Markup`.
+    """Fill in a template. All values are escaped unless they are `Markup`.
 
     Args:
-        folder: where it is, if not with those of this package, which it may import.
+        folder: where the template is, if it is not one of this package's. It may import those.
     """
     import jinja2
 
@@ -43,19 +43,19 @@ def render(template: str, folder: Path | None = None, **context: Any) -> bytes:
 
 
 def as_is(text: str) -> Markup:
-    """Text of our own making that a template must not escape."""
+    """Mark text from this package as safe, so that a template does not escape it."""
     from markupsafe import Markup
 
     return Markup(text)
 
 
 def drawn(figure: Figure, description: str) -> Markup:
-    """A figure for a template."""
+    """A figure as SVG for a template."""
     return as_is(inline_svg(figure, description))
 
 
 def insight_part(insight: Insight) -> dict[str, Any]:
-    """What the template's ``insight`` macro shows: accuracy by class, the matrix, the most confused pairs, the hardest samples.
+    """The values of the template's ``insight`` macro: accuracy by class, confusion matrix, confused pairs, hardest samples.
 
     Raises:
         DatasetError: a picture cannot be read.
@@ -68,7 +68,7 @@ def insight_part(insight: Insight) -> dict[str, Any]:
     def picture(index: int, caption: Callable[[int], Sequence[str]]) -> dict[str, Any]:
         return {"src": insight.picture(index), "key": insight.samples[index][1].key, "lines": caption(index)}
 
-    def taken_for(index: int) -> list[str]:
+    def prediction(index: int) -> list[str]:
         true, predicted = names[int(insight.labels[index])], names[int(insight.predicted[index])]
         sure = f"{100 * float(insight.confidences[index]):.0f} % sure"
         return [true, f"→ {predicted}, {sure}" if true != predicted else f"right, {sure}"]
@@ -91,5 +91,5 @@ def insight_part(insight: Insight) -> dict[str, Any]:
             }
             for pair in insight.most_confused(_PAIRS)
         ],
-        "hardest": [picture(index, taken_for) for index in insight.hardest(_HARDEST)],
+        "hardest": [picture(index, prediction) for index in insight.hardest(_HARDEST)],
     }

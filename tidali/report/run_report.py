@@ -1,4 +1,4 @@
-"""One self-contained page for a run, or for several side by side."""
+"""One self-contained page about a run, or about several side by side."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tidali.errors import TidaliError, UsageError
 from tidali.files import write_atomically
 from tidali.model.checkpoint import SUFFIX
 from tidali.report.drawing import legend_entries
-from tidali.report.figures import accuracy_curves, loss_curves, throughput, waiting
+from tidali.report.figures import accuracy, by_epoch, loss, throughput, waiting
 from tidali.report.insight import inspect_checkpoint
 from tidali.report.page import BEST_FLATTERS, drawn, insight_part, render
 from tidali.training.history import Run, differing_settings
 
 
 def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> None:
-    """Predict the evaluated split by each run's last weights, and write the page; it appears whole or not at all.
+    """Predict the evaluated split with each run's last weights, and write the page. It appears whole or not at all.
 
-    Where a run's data set cannot be had, the page says so and goes without classes, pictures and predictions.
+    If the data set of a run cannot be opened, the page says so, and has no classes, pictures or predictions of that run.
 
     Args:
         runs: at least one.
-        data: the packed data set of all runs; by default the one that each was trained on.
+        data: a packed data set to evaluate all runs on; by default the one that each was trained on.
 
     Raises:
         TidaliError, UsageError: ``data`` was given and cannot be used, or the page cannot be written.
@@ -39,7 +39,7 @@ def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> 
         except TidaliError as error:
             if data is not None:
                 raise
-            note = f"{run.name}: no pictures and no figures by class: {error}. --data names the data set if it has moved."
+            note = f"{run.name}: no pictures and no accuracy by class: {error}. If the data set has moved, give --data."
             warn(note)
             notes.append(note)
     differing = differing_settings(runs)
@@ -53,10 +53,10 @@ def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> 
         headline=_headline(runs),
         differing=differing,
         shared={name: value for name, value in first.settings.items() if name not in differing and name != "out"},
-        accuracy=drawn(accuracy_curves(runs), "top-1 by epoch"),
-        loss=drawn(loss_curves(runs), "cross entropy by epoch"),
-        throughput=drawn(throughput(runs), "images per second by epoch"),
-        waiting=drawn(waiting(runs), "share of the time spent waiting for data, by epoch"),
+        accuracy=drawn(by_epoch(accuracy, runs), "top-1 by epoch"),
+        loss=drawn(by_epoch(loss, runs), "cross entropy by epoch"),
+        throughput=drawn(by_epoch(throughput, runs), "images per second by epoch"),
+        waiting=drawn(by_epoch(waiting, runs), "percentage of the time spent waiting for data, by epoch"),
         parts=parts,
         versions=_versions(runs),
     )
@@ -72,9 +72,9 @@ def _insight(run: Run, data: str | None) -> dict[str, Any]:
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """What a reader must know to read the figures right."""
+    """What a reader must know to understand the figures."""
     notes = [
-        f"{run.name}: not finished, or stopped: {len(run.epochs)} of {run.settings.get('epochs', '?')} epochs."
+        f"{run.name}: not finished, {len(run.epochs)} of {run.settings.get('epochs', '?')} epochs."
         for run in runs
         if run.summary is None
     ]
@@ -86,7 +86,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
 
 
 def _headline(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Measure -> its value in each run, as text; without those that no run has."""
+    """Name of a result -> its value in each run, as text. Results that no run has are left out."""
     columns = [_measures(run) for run in runs]
     rows = {name: [column[name] for column in columns] for name in columns[0]}
     return {name: values for name, values in rows.items() if set(values) != {"-"}}
@@ -100,16 +100,16 @@ def _measures(run: Run) -> dict[str, str]:
         "last: top-1, %": _figure(last, f"{run.split}_top1_percent"),
         "last: top-5, %": _figure(last, f"{run.split}_top5_percent"),
         "last: loss": _figure(last, f"{run.split}_loss", 4),
-        "last: top-1 with mirror images, %": _figure(summary.get("last_flip") or {}, "top1_percent"),
+        "last: top-1 with flip TTA, %": _figure(summary.get("last_flip") or {}, "top1_percent"),
         "best: top-1, %": _figure(best, f"{run.split}_top1_percent"),
         "best: epoch": f"{best['epoch']}",
         "evaluated on": f"{run.split}, {last.get(f'{run.split}_samples', '?')} samples",
         "epochs": f"{len(run.epochs)}",
         "images/s in training": f"{summary.get('images_per_s', statistics.median(rates)):.0f}",
         "minutes": f"{summary['minutes']:.1f}" if "minutes" in summary else "-",
-        "compiling, s": f"{sum(compile_s):.1f}" if any(compile_s) else "-",
+        "compilation, s": f"{sum(compile_s):.1f}" if any(compile_s) else "-",
         "device": f"{device['name']}, {device['cores']} cores" if device else "-",
-        "computed in": f"{device['dtype']}" if device else "-",
+        "precision": f"{device['dtype']}" if device else "-",
     }
 
 
@@ -124,7 +124,7 @@ def _made_of(run: Run) -> str:
 
 
 def _versions(runs: Sequence[Run]) -> str:
-    told = dict.fromkeys(
+    trained_with = dict.fromkeys(
         ", ".join(f"{name} {version}" for name, version in run.summary["versions"].items()) for run in runs if run.summary
     )
-    return " · ".join([f"Written by tidali {__version__}", *(f"trained with {one}" for one in told)])
+    return " · ".join([f"Written by tidali {__version__}", *(f"trained with {one}" for one in trained_with)])
