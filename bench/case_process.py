@@ -1,4 +1,5 @@
-"""The parent's side of a case's process: start it, ask it, hold it still while others are measured."""
+"""The parent's side of a case that runs in its own process: start it, send it requests, suspend it while others are
+measured."""
 
 from __future__ import annotations
 
@@ -12,42 +13,38 @@ from pathlib import Path
 from typing import Any
 
 from bench.case_worker import Job
-from bench.fingerprint import PACKAGES
-from bench.measure import Rates
+from bench.document import PACKAGES
+from bench.measure import CaseFailed, Rates
 from tidali.hardware.cpu_threads import WAITING
 from tidali.hardware.timing import Stopwatch
 
 MIN_SECONDS = 3.0
-"""Of a measurement. There are few repeats, and one second of a case that memory holds back differs by a fifth from the next."""
+"""Shortest duration of a measurement. There are few repeats, and for a case that is limited by memory one second differs from
+the next by a fifth."""
 START_TIMEOUT_S = 3600.0
-"""A data set is converted to the peer's own format first."""
+"""Long: the case may have to convert the data set to its own format first."""
 ANSWER_TIMEOUT_S = 1200.0
 _STOP_TIMEOUT_S = 10.0
 _MAIN = "import sys; sys.path.insert(0, {root!r}) if {root!r} not in sys.path else None; \
 from bench.case_worker import Job, serve; serve(Job.from_json(sys.argv[1]))"
 
 
-class CaseFailed(Exception):
-    """A case that cannot be measured, and why."""
-
-
 class CaseProcess:
     """A case in its own process.
 
-    Between questions the process and its workers are stopped by a signal: what they would prepare ahead would take the cores
-    from the case whose turn it is. Should the parent be killed, the kernel wakes the stopped group and hangs it up.
+    Between requests the process and its workers are suspended by SIGSTOP: what they prefetch would take the cores from the case
+    that is being measured. If the parent is killed, the kernel wakes the suspended process group and sends it SIGHUP.
     """
 
-    def __init__(self, python: Path, job: Job, log: Path) -> None:
-        """Start it and wait until it has its first batches in reach.
+    def __init__(self, python: Path, job: Job) -> None:
+        """Start it and wait until it is ready. Its messages go to a file beside its scratch folder, SCRATCH.log.
 
         Raises:
-            CaseFailed: it did not come up.
+            CaseFailed: it did not start.
         """
-        self._log = log
-        scratch = Path(job.scratch)
+        scratch, self._log = Path(job.scratch), Path(f"{job.scratch}.log")
         scratch.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as messages:
+        with self._log.open("wb") as messages:
             self._process = subprocess.Popen(
                 [str(python), "-c", _MAIN.format(root=str(PACKAGES)), job.to_json()],
                 stdin=subprocess.PIPE,
@@ -56,7 +53,7 @@ class CaseProcess:
                 cwd=scratch,
                 env=_environment(job),
             )
-        self._rest = b""
+        self._unread = b""
         try:
             self.version: str = self._answer(START_TIMEOUT_S)["version"]
         except BaseException:
@@ -65,38 +62,43 @@ class CaseProcess:
         self._signal(signal.SIGSTOP)
 
     def check(self, batches: int | None) -> dict[str, Any]:
-        """
-        Raises:
-            CaseFailed: it failed meanwhile.
-        """
-        return self._ask({"do": "check", "batches": batches})
-
-    def measure(self) -> Rates:
-        """One measurement, by its own clock.
+        """What the case reports of its own batches: `bench.case_worker.Subject.check`.
 
         Raises:
-            CaseFailed: it failed meanwhile.
+            CaseFailed: it failed.
         """
-        answer = self._ask({"do": "measure", "min_seconds": MIN_SECONDS})
+        return self._request({"do": "check", "batches": batches})
+
+    def measure(self, min_seconds: float | None = None) -> Rates:
+        """One measurement, by the clock of that process.
+
+        Args:
+            min_seconds: None: `MIN_SECONDS`.
+
+        Raises:
+            CaseFailed: it failed.
+        """
+        answer = self._request({"do": "measure", "min_seconds": MIN_SECONDS if min_seconds is None else min_seconds})
         return Rates(**{**answer, "per_s": tuple(answer["per_s"])})
 
     def profile(self, path: Path) -> list[str]:
-        """The lines of `bench.profile.profile_step`, which writes a trace.
+        """The lines of `bench.profile.profile_step`, which writes a trace to the path.
 
         Raises:
-            CaseFailed: it failed meanwhile, or the trace cannot be written.
+            CaseFailed: it failed, or the trace cannot be written.
         """
-        lines: list[str] = self._ask({"do": "profile", "path": str(path.absolute())})["lines"]
+        lines: list[str] = self._request({"do": "profile", "path": str(path.absolute())})["lines"]
         return lines
 
     def __enter__(self) -> CaseProcess:
         return self
 
-    def __exit__(self, *how: object) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
     def stop(self) -> None:
-        """End it and its workers: politely, so that it cleans up its shared memory, then not."""
+        """End it and its workers: by closing its input, so that it cleans up its shared memory; if that does not do, by
+        SIGKILL."""
         self._signal(signal.SIGCONT)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -108,11 +110,11 @@ class CaseProcess:
         self._process.wait()
         self._process.stdout.close()
 
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+    def _request(self, request: dict[str, Any]) -> dict[str, Any]:
         self._signal(signal.SIGCONT)
         try:
             assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
             raise CaseFailed(self._why_it_ended()) from None
@@ -125,18 +127,18 @@ class CaseProcess:
         watch = Stopwatch()
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._rest:
+            while b"\n" not in self._unread:
                 if watch.peek_s() > timeout_s:
                     raise CaseFailed(f"no answer in {timeout_s:.0f} s")
-                # Its workers hold the pipe open too, so the end of the process need not be the end of the pipe.
+                # Its workers keep the pipe open too, so the process can end before the pipe does.
                 if selector.select(timeout=1.0):
                     read = os.read(self._process.stdout.fileno(), 1 << 16)
                     if not read:
                         raise CaseFailed(self._why_it_ended())
-                    self._rest += read
+                    self._unread += read
                 elif self._process.poll() is not None:
                     raise CaseFailed(self._why_it_ended())
-        line, _, self._rest = self._rest.partition(b"\n")
+        line, _, self._unread = self._unread.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise CaseFailed(answer["error"])
@@ -149,12 +151,15 @@ class CaseProcess:
         return f"its process {how}" + (f": {lines[-1]}" if lines else "")
 
     def _signal(self, number: signal.Signals) -> None:
-        """To the process and its workers."""
-        with suppress(ProcessLookupError, PermissionError):  # it ended, or did not come as far as its own group
+        """Send a signal to the process and its workers."""
+        with suppress(ProcessLookupError, PermissionError):  # it has ended, or is not yet in its own process group
             os.killpg(self._process.pid, number)
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """A user's of that package: how threads wait for each other is set by the ``tidali`` command for its own process alone."""
+    """The variables that a user of that package would have: the ``tidali`` command sets how threads wait for each other
+    (`WAITING`) for its own process only."""
     environment = {name: value for name, value in os.environ.items() if name not in WAITING}
-    return {**environment, **(WAITING if job.package == "tidali" else {}), "TMPDIR": job.scratch}
+    environment |= WAITING if job.package == "tidali" else {}
+    environment |= {"OMP_NUM_THREADS": str(job.threads)} if job.threads is not None else {}
+    return {**environment, "TMPDIR": job.scratch}

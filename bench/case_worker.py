@@ -1,8 +1,8 @@
-"""A measured case's own process: it prepares its batches, then checks and measures itself whenever it is asked to.
+"""The process of one case: it prepares its batches, then checks and measures itself on request.
 
-Every case, tidali's too, runs in one of these, so that all are measured alike: by their own clock, alone in their process. The
-protocol is a JSON object a line: questions on standard input, answers on what was standard output, which is pointed at standard
-error meanwhile, where the peers' own messages go.
+All cases of a benchmark, tidali's too, run in such processes, so that all are measured alike: by their own clock, alone in
+their process. The protocol is one JSON object per line: requests on standard input, answers on what was standard output.
+Meanwhile standard output is redirected to standard error, so that the peers' own messages go there.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ from tidali.hardware.timing import Stopwatch
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every case is told. Plain values: it crosses to another Python as JSON."""
+    """The parameters of every case. Plain values: they are passed to another Python as JSON."""
 
     target: str
-    """``module:function``. The function takes the job and returns a `Subject`, or, where it is told of data, an iterable of
-    batches: images (N, 3, res, res), labels (N,), an epoch each time it is iterated over."""
+    """``module:function``. The function takes the job and returns a `Subject` or a `bench.measure.Case`; or, for a `DataJob`,
+    an iterable of batches: images (N, 3, res, res), labels (N,), one epoch per iteration."""
     package: str
-    """The distribution whose version is told."""
+    """The distribution whose version is reported."""
     scratch: str
-    """A folder that it may fill."""
+    """A folder that the case may write to."""
     res: int
     batch_size: int
     classes: int
+    threads: int | None = None
+    """OMP_NUM_THREADS of the process; None: as in this one."""
 
     @staticmethod
     def from_json(text: str) -> Job:
@@ -54,17 +56,18 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class DataJob(Job):
-    """What a case that reads data is told. Its scratch folder is kept between resolutions, for the data in its own format."""
+    """The parameters of a case that reads data. Its scratch folder is kept between resolutions, for the data in its own
+    format."""
 
     root: str
     """The packed data set."""
     folder: str
-    """Its train split as files, CLASS/KEY.jpg, the class a number."""
+    """Its train split as files, CLASS/KEY.jpg, where CLASS is a number."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     samples: int
     as_stored: bool
-    """Every image has the size asked for: no resize."""
+    """Every stored image has the requested size, so none needs a resize."""
     cores: int
 
 
@@ -72,27 +75,27 @@ class Subject(Protocol):
     """What is measured."""
 
     device: Any
-    """torch's, to be drained before the clock is read; None for the host."""
+    """torch's, drained before the clock is read; None for the host."""
     cycle_steps: int
     """See `bench.measure.Case`."""
     first_step_s: float
-    """What the very first step took, which is the first of `check`."""
+    """Duration of the very first step, which is the first step of `check`."""
 
     def step(self) -> int:
-        """Do one batch; the images in it."""
+        """Do one batch. Returns the number of its images."""
         ...
 
     def check(self, batches: int | None) -> dict[str, Any]:
-        """What the parent judges the case by.
+        """Facts from which the parent decides whether the case does the right work (`bench.peer_check`).
 
         Args:
-            batches: at most so many; None: an epoch.
+            batches: the most batches to look at; None: an epoch.
         """
         ...
 
 
 class Stream:
-    """Batches taken one after the other, epoch after epoch."""
+    """Batches of a loader, one after the other, epoch after epoch."""
 
     device = None
     first_step_s = 0.0
@@ -110,11 +113,11 @@ class Stream:
         if batch is None:
             batch = self._next_of_epoch()
         if batch is None:
-            raise RuntimeError("it gives no batch: fewer samples a worker than a batch takes?")
+            raise RuntimeError("it returns no batch: has each worker fewer samples than a batch?")
         return batch
 
     def _next_of_epoch(self) -> Any:
-        """None at an epoch's end. An iterator is not asked again after that: FFCV's would wait for ever."""
+        """None at the end of an epoch. An iterator is not used again after that: FFCV's would wait for ever."""
         if self._batches is None:
             self._batches = iter(self._loader)
         batch = next(self._batches, None)
@@ -123,7 +126,8 @@ class Stream:
         return batch
 
     def check(self, batches: int | None) -> dict[str, Any]:
-        """Over the batches: how many images of each label, and their pixels' mean of each label and channel, and deviation."""
+        """Over these batches: the number of images per label, the mean of their pixels per label and channel, and the standard
+        deviation."""
         import torch
 
         classes = self._job.classes
@@ -160,12 +164,12 @@ class Stream:
 
 
 def serve(job: Job) -> None:
-    """Answer questions until standard input ends. ``check`` gives facts, ``measure`` the fields of a `bench.measure.Rates`,
-    ``profile`` the lines of `bench.profile.profile_step`."""
-    os.setpgid(0, 0)  # a group of its own, workers included, which the parent can hold still while others are measured
-    # Under nohup it would be ignored, and is what ends a group that is held still when its parent is killed.
+    """Answer requests until standard input ends: ``check`` with facts, ``measure`` with the fields of a `bench.measure.Rates`,
+    ``profile`` with the lines of `bench.profile.profile_step`."""
+    os.setpgid(0, 0)  # a process group of its own, workers included, which the parent suspends while others are measured
+    # SIGHUP ends a suspended group when its parent is killed. Under nohup it would be ignored.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    # The last thing that it does: its workers end with it, also where it ends because its parent was killed between questions.
+    # Runs last, so that the workers end with this process, also if it ends because its parent was killed between requests.
     atexit.register(_end_workers)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w")
@@ -179,13 +183,15 @@ def serve(job: Job) -> None:
         subject = _open(job)
         answer({"ready": True, "version": _version(job.package)})
         for line in sys.stdin:
-            question = json.loads(line)
-            if question["do"] == "check":
-                answer(subject.check(question["batches"]))
-            elif question["do"] == "profile":
-                answer(_profile(subject, Path(question["path"])))
+            request = json.loads(line)
+            if request["do"] == "check":
+                answer(subject.check(request["batches"]))
+            elif request["do"] == "profile":
+                from bench.profile import profile_step
+
+                answer({"lines": profile_step(subject.step, subject.device, Path(request["path"]))})
             else:
-                answer(_measure(subject, question["min_seconds"]))
+                answer(_measure(subject, request["min_seconds"]))
     except Exception as error:
         traceback.print_exc()
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -193,20 +199,20 @@ def serve(job: Job) -> None:
 
 
 def _end_workers() -> None:
-    """End the rest of the group, and leave this process its exit code."""
+    """End the rest of the process group, without changing this process's exit code."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)
 
 
 def _end_with(parent: int) -> None:
-    """Should the parent be killed in the middle of a measurement, end the whole group."""
+    """End the whole group if the parent is killed during a measurement."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os.killpg(0, signal.SIGKILL)
 
 
 def _named(words: str) -> Any:
-    """What ``module:name`` names."""
+    """The object that ``module:name`` refers to."""
     module, _, name = words.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -223,20 +229,14 @@ def _open(job: Job) -> Subject:
 def _version(package: str) -> str:
     try:
         return version(package)
-    except PackageNotFoundError:  # DALI has a distribution for each CUDA; tidali runs from a checkout too
+    except PackageNotFoundError:  # DALI has a distribution for each CUDA version, and tidali may run from a checkout
         return "unknown"
 
 
 def _measure(subject: Subject, min_seconds: float) -> dict[str, Any]:
-    """By the protocol of every benchmark here: see `bench.measure`."""
-    from bench.measure import Case, measure
+    """Measured as every other benchmark is: see `bench.measure`."""
+    from bench.measure import Case
 
-    case = Case(name="", step=subject.step, device=subject.device, cycle_steps=subject.cycle_steps)
-    rates = measure([case], repeats=1, min_seconds=min_seconds)[""]
-    return {**asdict(rates), "first_step_s": subject.first_step_s}
-
-
-def _profile(subject: Subject, path: Path) -> dict[str, Any]:
-    from bench.profile import profile_step
-
-    return {"lines": profile_step(subject.step, subject.device, path)}
+    case = Case(step=subject.step, device=subject.device, cycle_steps=subject.cycle_steps, min_seconds=min_seconds)
+    fields = asdict(case.measure())
+    return {**fields, "first_step_s": getattr(subject, "first_step_s", 0.0) or fields["first_step_s"]}

@@ -1,6 +1,7 @@
-"""What the machine itself can do: decode JPEGs, copy memory, multiply matrices, copy to the GPU.
+"""Ceilings: what this machine reaches at most (JPEG decoding, memory copy, matrix product, copy to the GPU).
 
-Each is a case like the others, so that a slow spell of the machine falls on the ceiling as on what stands under it.
+They are measured as cases among the others, so that a slow spell of the machine affects a ceiling as much as what is compared
+with it.
 """
 
 from __future__ import annotations
@@ -18,47 +19,46 @@ from tidali.hardware.device import DevicePlan, choose_amp, cpu_count, describe_d
 
 DECODE, COPY, UPLOAD = "JPEG decoding", "memory copy", "host-to-GPU copy"
 _COPY_BYTES = 64 << 20
-"""More than a last-level cache holds, so that it is memory that is measured."""
+"""More than a last-level cache holds, so that memory is what is measured."""
 _PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
-_DECODE_STEP = 512
+_DECODE_IMAGES = 512
 
 UNITS = {DECODE: "images", COPY: "bytes", UPLOAD: "bytes"}
-"""What a ceiling counts each second; matrix products count floating-point operations, a multiply-add as two."""
+"""What a ceiling counts per second. Matrix products count floating-point operations, a multiply-add as two."""
 
 
-def products(dtype: torch.dtype | None) -> str:
+def matrix_product(dtype: torch.dtype | None) -> str:
     """The name of the ceiling of matrix products in a dtype; None is float32."""
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32", torch.float32: "float32"}[dtype]
     return f"{short} matrix-product"
 
 
-def ceiling_cases(plan: DevicePlan, *, jpegs: Sequence[bytes] = ()) -> list[Case]:
-    """The ceilings of this machine.
+def ceiling_cases(plan: DevicePlan, *, jpegs: Sequence[bytes] = ()) -> dict[str, Case]:
+    """The ceilings of this machine, by name.
 
     Args:
-        jpegs: images to decode; none: decoding is left out, as for data that is stored otherwise.
+        jpegs: images to decode. Empty: decoding is not measured, as for data in another format.
     """
-    device = plan.device
-    cases = [Case(name=COPY, step=_copy(torch.device("cpu"), torch.device("cpu")))]
-    if jpegs:
-        cases.insert(0, Case(name=DECODE, step=_decode(jpegs)))
+    device, host = plan.device, torch.device("cpu")
+    cases = {DECODE: Case(step=_decode(jpegs))} if jpegs else {}
+    cases[COPY] = Case(step=_copy(host, host))
     if device.type == "cuda":
-        cases.append(Case(name=UPLOAD, step=_copy(torch.device("cpu"), device), device=device))
-    cases += [Case(name=products(dtype), step=_multiply(device, dtype), device=device) for dtype in sensible_dtypes(plan)]
+        cases[UPLOAD] = Case(step=_copy(host, device), device=device)
+    for dtype in _product_dtypes(plan):
+        cases[matrix_product(dtype)] = Case(step=_multiply(device, dtype), device=device)
     return cases
 
 
-def sensible_dtypes(plan: DevicePlan) -> list[torch.dtype]:
-    """float32, what the plan trains in, and what the device multiplies fast; not what it would have to emulate."""
-    fast, _ = choose_amp(describe_device("cuda" if plan.device.type == "cuda" else "cpu"), "auto")
-    dtypes = [torch.float32, *(dtype for dtype in (fast, plan.amp_dtype) if dtype is not None)]
-    if plan.device.type == "cuda" and fast is not None:
-        dtypes.append(torch.float16)
-    return list(dict.fromkeys(dtypes))
+def _product_dtypes(plan: DevicePlan) -> list[torch.dtype]:
+    """float32, the dtype that the plan trains in, and those that the device multiplies fast; none that it has to emulate."""
+    on_gpu = plan.device.type == "cuda"
+    fast, _ = choose_amp(describe_device("cuda" if on_gpu else "cpu"), "auto")
+    dtypes = [torch.float32, fast, plan.amp_dtype, torch.float16 if on_gpu and fast is not None else None]
+    return list(dict.fromkeys(dtype for dtype in dtypes if dtype is not None))
 
 
-def sample_jpegs(dataset: Dataset, *, most: int = _DECODE_STEP) -> list[bytes]:
-    """The stored bytes of the train split's first images; none where they are no JPEGs."""
+def sample_jpegs(dataset: Dataset, *, most: int = _DECODE_IMAGES) -> list[bytes]:
+    """The stored bytes of the train split's first images, without those that are no JPEGs."""
     found: list[bytes] = []
     for shard, record in iter_records(dataset, "train"):
         if record.extension == "jpg":
@@ -71,12 +71,12 @@ def sample_jpegs(dataset: Dataset, *, most: int = _DECODE_STEP) -> list[bytes]:
 
 
 def _decode(jpegs: Sequence[bytes]) -> Callable[[], float]:
-    """libjpeg-turbo on a thread a core, to RGB, one image after the other from memory."""
+    """libjpeg-turbo with one thread per core, to RGB, one image after the other from memory."""
     import simplejpeg
 
     threads = cpu_count()
     pool = ThreadPoolExecutor(threads)
-    batch = [jpegs[number % len(jpegs)] for number in range(_DECODE_STEP)]
+    batch = [jpegs[number % len(jpegs)] for number in range(_DECODE_IMAGES)]
     parts = [batch[first::threads] for first in range(threads)]
 
     def decode(part: Sequence[bytes]) -> None:
@@ -91,9 +91,8 @@ def _decode(jpegs: Sequence[bytes]) -> Callable[[], float]:
 
 
 def _copy(source: torch.device, target: torch.device) -> Callable[[], float]:
-    """Bytes copied, each counted once though it is read and written."""
-    pinned = target.type == "cuda"
-    there = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=source, pin_memory=pinned)
+    """Copied bytes, each counted once although it is read and written."""
+    there = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=source, pin_memory=target.type == "cuda")
     here = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=target)
 
     def step() -> float:
@@ -115,42 +114,41 @@ def _multiply(device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
     return step
 
 
-# --------------------------------------------------------------------------------------------------------------------- shares
+# ------------------------------------------------------------------------------------------------- rates compared with ceilings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bound:
-    """The ceiling that a case stands under."""
+class Ceiling:
+    """The highest rate that one resource of this machine allows a case."""
 
-    ceiling: str
+    name: str
     images_per_s: float
-    """What the ceiling allows."""
 
     def share(self, rates: Rates) -> float:
-        """The case's rate as a part of it. A little above 1 is possible: a ceiling is a measurement too."""
+        """The case's rate as a fraction of it. Can be slightly above 1: a ceiling is a measurement too."""
         return rates.median / self.images_per_s
 
     def fields(self, rates: Rates) -> dict[str, Any]:
         """For a row of the document."""
-        return {"ceiling": {"name": self.ceiling, "images_per_s": self.images_per_s, "share": self.share(rates)}}
+        return {"ceiling": {"name": self.name, "images_per_s": self.images_per_s, "share": self.share(rates)}}
 
 
-def binding(measured: Mapping[str, Rates], cost: Mapping[str, float]) -> Bound | None:
-    """The lowest of the ceilings.
+def lowest_ceiling(measured: Mapping[Any, Rates], cost: Mapping[str, float]) -> Ceiling | None:
+    """The ceiling that limits a case most; None if none was measured.
 
     Args:
-        measured: rates by name, the ceilings among them.
-        cost: ceiling -> what an image takes of it: 1 of decoding, bytes of copying, operations of products. A ceiling that was
-            not measured binds nothing.
+        measured: rates by name, those of the ceilings among them.
+        cost: what one image of the case uses, by the name of the ceiling: 1 for decoding, bytes for copies, floating-point
+            operations for products. A ceiling that was not measured is ignored.
     """
     allowed = {name: measured[name].median / amount for name, amount in cost.items() if name in measured and amount}
     if not allowed:
         return None
     name = min(allowed, key=lambda name: allowed[name])
-    return Bound(ceiling=name, images_per_s=allowed[name])
+    return Ceiling(name=name, images_per_s=allowed[name])
 
 
-def ceiling_rows(measured: Mapping[str, Rates], **where: Any) -> list[dict[str, Any]]:
+def ceiling_rows(measured: Mapping[Any, Rates], **where: Any) -> list[dict[str, Any]]:
     """The ceilings among the rates, for a document."""
     return [
         {**where, "ceiling": name, "unit": UNITS.get(name, "flop"), "per_s": rates.to_dict()}

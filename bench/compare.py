@@ -1,4 +1,4 @@
-"""A new document beside an old one of the same benchmark: ratios case by case, and whether anything became slower."""
+"""A new document compared with an old one of the same benchmark: the ratio of each case, and whether any became slower."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.fingerprint import SCHEMA_VERSION
+from bench.document import SCHEMA_VERSION
 from bench.report import WHERE, label, number, parts
 from tidali.errors import UsageError
 from tidali.hardware.cpu_threads import WAITING
@@ -19,7 +19,7 @@ _CONDITIONS = ("device", "dtype", "compile", "stem", "batch_size", "data", "cach
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One case in both documents."""
+    """A case that both documents have."""
 
     benchmark: str
     case: str
@@ -27,7 +27,7 @@ class Change:
     old: float
     new: float
     spread: str
-    """Lowest to highest of the old and of the new measurements, as shares of the old median."""
+    """Lowest to highest of the old and of the new measurements, as fractions of the old median."""
 
     @property
     def ratio(self) -> float:
@@ -39,10 +39,10 @@ class Change:
 class Comparison:
     changes: tuple[Change, ...]
     warnings: tuple[str, ...]
-    """What differs between the two besides the rates."""
+    """What else differs between the two, besides the rates."""
     tolerance_percent: float
     stopped: tuple[str, ...] = ()
-    """Cases that the old document has a rate of, and that did not run now."""
+    """Cases that have a rate in the old document and did not run now."""
 
     def verdict(self, change: Change) -> str:
         if change.ratio < 1 - self.tolerance_percent / 100:
@@ -55,7 +55,7 @@ class Comparison:
 
     def table(self) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
         """Title, columns and rows."""
-        columns: tuple[str, ...] = ("case", "where", "old", "new", "new/old", "spreads, of old", "")
+        columns: tuple[str, ...] = ("case", "where", "old", "new", "new/old", "spread of old, of new (old median = 1)", "")
         rows: list[tuple[str, ...]] = [
             (
                 f"{change.benchmark}: {change.case}",
@@ -68,30 +68,30 @@ class Comparison:
             )
             for change in self.changes
         ]
-        return f"images/s beside the old document, tolerance {self.tolerance_percent:g} %", columns, rows
+        return f"images/s compared with the old document, tolerance {self.tolerance_percent:g} %", columns, rows
 
 
 def load(path: Path, benchmark: str) -> dict[str, Any]:
     """An old document to compare with.
 
     Raises:
-        UsageError: it cannot be read, or is none of this benchmark and version.
+        UsageError: it cannot be read, or is not a document of this benchmark and schema version.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--compare {path}: cannot be read ({error.strerror})") from None
     except ValueError:
-        raise UsageError(f"--compare {path}: is no JSON document") from None
+        raise UsageError(f"--compare {path}: is not a JSON document") from None
     if not isinstance(document, dict) or "benchmark" not in document:
-        raise UsageError(f"--compare {path}: is no document of 'tidali bench --json'")
+        raise UsageError(f"--compare {path}: is not a document of 'tidali bench --json'")
     if document["benchmark"] != benchmark:
         raise UsageError(f"--compare {path}: is of 'tidali bench {document['benchmark']}', this is 'tidali bench {benchmark}'")
     if document.get("schema_version") != SCHEMA_VERSION:
         found = document.get("schema_version")
-        raise UsageError(f"--compare {path}: has schema {found}, this tidali writes {SCHEMA_VERSION}; record it anew")
+        raise UsageError(f"--compare {path}: has schema version {found}, this tidali writes {SCHEMA_VERSION}; measure it again")
     if not all("rows" in part for part in parts({"parts": [], **document})):
-        raise UsageError(f"--compare {path}: has no rows; record it anew")
+        raise UsageError(f"--compare {path}: has no rows; measure it again")
     return document
 
 
@@ -100,17 +100,17 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any], tolerance_percent: f
     Raises:
         UsageError: the two have no case in common.
     """
-    before, now, gone = dict(_rates(old)), dict(_rates(new)), dict(_not_run(new))
+    before, now = dict(_rows(old, "images_per_s")), dict(_rows(new, "images_per_s"))
     changes = [
         Change(
             benchmark=key[0],
             case=key[1],
-            where=where,
-            old=before[key][1]["median"],
-            new=rate["median"],
-            spread=_spreads(before[key][1], rate),
+            where=label(row),
+            old=before[key]["images_per_s"]["median"],
+            new=row["images_per_s"]["median"],
+            spread=_spreads(before[key]["images_per_s"], row["images_per_s"]),
         )
-        for key, (where, rate) in now.items()
+        for key, row in now.items()
         if key in before
     ]
     if not changes:
@@ -118,31 +118,19 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any], tolerance_percent: f
     warnings = list(_differences(new, old))
     only = {"now": now.keys() - before.keys(), "in the old document": before.keys() - now.keys()}
     for where, keys in only.items():
-        warnings += [f"only {where}: {key[0]}: {key[1]} {(now | before)[key][0]}".rstrip() for key in sorted(keys, key=str)]
-    stopped = [f"{key[1]} {where}".rstrip() for key, where in gone.items() if key in before]
+        warnings += [f"only {where}: {key[0]}: {key[1]} {label((now | before)[key])}".rstrip() for key in sorted(keys, key=str)]
+    stopped = [f"{row['case']} {label(row)}".rstrip() for key, row in _rows(new, "not_run") if key in before]
     return Comparison(
         changes=tuple(changes), warnings=tuple(warnings), tolerance_percent=tolerance_percent, stopped=tuple(stopped)
     )
 
 
-def _rates(document: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], tuple[str, dict[str, float]]]]:
-    """What tells a measured row from all others -> where it is for people, and its rate."""
+def _rows(document: Mapping[str, Any], field: str) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+    """The rows that have a field, each with what distinguishes it from all others."""
     for part in parts(document):
         for row in [*part["rows"], *part.get("growth", ())]:
-            if "images_per_s" in row:
-                yield _key(part, row), (label(row), row["images_per_s"])
-
-
-def _not_run(document: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """The same of the rows without a rate."""
-    for part in parts(document):
-        for row in part["rows"]:
-            if "not_run" in row:
-                yield _key(part, row), label(row)
-
-
-def _key(part: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (part["benchmark"], row["case"], *(row.get(name) for name in (*WHERE, "varied")))
+            if field in row:
+                yield (part["benchmark"], row["case"], *(row.get(name) for name in (*WHERE, "varied"))), row
 
 
 def _spreads(old: Mapping[str, float], new: Mapping[str, float]) -> str:
@@ -160,12 +148,12 @@ def _differences(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[str
             was, is_ = (document[room] if room else document for document in (other, part))
             for name in names:
                 if was.get(name) != is_.get(name):
-                    what = "other hardware" if room == "machine" else "measured otherwise"
+                    what = "other hardware" if room == "machine" else "other conditions"
                     yield f"{part['benchmark']}: {what}: {name} was {_plain(was.get(name))}, is {_plain(is_.get(name))}"
         was, is_ = ({**document["versions"], **document.get("peer_versions", {})} for document in (other, part))
         for package in is_:
             if was.get(package) != is_[package]:
-                yield f"{part['benchmark']}: {package} was {was.get(package, 'not there')}, is {is_[package]}"
+                yield f"{part['benchmark']}: {package} was {was.get(package, 'not installed')}, is {is_[package]}"
 
 
 def _plain(value: Any) -> str:

@@ -1,32 +1,32 @@
-"""What holds training back, in one line, from what was measured."""
+"""What limits training, in one line, from the measured rates."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from bench.ceilings import Bound
+from bench.ceilings import Ceiling
 from bench.measure import Rates
 
 Culprit = Literal["the loader", "the step", "the loop around the step"]
 
 LOST_SHARE = 0.15
-"""What end to end must lose against the step on synthetic data before the step is no longer all of the explanation. Two
-measurements of the same step differ by as much on a shared machine."""
+"""How much slower than the step on synthetic data end-to-end training must be before the step alone no longer explains its
+rate. On a shared machine two measurements of the same step differ by as much."""
 IDLE_SHARE = 0.4
-"""A step on a CPU that leaves its cores idle for a larger part of its time waits for something."""
+"""A step on a CPU that leaves its cores idle for a larger fraction of its time is waiting for something."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What was found of one resolution."""
+    """The findings at one resolution."""
 
     res: int
     culprit: Culprit
     data_wait_share: float
-    """Part of the end-to-end time spent waiting for the next batch, 0..1, on the host's clock."""
+    """Fraction of the end-to-end time spent waiting for the next batch, 0..1, on the host's clock."""
     end_to_end_of_step: float
-    """Rate end to end as a part of the step's on synthetic data."""
+    """Rate of end-to-end training as a fraction of the rate of the step on synthetic data."""
     host_synchronisations: int | None
     """How often a step makes the host wait for the GPU; None on a CPU."""
     line: str
@@ -41,41 +41,42 @@ def diagnose(
     loader: Rates,
     step: Rates,
     end_to_end: Rates,
-    loader_bound: Bound | None,
-    step_bound: Bound | None,
+    loader_ceiling: Ceiling | None,
+    step_ceiling: Ceiling | None,
     step_on_host: bool,
     synchronisations: int | None = None,
 ) -> Diagnosis:
-    """Name the culprit, and the figures that say so.
+    """Name the culprit, and the figures that show it.
 
     Args:
-        loader, step, end_to_end: the loader alone, the step on data that is already there, and both, in images/s.
-        loader_bound, step_bound: the ceilings that they stand under; None where none was measured.
-        step_on_host: the step runs on this process's cores, so that their idle time is its own.
-        synchronisations: of `bench.host_sync`, of a step on a GPU.
+        loader, step, end_to_end: the loader alone, the step on data that is already on the device, and both, in images/s.
+        loader_ceiling, step_ceiling: their lowest ceilings; None if none was measured.
+        step_on_host: the step runs on this process's cores, so their idle time is the step's own.
+        synchronisations: `bench.profile.host_synchronisations` of a step on a GPU.
     """
     reached, wait = end_to_end.median / step.median, end_to_end.wait_share or 0.0
-    # A loader that prefetches makes nobody wait, and still takes its share of the cores that the step runs on.
+    # A loader that prefetches makes nobody wait, and still uses cores that the step could use.
     costly_loader = step.median / loader.median > LOST_SHARE
+    culprit: Culprit
     if reached >= 1 - LOST_SHARE and wait <= LOST_SHARE:
-        culprit: Culprit = "the step"
-        why = f"the step is what binds{_at(step_bound, step)}"
+        culprit = "the step"
+        why = f"the step is the bottleneck{_share_of(step_ceiling, step)}"
         if step_on_host and step.idle_share is not None and step.idle_share > IDLE_SHARE:
             why += f", and the cores are idle for {100 * step.idle_share:.0f} % of it: something in it waits"
         if synchronisations:
             times = "once" if synchronisations == 1 else f"{synchronisations} times"
-            why += f", and it makes the host wait for the GPU {times} a step: something in it synchronises"
+            why += f", and it makes the host wait for the GPU {times} per step: something in it synchronises"
     elif wait > LOST_SHARE or costly_loader:
         culprit = "the loader"
         why = (
-            f"the loader is what binds, with {loader.median:,.0f} images/s for a step that takes "
-            f"{step.median:,.0f}{_at(loader_bound, loader)}"
+            f"the loader is the bottleneck, with {loader.median:,.0f} images/s for a step that can take "
+            f"{step.median:,.0f}{_share_of(loader_ceiling, loader)}"
         )
     else:
         culprit = "the loop around the step"
         why = (
-            f"the loop around the step is what binds: end to end runs at {100 * reached:.0f} % of the step on data that is "
-            "already there, and it neither waits for the loader nor shares much of the cores with it"
+            f"the loop around the step is the bottleneck: end to end reaches {100 * reached:.0f} % of the step on data that is "
+            "already on the device, but it neither waits for the loader nor loses many of its cores to it"
         )
     return Diagnosis(
         res=res,
@@ -87,5 +88,5 @@ def diagnose(
     )
 
 
-def _at(bound: Bound | None, rates: Rates) -> str:
-    return f", at {100 * bound.share(rates):.0f} % of this machine's {bound.ceiling} rate" if bound is not None else ""
+def _share_of(ceiling: Ceiling | None, rates: Rates) -> str:
+    return f", at {100 * ceiling.share(rates):.0f} % of this machine's {ceiling.name} rate" if ceiling is not None else ""

@@ -1,43 +1,39 @@
-"""How a rate is measured: warmed up, the device drained on both sides, cases interleaved, median and spread."""
+"""How a rate is measured: warm-up, the device drained on both sides of the clock, interleaved cases, median and spread."""
 
 from __future__ import annotations
 
+import os
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 
-from bench.idle import IdleTimer
+from tidali.console import progress_bar
+from tidali.errors import TidaliError
 from tidali.hardware.device import cpu_count
 from tidali.hardware.timing import Stopwatch, WaitTimer
 
 MIN_SECONDS = 1.0
-"""Each measurement goes on for at least this long, so that a fast case counts many batches and not one. So does the warm-up
-before it: a DataLoader of two workers has four finished batches ready after a pause, which a fresh clock would take for speed
-(a second's work of 256 images at 224 px), and memory that was idle for half a minute comes back slowly."""
+"""Each measurement lasts at least this long, so that a fast case counts many batches and not one. So does the warm-up before
+it: a DataLoader with two workers has four batches ready after a pause, a second's work for 256 images of 224 px, which would
+count as speed; and memory that was idle for half a minute is slow at first."""
 
 MIN_STEPS = 3
 WARMUP_STEPS = 2
 MAX_CYCLE_SECONDS = 20.0
-"""A measurement that could end goes on for as long as this to complete a cycle."""
+"""A measurement that waits for the end of a cycle stops after this time."""
+
+_STAT = Path("/proc/stat")
+
+Key = TypeVar("Key", bound=Hashable)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """Something that gives images, or moves bytes, or does arithmetic."""
-
-    name: str
-    step: Callable[[], float]
-    """Does one batch and returns the images in it; of a ceiling, the bytes or the floating-point operations."""
-    device: torch.device | None = None
-    """Drained before the clock is read; None for work on the host."""
-    wait: WaitTimer | None = None
-    """Running while the step waits for its data."""
-    cycle_steps: int = 1
-    """A measurement ends after a multiple of these: a loader's epoch, whose start takes longer than what follows, so that every
-    measurement has its part of it. Workers give their batches in bursts, too: the rate of three batches is partly luck."""
+class CaseFailed(TidaliError):
+    """A case that cannot be measured. The message is the reason, without the name of the case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +42,15 @@ class Rates:
 
     per_s: tuple[float, ...]
     first_step_s: float = 0.0
-    """The case's very first step: compilation, start-up and first allocations. Part of the warm-up, so in no rate."""
+    """Duration of the very first step: compilation, start-up and first allocations. Part of the warm-up, so in no rate."""
     warmup_steps: int = 0
     warmup_s: float = 0.0
     steps: int = 0
     seconds: float = 0.0
     wait_share: float | None = None
-    """Part of the measured time that the step waited for its data, 0..1; None where it takes none."""
+    """Fraction of the measured time that the step waited for its data, 0..1; None if the case has no `WaitTimer`."""
     idle_share: float | None = None
-    """Part of the cores' time that nobody used while this was measured, 0..1; None where the kernel does not say."""
+    """Fraction of the cores' time that no process used, 0..1; None if the kernel does not report it."""
 
     @property
     def median(self) -> float:
@@ -62,7 +58,7 @@ class Rates:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The first and the third, by linear interpolation; of one measurement, itself."""
+        """The first and the third, by linear interpolation; for a single measurement, that measurement."""
         if len(self.per_s) == 1:
             return self.per_s[0], self.per_s[0]
         first, _, third = statistics.quantiles(self.per_s, n=4, method="inclusive")
@@ -70,20 +66,18 @@ class Rates:
 
     @staticmethod
     def together(parts: Sequence[Rates]) -> Rates:
-        """Measurements of one case that were made one at a time."""
+        """Several measurements of one case, in the order in which they were made, as one."""
         sums = {name: sum(getattr(part, name) for part in parts) for name in ("warmup_steps", "warmup_s", "steps", "seconds")}
-        per_s = tuple(rate for part in parts for rate in part.per_s)
 
         def share(name: str) -> float | None:
-            """Of all their time; None where one of them has none."""
+            """Fraction of the total time; None if a part does not have it."""
             shares = [getattr(part, name) for part in parts]
             if None in shares:
                 return None
-            spent: float = sum(part.seconds * of_part for part, of_part in zip(parts, shares, strict=True))
-            return spent / sums["seconds"]
+            return float(sum(part.seconds * value for part, value in zip(parts, shares, strict=True)) / sums["seconds"])
 
         return Rates(
-            per_s=per_s,
+            per_s=tuple(rate for part in parts for rate in part.per_s),
             first_step_s=parts[0].first_step_s,
             wait_share=share("wait_share"),
             idle_share=share("idle_share"),
@@ -95,81 +89,142 @@ class Rates:
         return {"median": self.median, "min": min(self.per_s), "max": max(self.per_s), "q1": first, "q3": third}
 
     def measured(self) -> dict[str, float | int]:
-        """What went into the rate and what was kept out of it."""
+        """How much was measured, and how much was left out as warm-up."""
         names = ("first_step_s", "warmup_steps", "warmup_s", "steps", "seconds")
         return {name: getattr(self, name) for name in names}
 
 
-def measure(
-    cases: Sequence[Case],
-    *,
-    repeats: int,
-    on_done: Callable[[str], None] | None = None,
-    min_seconds: float = MIN_SECONDS,
-) -> dict[str, Rates]:
-    """Measure every case `repeats` times, taking turns, so that a slow spell of the machine falls on all of them.
+class Measurable(Protocol):
+    """A case, in this process (`Case`) or in one of its own (`bench.case_process.CaseProcess`)."""
 
-    Args:
-        on_done: called with a case's name after each of its measurements.
-    """
-    tallies = {case.name: _Tally() for case in cases}
-    for _ in range(repeats):
-        for case in cases:
-            tallies[case.name].add(case, min_seconds)
-            if on_done is not None:
-                on_done(case.name)
-    return {case.name: tallies[case.name].rates(case) for case in cases}
+    def measure(self) -> Rates:
+        """Measure once.
+
+        Raises:
+            CaseFailed: it cannot be measured.
+        """
+        ...
 
 
-@dataclass
-class _Tally:
-    """The measurements of one case so far."""
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Work that is measured in this process."""
 
-    per_s: list[float] = field(default_factory=list)
-    sums: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(("warmup_steps", "warmup_s", "steps", "seconds"), 0))
-    first_step_s: float | None = None
-    wait_s: float = 0.0
-    idle_s: float | None = 0.0
+    step: Callable[[], float]
+    """Does one batch and returns the number of its images; for a ceiling, of its bytes or floating-point operations."""
+    device: torch.device | None = None
+    """Drained before the clock is read; None for work on the host."""
+    wait: WaitTimer | None = None
+    """Runs while the step waits for its data."""
+    cycle_steps: int = 1
+    """A measurement ends after a multiple of this many steps. For a loader it is an epoch: the start of an epoch is slower than
+    the rest, and every measurement should contain its part of it. Workers also deliver in bursts: the rate of three batches is
+    partly luck."""
+    min_seconds: float | None = None
+    """None: `MIN_SECONDS`."""
 
-    def add(self, case: Case, min_seconds: float) -> None:
-        warm = Stopwatch(case.device)
-        steps = 0
-        while steps < WARMUP_STEPS or warm.peek_s() < min_seconds:
-            case.step()
+    def measure(self) -> Rates:
+        """Warm up, then measure once."""
+        min_seconds = MIN_SECONDS if self.min_seconds is None else self.min_seconds
+        warm_up, warmup_steps, first_step_s = Stopwatch(self.device), 0, 0.0
+        while warmup_steps < WARMUP_STEPS or warm_up.peek_s() < min_seconds:
+            self.step()
+            warmup_steps += 1
+            if warmup_steps == 1:
+                first_step_s = warm_up.elapsed_s()
+        warmup_s = warm_up.elapsed_s()
+
+        waited_s = self.wait.total_s if self.wait is not None else 0.0
+        idle, watch = IdleTimer(), Stopwatch(self.device)
+        images, steps = 0.0, 0
+        while not self._may_end(steps, watch.peek_s(), min_seconds):
+            images += self.step()
             steps += 1
-            if self.first_step_s is None:
-                self.first_step_s = warm.elapsed_s()
-        self._count(warmup_steps=steps, warmup_s=warm.elapsed_s())
-
-        waited_s = case.wait.total_s if case.wait is not None else 0.0
-        idle, watch = IdleTimer(), Stopwatch(case.device)
-        done, steps = 0.0, 0
-        while not _may_end(steps, watch.peek_s(), min_seconds, case.cycle_steps):
-            done += case.step()
-            steps += 1
-        seconds = watch.elapsed_s()
-        idle_s = idle.elapsed_s()
-        self.idle_s = None if idle_s is None or self.idle_s is None else self.idle_s + idle_s
-        self.wait_s += case.wait.total_s - waited_s if case.wait is not None else 0.0
-        self._count(steps=steps, seconds=seconds)
-        self.per_s.append(done / seconds)
-
-    def _count(self, **amounts: float) -> None:
-        for name, amount in amounts.items():
-            self.sums[name] += amount
-
-    def rates(self, case: Case) -> Rates:
-        seconds = self.sums["seconds"]
+        seconds, idle_s = watch.elapsed_s(), idle.elapsed_s()
         return Rates(
-            per_s=tuple(self.per_s),
-            first_step_s=self.first_step_s or 0.0,
-            wait_share=self.wait_s / seconds if case.wait is not None else None,
-            idle_share=None if self.idle_s is None else min(self.idle_s / (seconds * cpu_count()), 1.0),
-            **self.sums,
+            per_s=(images / seconds,),
+            first_step_s=first_step_s,
+            warmup_steps=warmup_steps,
+            warmup_s=warmup_s,
+            steps=steps,
+            seconds=seconds,
+            wait_share=(self.wait.total_s - waited_s) / seconds if self.wait is not None else None,
+            idle_share=min(idle_s / (seconds * cpu_count()), 1.0) if idle_s is not None else None,
         )
 
+    def _may_end(self, steps: int, seconds: float, min_seconds: float) -> bool:
+        if steps < MIN_STEPS or seconds < min_seconds:
+            return False
+        return steps % self.cycle_steps == 0 or seconds >= MAX_CYCLE_SECONDS
 
-def _may_end(steps: int, seconds: float, min_seconds: float, cycle_steps: int) -> bool:
-    if steps < MIN_STEPS or seconds < min_seconds:
-        return False
-    return steps % cycle_steps == 0 or seconds >= MAX_CYCLE_SECONDS
+
+def measure(
+    cases: Mapping[Key, Measurable],
+    *,
+    repeats: int,
+    title: str = "measuring",
+    on_failed: Callable[[Key, CaseFailed], None] | None = None,
+) -> dict[Key, Rates]:
+    """Measure every case `repeats` times. The cases take turns, so that a slow spell of the machine affects all of them.
+
+    Args:
+        title: of the progress bar.
+        on_failed: called for a case that fails, which is then measured no further and left out of the result. None: raise.
+
+    Raises:
+        CaseFailed: a case failed, and there is no `on_failed`.
+    """
+    found: dict[Key, list[Rates]] = {name: [] for name in cases}
+    with progress(title, repeats * len(cases)) as begin:
+        for _ in range(repeats):
+            for name, case in cases.items():
+                begin(str(name))
+                if name not in found:
+                    continue
+                try:
+                    found[name].append(case.measure())
+                except CaseFailed as error:
+                    if on_failed is None:
+                        raise
+                    del found[name]
+                    on_failed(name, error)
+    return {name: Rates.together(parts) for name, parts in found.items()}
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar. What it yields is called with the name of each piece of work when that begins."""
+    with progress_bar() as bar:
+        task = bar.add_task(title, total=total, note="")
+
+        def begin(name: str) -> None:
+            bar.update(task, advance=1, note=name)
+
+        yield begin
+
+
+class IdleTimer:
+    """Seconds since construction that the cores of this process were idle, summed over the cores.
+
+    Shows what a step loses to waiting, as opposed to other work on the machine: the kernel's count (``idle`` and ``iowait`` of
+    /proc/stat) covers all processes, so a step that another process displaces leaves no core idle, and a step that sleeps does.
+    """
+
+    def __init__(self) -> None:
+        self._start_s = _idle_s()
+
+    def elapsed_s(self) -> float | None:
+        """None if the kernel does not report it."""
+        now_s = _idle_s()
+        return None if now_s is None or self._start_s is None else now_s - self._start_s
+
+
+def _idle_s() -> float | None:
+    """Idle seconds since the machine was started."""
+    try:
+        cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        lines = [line.split() for line in _STAT.read_text().splitlines()]
+        ticks = sum(int(line[4]) + int(line[5]) for line in lines if line and line[0] in cores)
+    except (OSError, AttributeError, IndexError, ValueError):
+        return None
+    return ticks / os.sysconf("SC_CLK_TCK")

@@ -1,6 +1,6 @@
-"""What cached pixels cost in memory: a fresh process that fills the cache and takes batches from it, beside an idle one.
+"""How much memory the cache of decoded pixels takes: a fresh process that fills the cache and takes batches from it.
 
-This file is both sides: `cache_memory` here, and ``python -m bench.memory`` there, which prints one JSON object.
+`cache_memory` starts that process with ``python -m bench.memory``, which prints one JSON object.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.fingerprint import PACKAGES
+from bench.document import PACKAGES
 from tidali.errors import TidaliError
 
 BATCHES = 40
 
 
 def cache_memory(root: Path, *, res: int, batch_size: int) -> dict[str, Any]:
-    """Memory of one process that trains from the cache of the train split, without a model.
+    """Memory of one process that reads batches of the train split from the cache, without a model.
 
     Returns:
-        ``pixels_mib``, what the cached images take; ``idle_rss_mib``, what the process held after its imports;
-        ``peak_rss_mib``, the most it ever held; ``times_pixels``, the difference of those two as a multiple of the pixels.
+        ``pixels_mib``, size of the cached images; ``idle_rss_mib``, resident memory after the imports; ``peak_rss_mib``, the
+        highest resident memory; ``times_pixels``, the difference of these two as a multiple of the pixels.
     """
     arguments = json.dumps({"root": str(root.resolve()), "res": res, "batch_size": batch_size})
     command = [sys.executable, "-m", "bench.memory", arguments]
@@ -33,27 +33,28 @@ def cache_memory(root: Path, *, res: int, batch_size: int) -> dict[str, Any]:
     return {"res": res, **found, "times_pixels": (found["peak_rss_mib"] - found["idle_rss_mib"]) / found["pixels_mib"]}
 
 
-def memory_mib(field: str) -> float:
-    """A field of this process's ``/proc/self/status``: VmRSS, what it holds, or VmHWM, the most it ever held."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+def memory_mib(field: str, process: int | str = "self") -> float:
+    """A field of ``/proc/PROCESS/status``: VmRSS, the resident memory, or VmHWM, the highest it has been.
+
+    Raises:
+        OSError, KeyError: the process has ended.
+    """
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return int(status[field].split()[0]) / 1024
 
 
 def _measure(root: str, res: int, batch_size: int) -> dict[str, float]:
     import torch
 
-    import tidali.loading.stream  # noqa: F401  DALI's libraries are imports too
+    import tidali.loading.stream  # noqa: F401  DALI's libraries are among the imports
+    from bench.routes import batch_settings
     from tidali.dataset.contract import open_dataset
-    from tidali.loading.augment import Augment
     from tidali.loading.data import Data
 
     idle_rss_mib = memory_mib("VmRSS")
     dataset = open_dataset(Path(root))
     data = Data(dataset, ("train",), torch.device("cpu"), cache="device", max_res=res)
-    mean, std = dataset.manifest.mean, dataset.manifest.std
-    batches = data.batches(
-        "train", res=res, batch_size=batch_size, mean=mean, std=std, train=True, augment=Augment(flip="random")
-    )
+    batches = data.batches("train", **batch_settings(dataset, res, batch_size))
     iterator = iter(batches)
     for _ in range(min(BATCHES, len(batches))):
         batch = next(iterator)

@@ -9,16 +9,19 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.ceilings import DECODE, binding, ceiling_cases, ceiling_rows, sample_jpegs
-from bench.fingerprint import PACKAGES, environment
-from bench.measure import Rates, measure
-from bench.peer_env import PeerMissing, Pythons
+from bench.ceilings import DECODE, ceiling_cases, ceiling_rows, lowest_ceiling, sample_jpegs
+from bench.document import PACKAGES, make_document
+from bench.measure import CaseFailed, Measurable, Rates, measure
+from bench.memory import memory_mib
+from bench.peer_env import Pythons
 from shards.demo import DemoSource
-from tidali.console import progress_bar, say
+from tidali.console import say
 from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError, UsageError
 from tidali.hardware.device import cpu_count, plan_device
@@ -28,10 +31,10 @@ IMAGES = 110_000
 """Tiny-ImageNet's train and val."""
 CLASSES = 200
 DISTINCT_IMAGES = 5_000
-"""Drawn or taken from the data, then used again and again: packing does not care."""
+"""Drawn or taken from the data, then repeated: it makes no difference to packing."""
 TIDALI, UNDECODED = "tidali", "webdataset, not decoded"
 PEERS: dict[str, str | None] = {"FFCV jpg": "ffcv", "FFCV raw": "ffcv", "webdataset": None, UNDECODED: None}
-"""Cases of `bench.pack_peers`, and which of `bench.peer_env.ENVIRONMENTS` has them; None: tidali's own."""
+"""Cases of `bench.pack_peers`, and the environment of `bench.peer_env.ENVIRONMENTS` that each needs; None: tidali's own."""
 
 _POLL_S = 0.05
 
@@ -39,93 +42,74 @@ _POLL_S = 0.05
 def bench_pack(
     dataset: Dataset | None = None, *, images: int = IMAGES, repeats: int = 3, workers: int | None = None
 ) -> dict[str, Any]:
-    """Pack JPEGs with every packer that is installed, in turns, and return the JSON document.
+    """Pack JPEGs with every packer that can be installed, in turn, and return the JSON document.
 
-    tidali reads the images out of a zip; the others get them as files, which is what they take. Times are of the whole command,
-    start-up included.
+    tidali reads the images from a zip; the others get them as files, which is what they take. Times are those of the whole
+    command, start-up included.
 
     Args:
-        dataset: its train images are packed, again and again until they are as many as asked for; None: images are drawn.
+        dataset: its train images are packed, repeated until there are enough; None: images are drawn.
         images: ten elevenths of them are train, as in Tiny-ImageNet.
-        workers: processes; None lets tidali choose and gives the others one a core.
+        workers: processes; None lets tidali choose, and the others use one per core.
 
     Raises:
         UsageError: the data set has no JPEGs.
-        TidaliError: tidali's own packing failed. Another's is a row with its reason.
+        TidaliError: tidali's own packing failed. Where another's fails, its row has the reason.
     """
-    cores, plan = cpu_count(), plan_device("cpu", "off", "off")
+    plan = plan_device("cpu", "off", "off")
     jpegs = sample_jpegs(dataset, most=DISTINCT_IMAGES) if dataset is not None else _drawn()
     if not jpegs:
         raise UsageError(f"--data {dataset.root if dataset else ''}: its train split has no JPEGs, which FFCV and others need")
-    decoding = [case for case in ceiling_cases(plan, jpegs=jpegs) if case.name == DECODE]
     pythons = Pythons()
-    missing: dict[str, str] = {}
-    runs: dict[str, list[tuple[float, float]]] = {case: [] for case in (TIDALI, *PEERS)}
-    limits: list[Rates] = []
-    with tempfile.TemporaryDirectory(prefix="tidali-bench-") as name, progress_bar() as bar:
-        task = bar.add_task("packing", total=repeats * len(runs), note="making the images' files")
-        folder = Path(name)
-        archive, files = _make_sources(folder, images, jpegs)
-        for _ in range(repeats):
-            for case in runs:
-                bar.update(task, note=case)
-                if case not in missing:
-                    try:
-                        command = _command(case, pythons, archive, files, folder / "dest", workers)
-                        runs[case].append(_run_once(command, folder / "dest"))
-                    except (PeerMissing, _Failed) as error:
-                        if case == TIDALI:
-                            raise TidaliError(f"bench pack: tidali failed: {error}") from None
-                        missing[case] = str(error)
-                        say(f"{case}: not run: {error}")
-                bar.update(task, advance=1)
-            limits.append(measure(decoding, repeats=1)[DECODE])
-    measured = {DECODE: Rates.together(limits)}
-    rows = [_row(case, images, runs[case], measured) for case in runs if case not in missing]
+    failed: dict[str, str] = {}
+
+    def on_failed(case: str, error: CaseFailed) -> None:
+        if case == TIDALI:
+            raise TidaliError(f"bench pack: tidali failed: {error}")
+        failed[case] = str(error)
+        say(f"{case}: not run: {error}")
+
+    with tempfile.TemporaryDirectory(prefix="tidali-bench-") as name:
+        say(f"writing {images:,} images to {name}")
+        archive, files = _make_sources(Path(name), images, jpegs)
+        dest = Path(name) / "dest"
+
+        def command(case: str) -> list[str]:
+            if case == TIDALI:
+                several = ["--workers", str(workers)] if workers is not None else []
+                return [sys.executable, "-m", "tidali", "shard", str(archive), str(dest), *several]
+            script = Path(__file__).with_name("pack_peers.py")
+            return [str(pythons.of(PEERS[case])), str(script), case, str(files), str(dest), str(workers or cpu_count())]
+
+        packers = {case: _Packer(partial(command, case), images, dest) for case in (TIDALI, *PEERS)}
+        cases: dict[str, Measurable] = {**packers, DECODE: ceiling_cases(plan, jpegs=jpegs)[DECODE]}
+        rates = measure(cases, repeats=repeats, title="packing", on_failed=on_failed)
+    rows = []
+    for case, packer in packers.items():
+        if case not in failed:
+            rate, seconds = rates[case], Rates(per_s=tuple(packer.seconds))
+            row = {"case": case, "seconds": seconds.to_dict(), "images_per_s": rate.to_dict(), "peak_rss_mib": packer.peak_mib}
+            ceiling = lowest_ceiling(rates, {} if case == UNDECODED else {DECODE: 1.0})
+            rows.append({**row, **(ceiling.fields(rate) if ceiling else {})})
     fastest_peer = max((row["images_per_s"]["median"] for row in rows[1:]), default=None)
-    return {
-        "benchmark": "pack",
-        **environment(plan),
-        **({"data": {"name": dataset.root.name, "train_samples": dataset.split("train").samples}} if dataset else {}),
-        "images": images,
-        "workers": workers or cores,
-        "repeats": repeats,
-        "rows": rows + [{"case": case, "not_run": reason} for case, reason in missing.items()],
-        "ceilings": ceiling_rows(measured),
-        "times_the_fastest_peer": rows[0]["images_per_s"]["median"] / fastest_peer if fastest_peer else None,
-    }
-
-
-def _command(case: str, pythons: Pythons, archive: Path, files: Path, dest: Path, workers: int | None) -> list[str]:
-    """
-    Raises:
-        PeerMissing: what the case needs cannot be installed.
-    """
-    if case == TIDALI:
-        several = ["--workers", str(workers)] if workers is not None else []
-        return [sys.executable, "-m", "tidali", "shard", str(archive), str(dest), *several]
-    python, script = str(pythons.of(PEERS[case])), str(Path(__file__).with_name("pack_peers.py"))
-    return [python, script, case, str(files), str(dest), str(workers or cpu_count())]
-
-
-def _row(case: str, images: int, runs: Sequence[tuple[float, float]], limits: Mapping[str, Rates]) -> dict[str, Any]:
-    seconds = tuple(pair[0] for pair in runs)
-    rate = Rates(per_s=tuple(images / value for value in seconds))
-    bound = binding(limits, {} if case == UNDECODED else {DECODE: 1.0})
-    return {
-        "case": case,
-        "seconds": Rates(per_s=seconds).to_dict(),
-        "images_per_s": rate.to_dict(),
-        "peak_rss_mib": max(pair[1] for pair in runs),
-        **(bound.fields(rate) if bound else {}),
-    }
+    return make_document(
+        "pack",
+        plan,
+        dataset,
+        images=images,
+        workers=workers or cpu_count(),
+        repeats=repeats,
+        rows=rows + [{"case": case, "not_run": reason} for case, reason in failed.items()],
+        ceilings=ceiling_rows(rates),
+        times_the_fastest_peer=rows[0]["images_per_s"]["median"] / fastest_peer if fastest_peer else None,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------------- sources
 
 
 def _make_sources(folder: Path, images: int, jpegs: Sequence[bytes]) -> tuple[Path, Path]:
-    """The same images as a zip in Tiny-ImageNet's layout and as LABEL/NAME.jpg files."""
+    """The same images as a zip in Tiny-ImageNet's layout and as files LABEL/NAME.jpg."""
     distinct = itertools.cycle(jpegs)
     archive, files = folder / "tiny.zip", folder / "files"
     ids = [f"n{label:08d}" for label in range(CLASSES)]
@@ -156,44 +140,44 @@ def _drawn() -> list[bytes]:
 # ----------------------------------------------------------------------------------------------------------------------- runs
 
 
-class _Failed(Exception):
-    """A packer's own last words."""
+class _Packer:
+    """One packer's command."""
+
+    def __init__(self, command: Callable[[], Sequence[str]], images: int, dest: Path) -> None:
+        self._command, self._images, self._dest = command, images, dest
+        self.seconds: list[float] = []
+        """Of each run."""
+        self.peak_mib = 0.0
+        """The highest peak memory of any of its processes, over all runs."""
+
+    def measure(self) -> Rates:
+        """
+        Raises:
+            CaseFailed: the packer cannot be installed, or ended with an exit code other than 0.
+        """
+        command = self._command()
+        shutil.rmtree(self._dest, ignore_errors=True)
+        self._dest.mkdir()
+        with tempfile.TemporaryFile() as errors:
+            watch = Stopwatch()
+            process = subprocess.Popen(command, cwd=PACKAGES, stdout=subprocess.DEVNULL, stderr=errors)
+            while process.poll() is None:
+                self.peak_mib = max(self.peak_mib, _peak_rss_mib(process.pid))
+                time.sleep(_POLL_S)
+            seconds = watch.elapsed_s()
+            if process.returncode:
+                errors.seek(0)
+                last_line = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+                raise CaseFailed(f"ended with exit code {process.returncode}: {' '.join(last_line)}")
+        shutil.rmtree(self._dest)
+        self.seconds.append(seconds)
+        return Rates(per_s=(self._images / seconds,))
 
 
-def _run_once(command: Sequence[str], dest: Path) -> tuple[float, float]:
-    """Seconds, and the largest peak memory of any of its processes in MiB.
-
-    Raises:
-        _Failed: it ended with another exit code than 0.
-    """
-    shutil.rmtree(dest, ignore_errors=True)
-    dest.mkdir()
-    peaks: dict[int, float] = {}
-    with tempfile.TemporaryFile() as errors:
-        watch = Stopwatch()
-        process = subprocess.Popen(command, cwd=PACKAGES, stdout=subprocess.DEVNULL, stderr=errors)
-        while process.poll() is None:
-            peaks.update(_peak_rss_mib(process.pid))
-            time.sleep(_POLL_S)
-        seconds = watch.elapsed_s()
-        if process.returncode:
-            errors.seek(0)
-            last_line = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise _Failed(f"ended with exit code {process.returncode}: {' '.join(last_line)}")
-    shutil.rmtree(dest)
-    return seconds, max(peaks.values(), default=0.0)
-
-
-def _peak_rss_mib(pid: int) -> dict[int, float]:
-    """The kernel's high-water mark (VmHWM) of a process and all below it."""
-    peaks = {}
-    try:
-        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        if "VmHWM" in status:  # a process that ended has none
-            peaks[pid] = int(status["VmHWM"].split()[0]) / 1024
+def _peak_rss_mib(pid: int) -> float:
+    """The highest peak memory (VmHWM) among a process and all its descendants."""
+    peak, children = 0.0, list[str]()
+    with suppress(OSError, KeyError):  # it has ended
+        peak = memory_mib("VmHWM", pid)
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:  # it ended meanwhile
-        return peaks
-    for child in children:
-        peaks |= _peak_rss_mib(int(child))
-    return peaks
+    return max([peak, *(_peak_rss_mib(int(child)) for child in children)])

@@ -1,9 +1,9 @@
-"""What people pack with today, each as its documentation shows it, run as a script in a Python that has it.
+"""The packers that people use today, each used as its documentation shows. Run as a script by a Python that has the package.
 
     python pack_peers.py CASE FOLDER DEST WORKERS
 
-FOLDER holds LABEL/NAME.jpg. FFCV decodes every image. webdataset does not, and so finds no damaged one: it is measured as
-it is, and decoding every image as tidali does to check it.
+FOLDER contains LABEL/NAME.jpg. FFCV decodes every image. webdataset does not, and so finds no corrupt image: it is measured
+both as it is, and with every image decoded, as tidali does to check it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Images:
 
 
 def pack_ffcv(samples: list[Sample], dest: Path, workers: int, write_mode: str) -> None:
-    """'jpg' encodes the decoded pixels again, 'raw' stores them; FFCV does not keep the source's bytes."""
+    """'jpg' encodes the decoded pixels again and 'raw' stores them; FFCV does not keep the bytes of the source."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
@@ -50,7 +50,7 @@ def pack_ffcv(samples: list[Sample], dest: Path, workers: int, write_mode: str) 
 
 
 def pack_webdataset(samples: list[Sample], dest: Path, workers: int, decode: bool) -> None:
-    """ShardWriter is one process's; its FAQ says to run several, each with its own shards."""
+    """A ShardWriter uses one process. webdataset's FAQ says to run several, each with its own shards."""
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.starmap(_write_shards, [(samples[n::workers], str(dest / f"train-{n}-%06d.tar"), decode) for n in range(workers)])
 

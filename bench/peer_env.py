@@ -1,7 +1,7 @@
-"""A Python for each peer whose packages could clash with tidali's: made when it is first asked for, and kept.
+"""A virtual environment for each peer whose packages could clash with tidali's: created when it is first needed, and kept.
 
-A peer's environment holds the peer and what it alone needs. All else, torch above all (5 GB), it takes from the Python that
-tidali runs in, whose packages come after its own on the path. So a peer may have another numpy, but never another torch.
+An environment contains the peer and what it alone needs. All other packages, torch above all (5 GB), it takes from the Python
+that tidali runs in, whose packages come after its own on the import path. So a peer can have another numpy, but no other torch.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from bench.measure import CaseFailed
 from tidali.console import say
-from tidali.errors import TidaliError
 
 INSTALL_TIMEOUT_S = 1800.0
 _SHARED = ("torch", "torchvision")
-"""Never installed a second time: the peer must run with these as they are here, or not at all."""
+"""Never installed a second time: the peer runs with the versions that tidali runs with, or not at all."""
 
 
-class PeerMissing(TidaliError):
-    """A peer that cannot be had here, and why."""
+class PeerMissing(CaseFailed):
+    """A peer that cannot be installed. The message is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What pip is asked for."""
+    """What pip installs."""
 
     requirements: tuple[str, ...]
     hint: str = ""
-    """The way out where the installation fails."""
+    """What to do if the installation fails."""
 
 
 ENVIRONMENTS = {
@@ -60,13 +60,13 @@ def home() -> Path:
 
 
 def python_of(name: str) -> Path:
-    """The Python that has this peer. Its environment is made now where it is not there yet; a failure is not remembered.
+    """The Python that has this peer. Creates its environment if there is none yet; a failure is not remembered.
 
     Args:
-        name: of `ENVIRONMENTS`.
+        name: a key of `ENVIRONMENTS`.
 
     Raises:
-        PeerMissing: it cannot be installed; the message has the reason and the installer's log.
+        PeerMissing: it cannot be installed; the message names the installer's log.
     """
     environment = ENVIRONMENTS[name]
     folder, log = home() / name, home() / f"{name}.log"
@@ -91,16 +91,16 @@ def python_of(name: str) -> Path:
 
 
 class Pythons:
-    """The Pythons of one run. An installation that failed is not tried again in it: it may take half an hour to fail."""
+    """The Pythons of one run. It does not retry a failed installation, which can take half an hour to fail."""
 
     def __init__(self) -> None:
         self._missing: dict[str, PeerMissing] = {}
 
     def of(self, name: str | None) -> Path:
-        """As `python_of`; tidali's own where no environment is named.
+        """As `python_of`; tidali's own Python if the name is None.
 
         Raises:
-            PeerMissing: it cannot be installed, or could not be before.
+            PeerMissing: it cannot be installed, now or earlier in this run.
         """
         if name is None:
             return Path(sys.executable)
@@ -114,7 +114,7 @@ class Pythons:
 
 
 def parent_packages() -> list[str]:
-    """The folders of packages of the Python that runs this."""
+    """The site-packages folders of this Python."""
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     if site.ENABLE_USER_SITE:
         folders.append(site.getusersitepackages())
@@ -125,12 +125,12 @@ def _make(folder: Path, python: Path, environment: Environment, log: Path) -> No
     with log.open("wb") as out:
         _run([sys.executable, "-m", "venv", "--without-pip", str(folder)], out, log, "")
         own = next((folder / "lib").glob("python*")) / "site-packages"
-        # The last of the .pth files, so that the parent's packages come after the peer's own.
+        # zz: the last of the .pth files, so that the parent's packages come after the peer's own.
         lines = [f"import site; site.addsitedir({path!r})" for path in parent_packages()]
         (own / "zz_tidali_parent.pth").write_text("\n".join(lines) + "\n")
         constraints = folder / "constraints.txt"
         constraints.write_text("".join(f"{line}\n" for line in _constraints()))
-        if importlib.util.find_spec("pip") is None:  # else it is among the parent's packages
+        if importlib.util.find_spec("pip") is None:  # otherwise it is among the parent's packages
             _run([str(python), "-m", "ensurepip"], out, log, "")
         pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
         _run([*pip, "--constraint", str(constraints), *environment.requirements], out, log, environment.hint)
@@ -158,7 +158,7 @@ def _run(command: Sequence[str], out: object, log: Path, hint: str) -> None:
 
 
 def what_failed(log: str) -> str:
-    """The line of an installer's output that says most: an exception's, before pip's own, before the last."""
+    """The most telling line of an installer's output: an exception, else pip's own error, else the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     raised = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception")) and ": " in line]
     of_pip = [line for line in lines if line.startswith("ERROR: ")]

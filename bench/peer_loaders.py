@@ -1,8 +1,8 @@
-"""The loaders that are measured, each put together as its own documentation shows it, with a worker or a thread a core.
+"""The loaders that are measured, each set up as its own documentation shows, with one worker or thread per core.
 
-Each function takes the job and returns its batches: images (N, 3, res, res), shuffled, mirrored at random and normalised, and
-labels (N,). Where a loader can resize by a bicubic kernel it does; where the stored images have the size asked for, those that
-would copy them leave the resize out. They run in processes of their own, see `bench.case_worker`.
+Each function takes the job and returns batches: images (N, 3, res, res), shuffled, flipped horizontally at random and
+normalised, and labels (N,). A loader that has a bicubic kernel resizes with it. If the stored images have the requested size,
+loaders whose resize would copy them omit it. They run in processes of their own, see `bench.case_worker`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,30 @@ from pathlib import Path
 from typing import Any
 
 from bench.case_worker import DataJob
+from tidali.config import CacheChoice
 
 Batches = Iterable[Any]
 
 
+class _Epochs:
+    """An iterable that makes a new iterator for each epoch."""
+
+    def __init__(self, epoch: Callable[[], Iterator[Any]]) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._epoch()
+
+
 def files_of(job: DataJob) -> list[tuple[str, int]]:
-    """Every image's path and label, in a random order, for loaders that shuffle less than all: tidali's shards are so too."""
+    """Path and label of every image, in a random order, for loaders that shuffle only partly: tidali's shards are shuffled
+    too."""
     files = [(str(path), int(path.parent.name)) for path in sorted(Path(job.folder).glob("*/*"))]
     return random.Random(0).sample(files, len(files))
 
 
 def reference(job: DataJob) -> Batches:
-    """Every sample once, in order, not mirrored, by PIL and torchvision: what the others are checked by."""
+    """Every sample once, in order, not flipped, by PIL and torchvision: what the others are checked against."""
     from torch.utils.data import DataLoader
     from torchvision import datasets
 
@@ -45,7 +57,7 @@ def transform_v1(job: DataJob, *, flip: bool = True) -> Callable[[Any], Any]:
 
 
 def transform_v2(job: DataJob, first: Any) -> Callable[[Any], Any]:
-    """``first`` makes a uint8 image tensor of what comes in."""
+    """Whatever ``first`` turns into a uint8 image tensor -> tensor."""
     import torch
     from torchvision.transforms import InterpolationMode, v2
 
@@ -89,8 +101,8 @@ def torchvision_v2(job: DataJob) -> Batches:
 
 
 def webdataset(job: DataJob) -> Batches:
-    """tidali's own tars. Batches are made in the workers; the documentation's second shuffle over all workers' samples, which
-    would take the batches apart and copy them once more, is left out in its favour."""
+    """Reads tidali's own tars. Batches are made in the workers. The documentation's second shuffle, over the samples of all
+    workers, would take the batches apart and copy them once more; it is omitted, in webdataset's favour."""
     import webdataset as wds
 
     from tidali.dataset.contract import open_dataset
@@ -106,7 +118,7 @@ def webdataset(job: DataJob) -> Batches:
         .map_tuple(transform_v1(job), int)
         .batched(job.batch_size, partial=False)
     )
-    workers = max(min(job.cores, len(tars), job.samples // job.batch_size), 1)  # each reads tars of its own
+    workers = max(min(job.cores, len(tars), job.samples // job.batch_size), 1)  # each worker reads its own tars
     return wds.WebLoader(samples, batch_size=None, num_workers=workers, persistent_workers=True)
 
 
@@ -114,7 +126,7 @@ def webdataset(job: DataJob) -> Batches:
 
 
 def dali_file(job: DataJob) -> Batches:
-    """As DALI's own ResNet training example reads."""
+    """Reads as DALI's own ResNet training example does."""
     from nvidia.dali import fn
     from nvidia.dali.plugin.pytorch import DALIClassificationIterator, LastBatchPolicy
 
@@ -123,11 +135,11 @@ def dali_file(job: DataJob) -> Batches:
 
     pipe = _dali_pipeline(job, read)
     batches = DALIClassificationIterator(pipe, reader_name="Reader", last_batch_policy=LastBatchPolicy.DROP, auto_reset=True)
-    return _Mapped(batches, lambda batch: (batch[0]["data"], batch[0]["label"]))
+    return _Epochs(lambda: ((batch[0]["data"], batch[0]["label"]) for batch in batches))
 
 
 def dali_webdataset(job: DataJob) -> Batches:
-    """As DALI's webdataset example reads, its buffers left at their defaults. It has no epochs of its own."""
+    """Reads as DALI's webdataset example does, with the default buffer sizes. It has no epochs of its own."""
     import numpy as np
     import torch
     from nvidia.dali import fn, types
@@ -152,12 +164,11 @@ def dali_webdataset(job: DataJob) -> Batches:
     pipe = _dali_pipeline(job, read)
     pipe.build()
 
-    class Epochs:
-        def __iter__(self) -> Iterator[Any]:
-            for _ in range(job.samples // job.batch_size):
-                yield tuple(torch.from_dlpack(output.as_tensor()) for output in pipe.run())
+    def epoch() -> Iterator[Any]:
+        for _ in range(job.samples // job.batch_size):
+            yield tuple(torch.from_dlpack(output.as_tensor()) for output in pipe.run())
 
-    return Epochs()
+    return _Epochs(epoch)
 
 
 def _dali_pipeline(job: DataJob, read: Callable[[], Any]) -> Any:
@@ -191,7 +202,7 @@ def ffcv_raw(job: DataJob) -> Batches:
 
 
 def ffcv_jpg(job: DataJob) -> Batches:
-    """It stores JPEGs of its own, made of the decoded pixels."""
+    """FFCV encodes the decoded pixels as JPEG again."""
     return _ffcv(job, "jpg")
 
 
@@ -206,10 +217,12 @@ def _ffcv(job: DataJob, mode: str) -> Batches:
 
     path = Path(job.scratch) / f"{mode}.beton"
     if not path.exists():
-        half = path.with_suffix(".part")
-        writer = DatasetWriter(str(half), {"image": RGBImageField(write_mode=mode), "label": IntField()}, num_workers=job.cores)
+        unfinished = path.with_suffix(".part")
+        writer = DatasetWriter(
+            str(unfinished), {"image": RGBImageField(write_mode=mode), "label": IntField()}, num_workers=job.cores
+        )
         writer.from_indexed_dataset(datasets.ImageFolder(job.folder))
-        half.rename(path)
+        unfinished.rename(path)
     decoder = SimpleRGBImageDecoder() if job.as_stored else CenterCropRGBImageDecoder((job.res, job.res), 1.0)
     normalise = NormalizeImage(255 * np.array(job.mean), 255 * np.array(job.std), np.float32)
     return Loader(
@@ -230,16 +243,16 @@ def _ffcv(job: DataJob, mode: str) -> Batches:
 
 
 def litdata(job: DataJob) -> Batches:
-    """The JPEGs as they are, in LitData's chunks."""
+    """The unchanged JPEGs, in LitData's chunks."""
     from litdata import StreamingDataLoader, StreamingDataset, optimize
     from torchvision.transforms import v2
 
     chunks = Path(job.scratch) / "chunks"
     if not (chunks / "index.json").exists():
         settings: dict[str, Any] = {"chunk_bytes": "64MB", "num_workers": job.cores}
-        # By default it turns this process's later workers, the loader's, into spawned ones, which start slowly.
+        # Its default start method would also apply to the loader's workers in this process: spawned, which start slowly.
         optimize(litdata_sample, files_of(job), output_dir=str(chunks), start_method="fork", **settings)
-    transform = transform_v2(job, v2.RGB())  # a grey JPEG comes with one channel
+    transform = transform_v2(job, v2.RGB())  # a grey JPEG has one channel
 
     class Images(StreamingDataset):
         def __getitem__(self, index: Any) -> Any:
@@ -260,7 +273,7 @@ def litdata_sample(item: tuple[str, int]) -> dict[str, Any]:
 
 
 def mosaic(job: DataJob) -> Batches:
-    """The JPEGs as they are, in MosaicML's shards."""
+    """The unchanged JPEGs, in MosaicML's shards."""
     from PIL import Image
     from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 
@@ -284,7 +297,7 @@ def mosaic(job: DataJob) -> Batches:
 
 
 def spdl(job: DataJob) -> Batches:
-    """Batches decoded and resized by FFmpeg's libraries in threads, as in SPDL's ImageNet example."""
+    """FFmpeg's libraries decode and resize batches in threads, as in SPDL's ImageNet example."""
     import spdl.io
     import torch
     from spdl.pipeline import PipelineBuilder
@@ -300,26 +313,25 @@ def spdl(job: DataJob) -> Batches:
         paths, labels = zip(*items, strict=True)
         buffer = spdl.io.load_image_batch(list(paths), width=None, height=None, pix_fmt=None, filter_desc=described)
         images = spdl.io.to_torch(buffer).permute(0, 3, 1, 2)
-        mirrored = torch.rand(len(images)) < 0.5
-        images[mirrored] = images[mirrored].flip(3)
+        flipped = torch.rand(len(images)) < 0.5
+        images[flipped] = images[flipped].flip(3)
         return images.float().sub_(255 * mean).div_(255 * std), torch.tensor(labels)
 
-    decode(files[:1])  # its pipeline leaves out what fails: without FFmpeg's libraries all of it, and the reason would be lost
+    decode(files[:1])  # the pipeline drops what fails: without FFmpeg's libraries that is everything, and the reason is lost
 
-    class Epochs:
-        def __iter__(self) -> Iterator[Any]:
-            pipeline = (
-                PipelineBuilder()
-                .add_source(random.sample(files, len(files)))
-                .aggregate(job.batch_size, drop_last=True)
-                .pipe(decode, concurrency=job.cores)
-                .add_sink()
-                .build(num_threads=job.cores)
-            )
-            with pipeline.auto_stop():
-                yield from pipeline
+    def epoch() -> Iterator[Any]:
+        pipeline = (
+            PipelineBuilder()
+            .add_source(random.sample(files, len(files)))
+            .aggregate(job.batch_size, drop_last=True)
+            .pipe(decode, concurrency=job.cores)
+            .add_sink()
+            .build(num_threads=job.cores)
+        )
+        with pipeline.auto_stop():
+            yield from pipeline
 
-    return Epochs()
+    return _Epochs(epoch)
 
 
 # --------------------------------------------------------------------------------------------------------------------- tidali
@@ -334,11 +346,11 @@ def tidali_cached(job: DataJob) -> Batches:
 
 
 def tidali_cached_bf16(job: DataJob) -> Batches:
-    """What a training step under bf16 autocast takes."""
+    """In bfloat16, the input of a training step under bf16 autocast."""
     return _tidali(job, "device", "bfloat16")
 
 
-def _tidali(job: DataJob, cache: Any, dtype: str) -> Batches:
+def _tidali(job: DataJob, cache: CacheChoice, dtype: str) -> Batches:
     import torch
 
     from tidali.dataset.contract import open_dataset
@@ -356,16 +368,3 @@ def _tidali(job: DataJob, cache: Any, dtype: str) -> Batches:
         augment=Augment(flip="random"),
         dtype=getattr(torch, dtype),
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------- small
-
-
-class _Mapped:
-    """An iterable of batches, each put into another form."""
-
-    def __init__(self, batches: Iterable[Any], function: Callable[[Any], Any]) -> None:
-        self._batches, self._function = batches, function
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(self._function, self._batches)

@@ -17,41 +17,42 @@ class Peer:
     """A case."""
 
     id: str
-    """On the command line."""
+    """Its name on the command line."""
     name: str
-    """In the table."""
+    """Its name in the table."""
     target: str
+    """See `bench.case_worker.Job`."""
     package: str
     """The distribution whose version is recorded."""
     env: str | None = None
-    """Of `bench.peer_env.ENVIRONMENTS`; None: tidali's own Python has it."""
-    loose: int = 0
-    """Samples that an epoch may take from the next one: a shuffle buffer that is not emptied in between."""
+    """A key of `bench.peer_env.ENVIRONMENTS`; None: tidali's own Python has the package."""
+    carried_over: int = 0
+    """How many samples of the next epoch an epoch may contain: the size of a shuffle buffer that is not emptied in between."""
     hint: str = ""
-    """The way out where it does not start."""
-    base: str | None = None
-    """Id of the case that this one's rate is given as a multiple of; None: torchvision's of the table."""
+    """What to do if it does not start."""
+    base: str = "torchvision-v1"
+    """Id of the case that this one's rate is divided by."""
     decodes: bool = True
-    """A loader: it decodes JPEGs for every batch."""
+    """For a loader: it decodes JPEGs for every batch."""
     pixel_dtype: torch.dtype = torch.float32
-    """A loader: of its batches."""
-    multiplies_in: Callable[[DevicePlan], torch.dtype | None] = lambda plan: None
-    """A training loop: the dtype of its products on that device, None for float32."""
+    """For a loader: dtype of its batches."""
+    product_dtype: Callable[[DevicePlan], torch.dtype | None] = lambda plan: None
+    """For a training loop: the dtype of its matrix products on that device, None for float32."""
 
 
-def _loader(id: str, name: str, package: str, **more: Any) -> Peer:
-    return Peer(id=id, name=name, package=package, target=f"bench.peer_loaders:{id.replace('-', '_')}", **more)
+def _loader(id: str, name: str, package: str, **fields: Any) -> Peer:
+    return Peer(id=id, name=name, package=package, target=f"bench.peer_loaders:{id.replace('-', '_')}", **fields)
 
 
-def _training(loop: str, name: str, package: str, **more: Any) -> list[Peer]:
+def _training(loop: str, name: str, package: str, **fields: Any) -> list[Peer]:
     return [
         Peer(
             id=f"{loop}-{part}",
             name=f"{name}, {words}",
             package=package,
-            target=f"bench.peer_training:{loop}_{part}",
+            target=f"bench.training_loops:{loop}_{part}",
             base=f"torchvision-{part}",
-            **more,
+            **fields,
         )
         for part, words in (("step", "step"), ("loop", "end to end"))
     ]
@@ -70,7 +71,7 @@ LOADERS = (
     _loader("torchvision-v2", "torchvision v2", "torchvision"),
     _loader("webdataset", "webdataset", "webdataset"),
     _loader("dali-file", "DALI file reader", "nvidia-dali-cuda120"),
-    _loader("dali-webdataset", "DALI webdataset reader", "nvidia-dali-cuda120", loose=1024),  # its buffer's default
+    _loader("dali-webdataset", "DALI webdataset reader", "nvidia-dali-cuda120", carried_over=1024),  # its buffer's default size
     _loader("ffcv-raw", "FFCV raw", "ffcv", env="ffcv", decodes=False),
     _loader("ffcv-jpg", "FFCV jpg", "ffcv", env="ffcv"),
     _loader("litdata", "LitData", "litdata", env="litdata"),
@@ -82,19 +83,19 @@ LOADERS = (
 )
 TRAINING = (
     *_training("study", "original study", "torch"),
-    *_training("torchvision", "torchvision reference", "torchvision", multiplies_in=_fp16_on_a_gpu),
-    *_training("timm", "timm", "timm", env="timm", multiplies_in=_as_tidali),
-    *_training("tidali", "tidali", "tidali", multiplies_in=_as_tidali),
+    *_training("torchvision", "torchvision reference", "torchvision", product_dtype=_fp16_on_a_gpu),
+    *_training("timm", "timm", "timm", env="timm", product_dtype=_as_tidali),
+    *_training("tidali", "tidali", "tidali", product_dtype=_as_tidali),
 )
 REFERENCE = _loader("reference", "the reference", "torchvision")
-"""What the loaders are checked by."""
+"""What the loaders are checked against."""
 
 
 def chosen(table: Sequence[Peer], names: Sequence[str] | None) -> tuple[Peer, ...]:
-    """The peers of these ids, or of these families: ``ffcv`` is ffcv-raw and ffcv-jpg. None: all. In the table's order.
+    """The peers with these ids, or of these families: ``ffcv`` is ffcv-raw and ffcv-jpg. None: all. In the table's order.
 
     Raises:
-        UsageError: a name that is neither.
+        UsageError: a name is neither.
     """
     if names is None:
         return tuple(table)

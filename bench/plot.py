@@ -1,4 +1,4 @@
-"""A document as a picture: bars with their spread, the ceilings as marks, curves for what grows."""
+"""A document as a picture: bars with their spread, the ceilings as marks, and a curve for each thing that was varied."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.report import against, conditions, label, made_of, number, parts, spread
+from bench.report import axis, ceiling_share, conditions, label, made_of, number, parts, spread
 from tidali.files import write_atomically
 from tidali.report.drawing import INK, MUTED, PALE, house_style, save_figure, series_colour, series_marker
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 OURS, THEIRS, CEILING = series_colour(0), PALE, series_colour(1)
 LOG_ABOVE = 20.0
-"""A panel whose largest rate is this many times its smallest has a logarithmic axis: the short bars could not be read."""
+"""A panel whose largest rate is more than this multiple of its smallest has a logarithmic axis, so that short bars can be
+read."""
 _BAR_INCHES, _PANEL_INCHES, _CURVES_INCHES, _WIDTH_INCHES = 0.3, 0.9, 2.0, 9.0
 
 
 def write_plot(document: Mapping[str, Any], path: Path) -> None:
-    """Draw to .png, .svg or .html, which is one file with the pictures, the figures and where they were measured.
+    """Write .png, .svg or .html. The last is one file with the pictures, the tables and the machine they were measured on.
 
     Raises:
         TidaliError: the file cannot be written.
@@ -34,35 +35,35 @@ def write_plot(document: Mapping[str, Any], path: Path) -> None:
 
 
 @house_style()
-def draw(document: Mapping[str, Any], *, signed: bool = True) -> Figure:
-    """A panel for each place that rows were measured at, and one for each thing that was varied.
+def draw(document: Mapping[str, Any], *, footer: bool = True) -> Figure:
+    """A panel for each resolution and stem, and one for each thing that was varied.
 
     Args:
-        signed: say below where and with what it was measured.
+        footer: write the machine and the software below.
     """
     from matplotlib.figure import Figure
 
     panels = [panel for part in parts(document) for panel in _panels(part)]
     heights = [_PANEL_INCHES + (_BAR_INCHES * len(rows) if kind == "bars" else _CURVES_INCHES) for _, kind, rows in panels]
-    figure = Figure(figsize=(_WIDTH_INCHES, sum(heights) + 0.5 * signed))
+    figure = Figure(figsize=(_WIDTH_INCHES, sum(heights) + 0.5 * footer))
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (title, kind, rows) in zip(axes, panels, strict=True):
         (_bars if kind == "bars" else _curves)(ax, rows)
         ax.set_title(title)
-    if signed:
+    if footer:
         figure.supxlabel("\n".join(about(parts(document)[0])), fontsize=8, color=MUTED)
     return figure
 
 
 def page(document: Mapping[str, Any]) -> bytes:
-    """Of each part the diagnosis, the pictures and a table, in one HTML file that asks for nothing else."""
+    """The diagnosis, the pictures and a table of each part, in one HTML file that loads nothing else."""
     from tidali.report.page import drawn, render
 
     shown = [
         {
             "name": part["benchmark"],
             "lines": [found["line"] for found in part.get("diagnosis", ())],
-            "figure": drawn(draw(part, signed=False), f"images/s of {part['benchmark']}"),
+            "figure": drawn(draw(part, footer=False), f"images/s of {part['benchmark']}"),
             "rows": [_cells(row) for row in part["rows"]],
             "about": about(part),
             "command": part["command"],
@@ -73,7 +74,7 @@ def page(document: Mapping[str, Any]) -> bytes:
 
 
 def about(document: Mapping[str, Any]) -> list[str]:
-    """Where and with what it was measured, in two lines."""
+    """The machine and the software, in two lines."""
     machine = document["machine"]
     hardware = [machine["gpu"] or machine["cpu"], f"{machine['cores']} cores", f"{machine['memory_gib']:g} GiB"]
     legend = f"median of {document['repeats']}, whiskers from lowest to highest"
@@ -82,10 +83,10 @@ def about(document: Mapping[str, Any]) -> list[str]:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    """Of the page's table: the case, where, images/s, spread, share of the ceiling."""
-    rate, ceiling = row.get("images_per_s"), row.get("ceiling")
+    """For the page's table: the case, its conditions, images/s, spread, share of the ceiling."""
+    rate = row.get("images_per_s")
     measured = ["not run", row["not_run"]] if rate is None else [number(rate["median"]), spread(rate)]
-    return [row["case"], label(row), *measured, f"{100 * ceiling['share']:.0f} % of {ceiling['name']}" if ceiling else ""]
+    return [row["case"], label(row), *measured, ceiling_share(row)]
 
 
 def _panels(document: Mapping[str, Any]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
@@ -98,7 +99,7 @@ def _panels(document: Mapping[str, Any]) -> list[tuple[str, str, list[Mapping[st
     for varied, rows in groupby(growth, key=lambda row: row["varied"]):
         curves = list(rows)
         where = "" if varied == "res" else f" at {curves[0]['res']} px"
-        panels.append((f"{document['benchmark']}{where} against {against(varied)}", "curves", curves))
+        panels.append((f"{document['benchmark']}{where} over {axis(varied)}", "curves", curves))
     return panels
 
 
@@ -125,9 +126,8 @@ def _bars(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         ax.plot([rate["min"], rate["max"]], [place, place], color=INK, linewidth=1.2, marker="|")
         text = number(rate["median"])
         if "ceiling" in row:
-            ceiling = row["ceiling"]
-            ax.plot([ceiling["images_per_s"]] * 2, [place - 0.4, place + 0.4], color=CEILING, linewidth=2)
-            text += f", {100 * ceiling['share']:.0f} % of {ceiling['name']}"
+            ax.plot([row["ceiling"]["images_per_s"]] * 2, [place - 0.4, place + 0.4], color=CEILING, linewidth=2)
+            text += f", {ceiling_share(row)}"
         ax.text(1.01, place, text, transform=ax.get_yaxis_transform(), va="center", fontsize=9)  # beside the axes
     ax.set_yticks(range(len(rows)), [row["case"] for row in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
@@ -150,18 +150,18 @@ def _curves(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     ax.set_xticks(values, [f"{value:,}" for value in values])
     ax.minorticks_off()
     low, high = ax.get_ylim()
-    widen = max((5 / (high / low)) ** 0.5, 1)  # to show at least two of the marks below
+    widen = max((5 / (high / low)) ** 0.5, 1)  # so that at least two of the ticks below are shown
     low, high = low / widen, high * widen
     ax.set_ylim(low, high)
     ticks = [factor * 10**power for power in range(1, 9) for factor in (1, 2, 5) if low <= factor * 10**power <= high]
     ax.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
-    ax.set_xlabel(against(varied))
+    ax.set_xlabel(axis(varied))
     ax.set_ylabel("images/s")
     ax.legend()
 
 
 def is_ours(case: str, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """tidali's cases are named so where others stand beside them; where none does, all are."""
+    """Whether it is a case of tidali. Their names say so in a document that has peers; in others all cases are tidali's."""
     named = [row["case"] for row in rows if row["case"].startswith("tidali")]
     return case in named or not named
 

@@ -1,4 +1,4 @@
-"""What a benchmark prints and writes: a table for people, one JSON document for machines."""
+"""The output of a benchmark: a table on the terminal, a JSON document, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tidali.console import print_table, results
 from tidali.files import write_atomically
 
 WHERE = ("res", "stem", "batch_size", "threads", "samples", "ranks")
-"""A row's fields that tell it from others of the same case."""
+"""A row's fields that distinguish it from other rows of the same case."""
 
 _CEILING_UNITS = {"images": ("images/s", 1.0), "bytes": ("GB/s", 1e9), "flop": ("TFLOP/s", 1e12)}
 
 
 def number(value: float) -> str:
-    """Three figures at least: 8.8, 67.8, 9,596."""
+    """With three digits at least: 8.8, 67.8, 9,596."""
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
@@ -35,19 +35,49 @@ _FORMATS: dict[str, Callable[[float], str]] = {
 
 
 def parts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The documents in one of ``tidali bench all``; another is its own only part."""
+    """The documents in a document of ``tidali bench all``; any other document is its own only part."""
     return list(document["parts"]) if document["benchmark"] == "all" else [dict(document)]
 
 
 def label(row: Mapping[str, Any]) -> str:
-    """Where a row was measured, for people: '64 px, small stem'."""
+    """The conditions of a row in words: '64 px, small stem'."""
     words = {"res": "{} px", "stem": "{} stem", "batch_size": "batch {}", "threads": "{} threads", "samples": "{:,} samples"}
     words["ranks"] = "{} ranks"
     return ", ".join(words[name].format(row[name]) for name in WHERE if row.get(name) is not None)
 
 
+def spread(rate: Mapping[str, float]) -> str:
+    """Lowest to highest."""
+    return f"{number(rate['min'])} to {number(rate['max'])}"
+
+
+def ceiling_share(row: Mapping[str, Any]) -> str:
+    """'87 % of JPEG decoding'; empty if the row has no ceiling."""
+    ceiling = row.get("ceiling")
+    return f"{100 * ceiling['share']:.0f} % of {ceiling['name']}" if ceiling else ""
+
+
+def axis(varied: str) -> str:
+    """The name of what was varied, in words."""
+    return {"res": "side in pixels", "batch_size": "batch size"}.get(varied, varied)
+
+
+def made_of(document: Mapping[str, Any]) -> str:
+    """The software and the date, in one line."""
+    versions = {**document["versions"], **document.get("peer_versions", {})}
+    shown = [f"{name} {versions[name]}" for name in ("tidali", "torch", "nvidia-dali-cuda120") if name in versions]
+    shown += [f"commit {document['commit']}"] if document["commit"] else []
+    return f"{', '.join(shown)}, {document['date']}"
+
+
+def conditions(document: Mapping[str, Any]) -> list[str]:
+    """The conditions that all rows share."""
+    found = [document["dtype"]] if document["benchmark"] in ("train", "step") else []
+    return found + ([f"batch {document['batch_size']}"] if "batch_size" in document else [])
+
+
 def show(document: Mapping[str, Any]) -> None:
-    """The tables, on standard output."""
+    """Print the tables on standard output."""
     for part in parts(document):
         _show_rows(part)
         _show_ceilings(part)
@@ -58,53 +88,30 @@ def show(document: Mapping[str, Any]) -> None:
         results.print(made_of(part), markup=False)
 
 
-def made_of(document: Mapping[str, Any]) -> str:
-    """The software and the day, in a line."""
-    versions = {**document["versions"], **document.get("peer_versions", {})}
-    shown = [f"{name} {versions[name]}" for name in ("tidali", "torch", "nvidia-dali-cuda120") if name in versions]
-    shown += [f"commit {document['commit']}"] if document["commit"] else []
-    return f"{', '.join(shown)}, {document['date']}"
-
-
 def _show_rows(document: Mapping[str, Any]) -> None:
     about = [f"median of {document['repeats']} (lowest to highest)", document["device"]["name"], f"{document['cores']} cores"]
     about += conditions(document)
     rows = document["rows"]
     ratios = sorted({name for row in rows for name in row if name.startswith("times_")})
     extra = [*ratios, *(name for name in ("gmacs", "peak_rss_mib") if any(name in row for row in rows))]
-    if document["compile"]:  # the first step's seconds are the compiler's, nearly all
+    if document["compile"]:  # nearly all of the first step is compilation
         rows = [{**row, "first_step_s": row.get("measured", {}).get("first_step_s")} for row in rows]
         extra.append("first_step_s")
-    bound = any("ceiling" in row for row in rows)
-    columns = ["case", "where", "images/s", "spread", *(name.replace("_", " ") for name in extra)]
-    columns += ["of the ceiling", "which is"] if bound else []
-    print_table(f"{document['benchmark']}: images/s, {', '.join(about)}", columns, [_cells(row, extra, bound) for row in rows])
+    columns = ["case", "where", "images/s", "spread", *(name.replace("_", " ") for name in extra), "of the ceiling"]
+    cells = [_cells(row, extra) for row in rows]
+    print_table(f"{document['benchmark']}: images/s, {', '.join(about)}", columns, cells)
     for row in rows:
-        if "not_run" in row:  # below the table: a reason is a sentence, and would make a column of it
+        if "not_run" in row:  # below the table: a reason is a sentence, and would widen its column
             where = f" ({label(row)})" if label(row) else ""
             results.print(f"not run: {row['case']}{where}: {row['not_run']}", markup=False)
 
 
-def _cells(row: Mapping[str, Any], extra: list[str], bound: bool) -> list[str]:
-    cells = [row["case"], label(row)]
+def _cells(row: Mapping[str, Any], extra: list[str]) -> list[str]:
     if "not_run" in row:
-        return [*cells, "not run", *([""] * (1 + len(extra) + 2 * bound))]
-    rate, ceiling = row["images_per_s"], row.get("ceiling")
-    cells += [number(rate["median"]), spread(rate)]
-    cells += [_FORMATS.get(name, number)(row[name]) if row.get(name) is not None else "" for name in extra]
-    if bound:
-        cells += [f"{100 * ceiling['share']:.0f} %", ceiling["name"]] if ceiling else ["", ""]
-    return cells
-
-
-def conditions(document: Mapping[str, Any]) -> list[str]:
-    """What all rows of it have in common."""
-    found = [document["dtype"]] if document["benchmark"] in ("train", "step") else []
-    return found + ([f"batch {document['batch_size']}"] if "batch_size" in document else [])
-
-
-def spread(rate: Mapping[str, float]) -> str:
-    return f"{number(rate['min'])} to {number(rate['max'])}"
+        return [row["case"], label(row), "not run", *([""] * (2 + len(extra)))]
+    cells = [_FORMATS.get(name, number)(row[name]) if row.get(name) is not None else "" for name in extra]
+    rate = row["images_per_s"]
+    return [row["case"], label(row), number(rate["median"]), spread(rate), *cells, ceiling_share(row)]
 
 
 def _show_ceilings(document: Mapping[str, Any]) -> None:
@@ -115,43 +122,35 @@ def _show_ceilings(document: Mapping[str, Any]) -> None:
         digits = 0 if scale == 1 else 3 if scale == 1e12 else 1
         rows.append((row["ceiling"], label(row), f"{median:,.{digits}f}", unit, f"{low:,.{digits}f} to {high:,.{digits}f}"))
     if rows:
-        print_table("this machine's ceilings, measured in between", ("ceiling", "beside", "rate", "", "spread"), rows)
-
-
-def against(varied: str) -> str:
-    """What was varied, for people."""
-    return {"res": "side in pixels", "batch_size": "batch size"}.get(varied, varied)
+        print_table("ceilings: what this machine reaches at most", ("ceiling", "measured with", "rate", "", "spread"), rows)
 
 
 def _show_growth(document: Mapping[str, Any]) -> None:
     rows = [
-        (row["case"], against(row["varied"]), f"{row[row['varied']]:,}", number(rate["median"]), spread(rate))
+        (row["case"], axis(row["varied"]), f"{row[row['varied']]:,}", number(rate["median"]), spread(rate))
         for row in document.get("growth", ())
         for rate in (row["images_per_s"],)
     ]
     if rows:
-        print_table("how it grows, one thing varied at a time", ("case", "against", "value", "images/s", "spread"), rows)
+        print_table("throughput while one thing is varied", ("case", "varied", "value", "images/s", "spread"), rows)
 
 
 def _show_memory(document: Mapping[str, Any]) -> None:
-    if "memory" not in document:
-        return
-    print_table(
-        "memory of a process that takes batches from the cache, MiB",
-        ("res", "cached pixels", "imports alone", "peak", "(peak - imports) / pixels"),
-        [
-            (
-                row["res"],
-                *(f"{row[name]:,.0f}" for name in ("pixels_mib", "idle_rss_mib", "peak_rss_mib")),
-                f"{row['times_pixels']:.2f}",
-            )
-            for row in document["memory"]
-        ],
-    )
+    rows = [
+        (
+            row["res"],
+            *(f"{row[name]:,.0f}" for name in ("pixels_mib", "idle_rss_mib", "peak_rss_mib")),
+            f"{row['times_pixels']:.2f}",
+        )
+        for row in document.get("memory", ())
+    ]
+    if rows:
+        columns = ("res", "cached pixels", "imports alone", "peak", "(peak - imports) / pixels")
+        print_table("memory of a process that reads batches from the cache, MiB", columns, rows)
 
 
 def write_json(document: Mapping[str, Any], target: str) -> None:
-    """Write the document to a file, or to standard output where the target is '-'.
+    """Write the document to a file, or to standard output if the target is '-'.
 
     Raises:
         TidaliError: the file cannot be written.
@@ -161,3 +160,30 @@ def write_json(document: Mapping[str, Any], target: str) -> None:
         print(text)
     else:
         write_atomically(Path(target), f"{text}\n".encode())
+
+
+def markdown_table(document: Mapping[str, Any]) -> str:
+    """The rows as a Markdown table: one line per case, and for each condition the rate and how it compares. The tables in the
+    documentation are generated by it from the recorded documents, so that they cannot differ."""
+    rows = document["rows"]
+    places, cases = (list(dict.fromkeys(found)) for found in ((label(row) for row in rows), (row["case"] for row in rows)))
+    by_place = {(row["case"], label(row)): row for row in rows}
+    memory = any("peak_rss_mib" in row for row in rows)
+    head = ["", *(cell for place in places for cell in (place or "images/s", ""))] + (["peak RSS, MiB"] if memory else [])
+    lines = [head, ["---"] * len(head)]
+    for case in cases:
+        found = [by_place.get((case, place)) for place in places]
+        cells = [cell for row in found for cell in _markdown_cells(row)]
+        cells += [number(found[0]["peak_rss_mib"]) if found[0] and "peak_rss_mib" in found[0] else ""] if memory else []
+        lines.append([case, *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _markdown_cells(row: Mapping[str, Any] | None) -> tuple[str, str]:
+    if row is None:
+        return "", ""
+    if "not_run" in row:
+        return "not run", row["not_run"].replace("|", "\\|")
+    compared = [f"{ratio(row[name])} x {name[6:]}" for name in row if name.startswith("times_") and row[name] is not None]
+    compared += [ceiling_share(row)] if "ceiling" in row else []
+    return f"{number(row['images_per_s']['median'])} ({spread(row['images_per_s'])})", ", ".join(compared)

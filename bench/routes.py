@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench.measure import Case
 from tidali.dataset.contract import Dataset
+from tidali.errors import UsageError
 from tidali.loading.augment import Augment
 from tidali.loading.data import Data
 from tidali.loading.stream import decoded_forever
@@ -18,32 +19,35 @@ DECODED, STREAMING, CACHED, CACHED_BF16 = "decode only", "streaming", "cached", 
 ROUTES = (DECODED, STREAMING, CACHED, CACHED_BF16)
 
 
-def route_cases(streamed: Data, cached: Data, res: int, batch_size: int) -> list[Case]:
-    """The routes of one resolution; the cache also to bfloat16, which a training step under bf16 autocast takes."""
+def check_batch_size(dataset: Dataset, batch_size: int) -> None:
+    """
+    Raises:
+        UsageError: the batch is larger than the train split.
+    """
+    samples = dataset.labelled_split("train").samples
+    if batch_size > samples:
+        raise UsageError(f"--batch-size {batch_size}: the train split has {samples} samples; give at most that many")
+
+
+def route_cases(streamed: Data, cached: Data, res: int, batch_size: int) -> dict[str, Case]:
+    """The routes at one resolution. The cache also in bfloat16, the input of a training step under bf16 autocast."""
     dataset = streamed.dataset
-    common = batch_settings(dataset, res, batch_size)
+    settings = batch_settings(dataset, res, batch_size)
     decoded = decoded_forever(dataset, "train", batch_size=batch_size)
-    epoch_steps = dataset.split("train").samples // batch_size
     steps = {
         DECODED: lambda: len(next(decoded)[0]),
-        STREAMING: counting(streamed.batches("train", **common)),
-        CACHED: counting(cached.batches("train", **common)),
-        CACHED_BF16: counting(cached.batches("train", dtype=torch.bfloat16, **common)),
+        STREAMING: counting(streamed.batches("train", **settings)),
+        CACHED: counting(cached.batches("train", **settings)),
+        CACHED_BF16: counting(cached.batches("train", dtype=torch.bfloat16, **settings)),
     }
-    return [Case(name=name, step=step, cycle_steps=epoch_steps) for name, step in steps.items()]
+    epoch_steps = dataset.split("train").samples // batch_size
+    return {name: Case(step=step, cycle_steps=epoch_steps) for name, step in steps.items()}
 
 
 def batch_settings(dataset: Dataset, res: int, batch_size: int) -> dict[str, Any]:
-    """Of a training batch as every route is asked for it."""
-    manifest = dataset.manifest
-    return dict(
-        res=res,
-        batch_size=batch_size,
-        mean=manifest.mean,
-        std=manifest.std,
-        train=True,
-        augment=Augment(flip="random"),
-    )
+    """The arguments for a training batch, the same for every route."""
+    mean, std = dataset.manifest.mean, dataset.manifest.std
+    return dict(res=res, batch_size=batch_size, mean=mean, std=std, train=True, augment=Augment(flip="random"))
 
 
 def endless(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -53,13 +57,13 @@ def endless(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, 
 
 
 def counting(batches: Iterable[tuple[Tensor, Tensor]]) -> Callable[[], int]:
-    """A step that takes the next batch and counts its images."""
+    """A step that takes the next batch and returns the number of its images."""
     endlessly = endless(batches)
     return lambda: len(next(endlessly)[1])
 
 
 def batch_bytes(data: Data, res: int, dtype: torch.dtype = torch.float32) -> float:
-    """What making one image of a batch moves at the least, as bytes of a copy, which reads each and writes each: the stored
-    pixels are read and the image is written, once."""
+    """The least memory traffic per image of a batch: the stored pixels are read and the image is written, once. In bytes of a
+    copy, which both reads and writes each byte."""
     stored = data.route.pixel_bytes / data.dataset.split("train").samples
     return (stored + 3 * res * res * dtype.itemsize) / 2

@@ -1,29 +1,28 @@
-"""The training step: the original study's loop beside tidali's, on the same data that is already in memory, taking turns.
+"""The training step: the original study's beside tidali's, on the same batch in memory, taking turns.
 
 Each runs in a process of its own, as its user would run it: tidali makes its process keep freed memory
-(`tidali.hardware.cpu_memory`), with which the other loop's step of 224 px ran at 15.4 images/s instead of 11.3.
+(`tidali.hardware.cpu_memory`). With that, the study's step at 224 px ran at 15.4 images/s instead of 11.3.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from rich.progress import TaskID
 
-from bench.case_process import CaseFailed, CaseProcess
-from bench.ceilings import binding, ceiling_cases, ceiling_rows, products
-from bench.fingerprint import environment
-from bench.measure import Case, Rates, measure
-from bench.peer_check import wrong_training
-from bench.step_loops import StepJob
+from bench.case_process import CaseProcess
+from bench.ceilings import ceiling_cases, ceiling_rows, lowest_ceiling, matrix_product
+from bench.document import make_document, make_row
+from bench.measure import CaseFailed, Measurable, Rates, measure
+from bench.peer_check import why_wrong_training
+from bench.training_loops import StepJob
 from tidali.config import AmpChoice, CompileChoice, DeviceChoice, Stem
-from tidali.console import progress_bar, say
+from tidali.console import say
 from tidali.errors import TidaliError
 from tidali.hardware.device import plan_device
 from tidali.model.resnet import resnet18_gmacs
@@ -47,102 +46,73 @@ def bench_step(
     compile: CompileChoice = "auto",
     profile: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure, and return the JSON document. The stock stem at every resolution, the small one at those up to 64 px.
+    """Measure, and return the JSON document: the stock stem at every resolution, the small stem up to 64 px.
 
     Args:
-        profile: where a trace of tidali's step is written, one for each shape.
+        profile: where traces of tidali's step are written; the resolution and the stem are appended to the name.
 
     Raises:
-        TidaliError: the device cannot be used, its memory does not hold the batch, or a loop failed otherwise.
+        TidaliError: the device cannot be used, the batch does not fit its memory, or a loop failed otherwise.
     """
     plan = plan_device(device, amp, compile)
-    limits = ceiling_cases(plan)
-    stems: list[Stem] = ["imagenet", "small"]
-    shapes = [(res, stem) for stem in stems for res in resolutions if stem == "imagenet" or res <= SMALL_STEM_MAX_PX]
+    limits, stems = ceiling_cases(plan), get_args(Stem)
     rows, ceilings = [], []
-    with progress_bar() as bar, tempfile.TemporaryDirectory(prefix="tidali-step-", ignore_cleanup_errors=True) as scratch:
-        for res, stem in shapes:
-            settings: dict[str, Any] = dict(res=res, stem=stem, batch_size=batch_size, classes=CLASSES, scratch=scratch)
-            settings |= dict(device=device, amp=amp, compile=compile)
-            jobs = {
-                ORIGINAL: StepJob(target="bench.step_loops:original", package="torch", **settings),
-                TIDALI: StepJob(target="bench.step_loops:tidali", package="tidali", **settings),
-            }
-            task = bar.add_task(f"step at {res}, {stem} stem", total=(len(jobs) + len(limits)) * repeats, note="")
-
-            def on_done(name: str, task: TaskID = task) -> None:
-                bar.update(task, advance=1, note=name)
-
-            trace = profile.with_name(f"{profile.stem}-{res}-{stem}.json") if profile is not None else None
-            try:
-                rates = _measured(jobs, limits, Path(scratch), repeats, on_done, trace)
-            except CaseFailed as error:
-                hint = "; give a smaller --batch-size" if "out of memory" in str(error) else ""
-                raise TidaliError(f"bench step: {batch_size} images of {res} px: {error}{hint}") from None
-            gmacs = resnet18_gmacs(CLASSES, stem, res)
-            for case in jobs:
-                bound = binding(rates, step_costs(None if case == ORIGINAL else plan.amp_dtype, res=res, stem=stem))
-                rows.append(
-                    {
-                        "res": res,
-                        "stem": stem,
-                        "case": case,
-                        "images_per_s": rates[case].to_dict(),
-                        "times_original": rates[case].median / rates[ORIGINAL].median,
-                        "gmacs": gmacs,
-                        "dtype": "float32" if case == ORIGINAL else plan.dtype_name,
-                        "idle_share": rates[case].idle_share,
-                        "measured": rates[case].measured(),
-                        **(bound.fields(rates[case]) if bound else {}),
-                    }
+    for res, stem in ((res, stem) for stem in stems for res in resolutions if stem == "imagenet" or res <= SMALL_STEM_MAX_PX):
+        settings: dict[str, Any] = dict(res=res, stem=stem, batch_size=batch_size, classes=CLASSES)
+        settings |= dict(device=device, amp=amp, compile=compile)
+        trace = profile.with_name(f"{profile.stem}-{res}-{stem}.json") if profile is not None else None
+        try:
+            rates = _measure(settings, limits, repeats, trace)
+        except CaseFailed as error:
+            hint = "; give a smaller --batch-size" if "out of memory" in str(error) else ""
+            raise TidaliError(f"bench step: {batch_size} images of {res} px: {error}{hint}") from None
+        gmacs = resnet18_gmacs(CLASSES, stem, res)
+        for case, dtype in ((ORIGINAL, torch.float32), (TIDALI, plan.amp_dtype or torch.float32)):
+            rows.append(
+                make_row(
+                    case,
+                    rates[case],
+                    lowest_ceiling(rates, step_cost(dtype, res=res, stem=stem)),
+                    res=res,
+                    stem=stem,
+                    times_original=rates[case].median / rates[ORIGINAL].median,
+                    gmacs=gmacs,
+                    dtype=str(dtype).removeprefix("torch."),
+                    idle_share=rates[case].idle_share,
                 )
-            ceilings += ceiling_rows(rates, res=res, stem=stem)
-    return {
-        "benchmark": "step",
-        **environment(plan),
-        "batch_size": batch_size,
-        "repeats": repeats,
-        "rows": rows,
-        "ceilings": ceilings,
-    }
+            )
+        ceilings += ceiling_rows(rates, res=res, stem=stem)
+    return make_document("step", plan, batch_size=batch_size, repeats=repeats, rows=rows, ceilings=ceilings)
 
 
-def _measured(
-    jobs: Mapping[str, StepJob],
-    limits: Sequence[Case],
-    scratch: Path,
-    repeats: int,
-    on_done: Callable[[str], None],
-    profile: Path | None,
+def _measure(
+    settings: Mapping[str, Any], limits: Mapping[str, Measurable], repeats: int, trace: Path | None
 ) -> dict[str, Rates]:
-    """The loops of one shape, started and then measured in turn, and the ceilings with them."""
-    found: dict[str, list[Rates]] = {name: [] for name in [*jobs, *(limit.name for limit in limits)]}
-    with ExitStack() as stack:
-        running = {}
-        for name, job in jobs.items():
-            log = scratch / f"{job.target.partition(':')[2]}.log"
-            running[name] = stack.enter_context(CaseProcess(Path(sys.executable), job, log))
-            wrong = wrong_training(running[name].check(1), job)
+    """Both loops at one resolution and stem, and the ceilings."""
+    cases = {ORIGINAL: ("study_step_of", "torch"), TIDALI: ("tidali_step_of", "tidali")}
+    processes: dict[str, CaseProcess] = {}
+    with tempfile.TemporaryDirectory(prefix="tidali-step-", ignore_cleanup_errors=True) as scratch, ExitStack() as stack:
+        for case, (function, package) in cases.items():
+            target = f"bench.training_loops:{function}"
+            job = StepJob(target=target, package=package, scratch=f"{scratch}/{package}", **settings)
+            processes[case] = stack.enter_context(CaseProcess(Path(sys.executable), job))
+            wrong = why_wrong_training(processes[case].check(1), job)
             if wrong is not None:
-                raise CaseFailed(f"{name}: {wrong}")
-        for _ in range(repeats):
-            for name, process in running.items():
-                found[name].append(process.measure())
-                on_done(name)
-            for name, rates in measure(limits, repeats=1, on_done=on_done).items():
-                found[name].append(rates)
-        if profile is not None:
-            for line in running[TIDALI].profile(profile):
+                raise CaseFailed(f"{case}: {wrong}")
+        title = f"step at {settings['res']}, {settings['stem']} stem"
+        rates = measure({**processes, **limits}, repeats=repeats, title=title)
+        if trace is not None:
+            for line in processes[TIDALI].profile(trace):
                 say(line)
-    return {name: Rates.together(parts) for name, parts in found.items()}
+    return rates
 
 
-def step_costs(dtype: torch.dtype | None, *, res: int, stem: Stem) -> dict[str, float]:
-    """What an image of a training step takes of the dtype's matrix products, for `bench.ceilings.binding`.
+def step_cost(dtype: torch.dtype | None, *, res: int, stem: Stem) -> dict[str, float]:
+    """What a training step costs per image in matrix products of a dtype, for `bench.ceilings.lowest_ceiling`.
 
-    As much as three forward passes: one forward, one for the gradient of each layer's input, one for that of its weights; less
-    the first layer's input, which needs none.
+    Three forward passes' worth: the forward pass, the gradient of each layer's input, and that of its weights; minus the
+    gradient of the first layer's input, which is not needed.
     """
     side, kernel = (res // 2, 7) if stem == "imagenet" else (res, 3)
     first_gmacs = 64 * 3 * kernel**2 * side**2 / 1e9
-    return {products(dtype): 2e9 * (3 * resnet18_gmacs(CLASSES, stem, res) - first_gmacs)}
+    return {matrix_product(dtype): 2e9 * (3 * resnet18_gmacs(CLASSES, stem, res) - first_gmacs)}

@@ -9,8 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.markdown import table
-from bench.report import label, number, parts, ratio
+from bench.report import label, markdown_table, number, parts, ratio
 from tidali.report.drawing import COLOURS
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +35,7 @@ def recorded(file: str, benchmark: str) -> dict[str, Any]:
 def benchmark_tables(page: str) -> dict[str, str]:
     """The tables that a page has places for: the name of each place, ``FILE, BENCHMARK``, and the table."""
     places = re.findall(r"<!-- begin: (bench/results/\S+\.json), (.+?) -->", page)
-    return {f"{file}, {benchmark}": f"\n{table(recorded(file, benchmark))}\n" for file, benchmark in places}
+    return {f"{file}, {benchmark}": f"\n{markdown_table(recorded(file, benchmark))}\n" for file, benchmark in places}
 
 
 # ------------------------------------------------------------------------------------------------------------- README's results

@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench import markdown, plot, profile, report
-from bench.ceilings import COPY, DECODE, Bound, binding, ceiling_rows
+from bench import plot, profile, report
+from bench.ceilings import COPY, DECODE, Ceiling, ceiling_rows, lowest_ceiling
 from bench.compare import compare
 from bench.diagnosis import diagnose
-from bench.fingerprint import environment
-from bench.host_sync import host_synchronisations
+from bench.document import environment
 from bench.measure import Rates
 from tidali.errors import UsageError
 from tidali.hardware.device import plan_device
@@ -36,13 +35,13 @@ def test_forward_gmacs_are_the_published_ones() -> None:
     assert found == pytest.approx([1.814, 0.148, 2.222], abs=6e-4)
 
 
-def test_the_lowest_ceiling_binds() -> None:
+def test_the_lowest_ceiling_limits() -> None:
     measured = {"case": rates(90.0), DECODE: rates(1000.0), COPY: rates(6000.0)}
-    bound = binding(measured, {DECODE: 1.0, COPY: 50.0})
-    assert bound == Bound(ceiling=COPY, images_per_s=120.0)
-    assert bound.share(measured["case"]) == 0.75
-    assert binding(measured, {DECODE: 1.0, "not measured": 1e9}) == Bound(ceiling=DECODE, images_per_s=1000.0)
-    assert binding(measured, {}) is None
+    found = lowest_ceiling(measured, {DECODE: 1.0, COPY: 50.0})
+    assert found == Ceiling(name=COPY, images_per_s=120.0)
+    assert found.share(measured["case"]) == 0.75
+    assert lowest_ceiling(measured, {DECODE: 1.0, "not measured": 1e9}) == Ceiling(name=DECODE, images_per_s=1000.0)
+    assert lowest_ceiling(measured, {}) is None
     assert [row["ceiling"] for row in ceiling_rows(measured)] == [DECODE, COPY]
 
 
@@ -64,19 +63,17 @@ def found(
         loader=rates(loader),
         step=rates(step, idle_share=idle),
         end_to_end=rates(both, wait_share=wait),
-        loader_bound=Bound(ceiling=DECODE, images_per_s=2000.0),
-        step_bound=Bound(ceiling="bf16 matrix-product", images_per_s=100.0),
+        loader_ceiling=Ceiling(name=DECODE, images_per_s=2000.0),
+        step_ceiling=Ceiling(name="bf16 matrix-product", images_per_s=100.0),
         step_on_host=on_host,
         synchronisations=synchronisations,
     )
 
 
-def test_the_step_binds() -> None:
+def test_the_step_is_the_bottleneck() -> None:
     diagnosis = found(loader=5000, step=87, both=86, wait=0.004)
     assert diagnosis.culprit == "the step"
-    assert diagnosis.line == (
-        "64 px: waiting for data 0.4 %: the step is what binds, at 87 % of this machine's bf16 matrix-product rate"
-    )
+    assert all(fact in diagnosis.line for fact in ("64 px", "waiting for data 0.4 %", "87 %", "bf16 matrix-product"))
 
 
 @pytest.mark.parametrize(
@@ -84,26 +81,24 @@ def test_the_step_binds() -> None:
 )
 def test_a_step_that_leaves_its_own_cores_idle_waits(idle: float | None, on_host: bool, said: bool) -> None:
     line = found(loader=5000, step=9, both=9, wait=0.0, idle=idle, on_host=on_host).line
-    assert ("the cores are idle for 90 % of it: something in it waits" in line) == said
+    assert ("the cores are idle for 90 % of it" in line) == said
 
 
-def test_the_loader_binds() -> None:
+def test_the_loader_is_the_bottleneck() -> None:
     diagnosis = found(loader=50, step=90, both=40, wait=0.6)
     assert diagnosis.culprit == "the loader"
-    assert diagnosis.line == (
-        "64 px: waiting for data 60.0 %: the loader is what binds, with 50 images/s for a step that takes 90, "
-        "at 2 % of this machine's JPEG decoding rate"
-    )
+    facts = ("64 px", "waiting for data 60.0 %", "50 images/s", "90", " 2 % ", DECODE)
+    assert all(fact in diagnosis.line for fact in facts)
 
 
-def test_a_loader_that_works_ahead_on_the_same_cores_is_named_too() -> None:
+def test_a_loader_that_prefetches_on_the_same_cores_is_named_too() -> None:
     assert found(loader=200, step=90, both=60, wait=0.01).culprit == "the loader"
 
 
 def test_neither_of_them() -> None:
     diagnosis = found(loader=5000, step=90, both=45, wait=0.01)
     assert diagnosis.culprit == "the loop around the step"
-    assert "end to end runs at 50 % of the step" in diagnosis.line
+    assert "50 %" in diagnosis.line
 
 
 # ----------------------------------------------------------------------------------------------------------------- comparison
@@ -140,13 +135,13 @@ def test_rows_are_matched_by_what_they_measure_and_not_by_their_place() -> None:
     }
 
 
-def test_other_hardware_and_settings_are_said() -> None:
+def test_other_hardware_and_settings_are_reported() -> None:
     new, old = document(100, batch_size=8), document(100, batch_size=32)
     old["machine"] = {**old["machine"], "cpu": "abacus"}
     old["versions"] = {**old["versions"], "torch": "0.1"}
     warnings = compare(new, old, 10).warnings
     assert warnings[0].startswith("train: other hardware: cpu was abacus, is ")
-    assert warnings[1] == "train: measured otherwise: batch_size was 32, is 8"
+    assert warnings[1] == "train: other conditions: batch_size was 32, is 8"
     assert warnings[2].startswith("train: torch was 0.1, is ")
     assert len(warnings) == 3
 
@@ -170,7 +165,7 @@ def test_documents_of_all_are_compared_part_by_part() -> None:
     assert [(change.benchmark, change.ratio) for change in comparison.changes] == [("train", 1.0), ("step", 0.5)]
 
 
-def test_a_case_that_stopped_running_is_told() -> None:
+def test_a_case_that_stopped_running_is_reported() -> None:
     new = document(100, 100)
     new["rows"][1] = {"res": 64, "case": "case 1", "not_run": "it does not start any more"}
     assert compare(new, document(100, 100), 10).stopped == ("case 1 64 px",)
@@ -223,17 +218,17 @@ def test_what_makes_the_host_wait_is_counted(monkeypatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    assert host_synchronisations(step, torch.device("cuda")) == 2
+    assert profile.host_synchronisations(step, torch.device("cuda")) == 2
     assert modes == ["default", "warn", 0]
-    assert host_synchronisations(step, torch.device("cpu")) is None
+    assert profile.host_synchronisations(step, torch.device("cpu")) is None
 
 
-def test_the_line_says_that_a_step_makes_the_host_wait() -> None:
+def test_the_line_reports_that_a_step_makes_the_host_wait() -> None:
     busy = found(loader=5000, step=87, both=86, wait=0.004, on_host=False, synchronisations=3)
     assert busy.culprit == "the step"
-    assert busy.line.endswith("it makes the host wait for the GPU 3 times a step: something in it synchronises")
+    assert "makes the host wait for the GPU 3 times" in busy.line
     assert busy.to_dict()["host_synchronisations"] == 3
-    assert "synchronises" not in found(loader=5000, step=87, both=86, wait=0.004, on_host=False, synchronisations=0).line
+    assert "wait for the GPU" not in found(loader=5000, step=87, both=86, wait=0.004, on_host=False, synchronisations=0).line
 
 
 def test_a_long_wait_is_the_loaders_whatever_the_steps_rate_was() -> None:
@@ -274,7 +269,7 @@ def test_markdown_has_a_column_for_each_place() -> None:
     rows[1] |= {"times_original": 0.025, "ceiling": {"name": "memory copy", "images_per_s": 10.0, "share": 0.25}}
     there = {**rows[0], "res": 224}
     missing = {"res": 224, "case": "case 1", "not_run": "no wheel"}
-    lines = markdown.table({"rows": [*rows, there, missing]}).splitlines()
+    lines = report.markdown_table({"rows": [*rows, there, missing]}).splitlines()
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
         ["", "64 px", "", "224 px", ""],
         ["---"] * 5,

@@ -1,4 +1,4 @@
-"""A case's process: its answers, its failures, and that it rests, workers included, while others are measured."""
+"""A case's process: its answers, its failures, and that it is suspended, workers included, while others are measured."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from bench.case_process import CaseFailed, CaseProcess
+from bench.case_process import CaseProcess
 from bench.case_worker import Job
+from bench.measure import CaseFailed
 from tidali.hardware.cpu_threads import WAITING
 
 FAKE = """
@@ -46,7 +47,8 @@ class Fake:
             print("the last words", file=sys.stderr)
             os._exit(3)
         waits = {name: value for name, value in os.environ.items() if name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-        return {"worker": self.worker, "batches": batches, "waits": waits}
+        threads = os.environ.get("OMP_NUM_THREADS")
+        return {"worker": self.worker, "batches": batches, "waits": waits, "threads": threads}
 
 
 def fake(job):
@@ -66,8 +68,8 @@ def job(monkeypatch, tmp_path: Path) -> Job:
 
 
 @pytest.fixture
-def process(job: Job, tmp_path: Path) -> Iterator[CaseProcess]:
-    process = CaseProcess(Path(sys.executable), job, tmp_path / "log")
+def process(job: Job) -> Iterator[CaseProcess]:
+    process = CaseProcess(Path(sys.executable), job)
     yield process
     process.stop()
 
@@ -90,7 +92,7 @@ def becomes(pid: int, states: str) -> bool:
     return False
 
 
-def test_answers_and_rest(process: CaseProcess) -> None:
+def test_it_answers_and_is_suspended_in_between(process: CaseProcess) -> None:
     assert process.version  # the package's
     facts: dict[str, Any] = process.check(None)
     assert facts["batches"] is None
@@ -103,15 +105,22 @@ def test_answers_and_rest(process: CaseProcess) -> None:
 
 
 @pytest.mark.parametrize(("package", "waits"), [("torch", {}), ("tidali", WAITING)])
-def test_threads_wait_as_the_package_has_them(job: Job, monkeypatch, tmp_path: Path, package: str, waits) -> None:
+def test_threads_wait_as_the_package_has_them(job: Job, monkeypatch, package: str, waits) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    with CaseProcess(Path(sys.executable), replace(job, package=package), tmp_path / "log") as process:
+    with CaseProcess(Path(sys.executable), replace(job, package=package)) as process:
         assert process.check(None)["waits"] == waits
 
 
+@pytest.mark.parametrize("threads", [None, 3])
+def test_the_number_of_threads_is_the_jobs(job: Job, monkeypatch, threads: int | None) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    with CaseProcess(Path(sys.executable), replace(job, threads=threads)) as process:
+        assert process.check(None)["threads"] == str(threads or 5)
+
+
 def test_it_measures_itself(process: CaseProcess) -> None:
-    rates = process.measure()
+    rates = process.measure(0.5)
     assert rates.first_step_s == 0.5
     assert 5 < rates.median <= 51  # ten images in two tenths of a second, and never faster than it sleeps
 
@@ -123,7 +132,7 @@ def test_a_failure_is_its_first_line(process: CaseProcess) -> None:
         process.check(3)
 
 
-def test_a_process_that_ends_is_told_with_its_last_words(process: CaseProcess) -> None:
+def test_a_process_that_ends_is_reported_with_its_last_line(process: CaseProcess) -> None:
     worker = process.check(None)["worker"]
     with pytest.raises(CaseFailed, match=r"^its process ended with exit code 3: the last words$"):
         process.check(2)
@@ -136,18 +145,18 @@ import sys
 from pathlib import Path
 from bench.case_process import CaseProcess
 from bench.case_worker import Job
-process = CaseProcess(Path(sys.executable), Job.from_json(sys.argv[1]), Path(sys.argv[2]))
+process = CaseProcess(Path(sys.executable), Job.from_json(sys.argv[1]))
 print(process._process.pid, process.check(None)["worker"], flush=True)
-if sys.argv[3] == "busy":
+if sys.argv[2] == "busy":
     process.check(0)
 sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("doing", ["resting", "busy"])
-def test_nothing_outlives_a_killed_parent(job: Job, tmp_path: Path, doing: str) -> None:
+@pytest.mark.parametrize("doing", ["suspended", "busy"])
+def test_nothing_outlives_a_killed_parent(job: Job, doing: str) -> None:
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, job.to_json(), str(tmp_path / "log"), doing],
+        [sys.executable, "-c", PARENT, job.to_json(), doing],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -156,18 +165,18 @@ def test_nothing_outlives_a_killed_parent(job: Job, tmp_path: Path, doing: str) 
         assert parent.stdout is not None
         pids = [int(word) for word in parent.stdout.readline().split()]
         assert len(pids) == 2
-        if doing == "resting":
+        if doing == "suspended":
             assert becomes(pids[0], "T")
         parent.kill()
         assert all(becomes(pid, "") for pid in pids)
 
 
-def test_a_process_that_does_not_start(job: Job, tmp_path: Path) -> None:
+def test_a_process_that_does_not_start(job: Job) -> None:
     for target, reason in (
         ("fake_case:broken", "OSError: no such library"),
         ("fake_case:missing", "AttributeError: module 'fake_case' has no attribute 'missing'"),
         ("no_such_module:any", "ModuleNotFoundError: No module named 'no_such_module'"),
     ):
         with pytest.raises(CaseFailed) as caught:
-            CaseProcess(Path(sys.executable), replace(job, target=target), tmp_path / "log")
+            CaseProcess(Path(sys.executable), replace(job, target=target))
         assert str(caught.value) == reason

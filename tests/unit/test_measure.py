@@ -1,25 +1,27 @@
-"""How a rate is measured, under a clock that the test turns. No test asserts a rate of the machine's."""
+"""How a rate is measured, with a clock that the test controls. No test asserts a rate of the machine."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
-from bench import idle, measure
-from bench.measure import Case, Rates
+import pytest
+
+from bench import measure
+from bench.measure import Case, CaseFailed, Rates
 from tidali.hardware.timing import WaitTimer
 
 
 class Bed:
-    """A clock that cases turn: `case` makes one whose steps take the given seconds."""
+    """A clock that cases advance: `case` makes a case whose steps take the given seconds."""
 
     def __init__(self, monkeypatch) -> None:
         self.now_s = 0.0
         self.calls: list[str] = []
         monkeypatch.setattr("tidali.hardware.timing.now_s", lambda: self.now_s)
 
-    def case(self, name: str, images: int, *step_s: float) -> Case:
+    def case(self, name: str, images: int, *step_s: float, **fields: Any) -> Case:
         left = list(step_s)
 
         def step() -> int:
@@ -27,24 +29,42 @@ class Bed:
             self.now_s += left.pop(0) if len(left) > 1 else left[0]
             return images
 
-        return Case(name=name, step=step)
+        return Case(step=step, **fields)
 
 
 def test_cases_take_turns_and_warm_up_uncounted(monkeypatch) -> None:
-    bed, done = Bed(monkeypatch), []
+    bed = Bed(monkeypatch)
     # The first two steps of `a` are slow: they fill queues, or compile, and must not count.
-    cases = [bed.case("a", 10, 50.0, 50.0, 0.5), bed.case("b", 3, 0.25)]
-    rates = measure.measure(cases, repeats=3, on_done=done.append, min_seconds=2.0)
-    assert done == ["a", "b"] * 3
+    cases = {"a": bed.case("a", 10, 50.0, 50.0, 0.5, min_seconds=2.0), "b": bed.case("b", 3, 0.25, min_seconds=2.0)}
+    rates = measure.measure(cases, repeats=3)
     first, later = [*"aa", *"aaaa"], [*"aaaa", *"aaaa"]  # at least two steps and two seconds to warm up, then two seconds
     assert bed.calls == [*first, *16 * "b", *later, *16 * "b", *later, *16 * "b"]
     assert rates["a"].per_s == (20.0, 20.0, 20.0)
     assert rates["b"].per_s == (12.0, 12.0, 12.0)
 
 
+def test_a_case_that_fails_is_left_out_and_the_others_continue(monkeypatch) -> None:
+    class Failing:
+        left = 1
+
+        def measure(self) -> Rates:
+            self.left -= 1
+            if self.left < 0:
+                raise CaseFailed("a reason")
+            return Rates(per_s=(1.0,))
+
+    bed, failed = Bed(monkeypatch), []
+    cases = {"a": Failing(), "b": bed.case("b", 1, 1.0)}
+    rates = measure.measure(cases, repeats=3, on_failed=lambda name, error: failed.append((name, str(error))))
+    assert failed == [("a", "a reason")]
+    assert (list(rates), len(rates["b"].per_s)) == (["b"], 3)
+    with pytest.raises(CaseFailed, match="a reason"):
+        measure.measure(cases, repeats=1)
+
+
 def test_a_slow_case_takes_no_fewer_than_three_steps(monkeypatch) -> None:
     bed = Bed(monkeypatch)
-    rates = measure.measure([bed.case("a", 4, 8.0)], repeats=1, min_seconds=1.0)
+    rates = measure.measure({"a": bed.case("a", 4, 8.0)}, repeats=1)
     assert len(bed.calls) == measure.WARMUP_STEPS + measure.MIN_STEPS == 5
     assert rates["a"].per_s == (0.5,)
 
@@ -62,7 +82,7 @@ def test_the_device_is_drained_before_the_clock_is_read(monkeypatch) -> None:
         return 5
 
     monkeypatch.setattr("tidali.hardware.timing.synchronize", drain)
-    rates = measure.measure([Case(name="a", step=step)], repeats=2, min_seconds=0.0)
+    rates = measure.measure({"a": Case(step=step, min_seconds=0.0)}, repeats=2)
     assert rates["a"].per_s == (5.0, 5.0)
 
 
@@ -70,16 +90,16 @@ def test_a_measurement_holds_whole_epochs(monkeypatch) -> None:
     """Of eight steps, the first of which takes a second more: the rate of a long run, wherever a measurement begins."""
     bed = Bed(monkeypatch)
     step_s = [2.0, *[1.0] * 7] * 40
-    case = dataclasses.replace(bed.case("a", 9, *step_s), cycle_steps=8)
-    rates = measure.measure([case], repeats=3, min_seconds=5.0)["a"]  # five to warm up, so each begins elsewhere
+    case = bed.case("a", 9, *step_s, cycle_steps=8, min_seconds=5.0)
+    rates = measure.measure({"a": case}, repeats=3)["a"]  # five to warm up, so each begins elsewhere
     assert rates.per_s == (8.0, 8.0, 8.0)
     assert rates.steps == 24
 
 
 def test_an_epoch_that_is_too_long_is_cut(monkeypatch) -> None:
     bed = Bed(monkeypatch)
-    case = dataclasses.replace(bed.case("a", 1, 1.0), cycle_steps=1000)
-    assert measure.measure([case], repeats=1)["a"].seconds == measure.MAX_CYCLE_SECONDS
+    case = bed.case("a", 1, 1.0, cycle_steps=1000)
+    assert case.measure().seconds == measure.MAX_CYCLE_SECONDS
 
 
 def test_measurements_made_one_at_a_time_are_put_together() -> None:
@@ -103,7 +123,7 @@ def test_median_and_spread() -> None:
 
 def test_what_is_kept_out_of_the_rate_is_reported(monkeypatch) -> None:
     bed = Bed(monkeypatch)
-    rates = measure.measure([bed.case("a", 10, 50.0, 0.5)], repeats=2, min_seconds=0.0)["a"]
+    rates = measure.measure({"a": bed.case("a", 10, 50.0, 0.5, min_seconds=0.0)}, repeats=2)["a"]
     assert rates.per_s == (20.0, 20.0)
     assert rates.measured() == {"first_step_s": 50.0, "warmup_steps": 4, "warmup_s": 51.5, "steps": 6, "seconds": 3.0}
 
@@ -119,14 +139,14 @@ def test_share_of_waiting_is_of_the_measured_time_alone(monkeypatch) -> None:
         bed.now_s += 0.75
         return 1
 
-    rates = measure.measure([Case(name="a", step=step, wait=wait)], repeats=2, min_seconds=0.0)["a"]
+    rates = measure.measure({"a": Case(step=step, wait=wait, min_seconds=0.0)}, repeats=2)["a"]
     assert rates.wait_share == 0.25
-    assert measure.measure([bed.case("b", 1, 1.0)], repeats=1)["b"].wait_share is None
+    assert bed.case("b", 1, 1.0).measure().wait_share is None
 
 
 def test_idle_time_is_that_of_this_process_cores(monkeypatch, tmp_path: Path) -> None:
     stat, ticks_per_s = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
-    monkeypatch.setattr(idle, "_STAT", stat)
+    monkeypatch.setattr(measure, "_STAT", stat)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 12})
 
     def write(one_s: int, two_s: int, twelve_s: int) -> None:  # user nice system idle iowait irq
@@ -135,7 +155,7 @@ def test_idle_time_is_that_of_this_process_cores(monkeypatch, tmp_path: Path) ->
         stat.write_text("\n".join(["cpu  9 9 9 99999 9 9", *lines, "intr 1 2", ""]))
 
     write(10, 0, 20)
-    timer = idle.IdleTimer()
+    timer = measure.IdleTimer()
     write(11, 500, 22)
     assert timer.elapsed_s() == 3.0
     stat.unlink()

@@ -1,4 +1,4 @@
-"""``tidali bench peers``: which cases there are, how one that fails is told, and that a case doing other work is refused."""
+"""``tidali bench peers``: which cases there are, how a failing one is reported, and that a case doing other work is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 
 from bench import case_process, peer_env, peer_loaders, peers
 from bench.case_worker import DataJob, Stream
-from bench.peer_check import wrong_loader, wrong_training
+from bench.peer_check import why_wrong_loader, why_wrong_training
 from bench.peer_env import Environment, PeerMissing, python_of, what_failed
 from bench.peer_table import LOADERS, REFERENCE, TRAINING, Peer, chosen
 from tidali.dataset.contract import open_dataset
@@ -35,7 +35,7 @@ def test_every_case_has_a_function_and_an_environment(table: tuple[Peer, ...]) -
         module, _, name = peer.target.partition(":")
         assert callable(getattr(importlib.import_module(module), name))
         assert peer.env is None or peer.env in peer_env.ENVIRONMENTS
-        assert peer.base is None or peer.base in {other.id for other in table}
+        assert peer is REFERENCE or peer.base in {other.id for other in table}
 
 
 def test_a_name_chooses_a_case_or_a_family() -> None:
@@ -95,14 +95,14 @@ def facts_of(batches: list[Any], limit: int | None = None) -> dict[str, Any]:
 REFERENCE_FACTS = facts_of(make_batches(samples=60))
 
 
-def verdict(facts: dict[str, Any], *, whole: bool = True, loose: int = 0) -> str | None:
-    return wrong_loader(facts, REFERENCE_FACTS, make_job(), whole=whole, loose=loose)
+def verdict(facts: dict[str, Any], *, whole: bool = True, carried_over: int = 0) -> str | None:
+    return why_wrong_loader(facts, REFERENCE_FACTS, make_job(), whole=whole, carried_over=carried_over)
 
 
 def test_the_same_images_in_any_order_and_layout_pass() -> None:
     assert verdict(REFERENCE_FACTS) is None
-    mirrored = make_batches(lambda x, y: (x.flip(3).to(memory_format=torch.channels_last), y[:, None].int()))
-    assert verdict(facts_of(mirrored[::-1])) is None
+    flipped = make_batches(lambda x, y: (x.flip(3).to(memory_format=torch.channels_last), y[:, None].int()))
+    assert verdict(facts_of(flipped[::-1])) is None
     assert verdict(facts_of(make_batches(lambda x, y: (x.bfloat16(), y)))) is None
 
 
@@ -111,27 +111,27 @@ def test_a_dropped_last_batch_passes_and_more_does_not() -> None:
     assert verdict(facts_of(batches[:-1])) is None  # 56 of 60
     assert verdict(facts_of(batches[:-2])) == "an epoch has 48 of the 60 samples"
     assert verdict(facts_of(batches[:-2]), whole=False) is None
-    assert verdict(facts_of([])) == "it gives no batch"
+    assert verdict(facts_of([])) == "it returns no batch"
 
 
 def test_samples_of_the_next_epoch_pass_where_a_buffer_explains_them() -> None:
     twice = facts_of([*make_batches(), make_batches()[0]])
-    assert verdict(twice) == "8 of its labels are not the train split's"
-    assert verdict(twice, loose=8) is None
+    assert verdict(twice) == "8 of its labels are not in the train split"
+    assert verdict(twice, carried_over=8) is None
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda x, y: (x, (y + 1) % CLASSES), "its labels are not those of its images"),
-        (lambda x, y: (x, torch.zeros_like(y)), "45 of its labels are not the train split's"),
-        (lambda x, y: (x, y + CLASSES), "60 of its labels are of no class"),
-        (lambda x, y: (x, torch.where(y == 0, -1, y)), "15 of its labels are of no class"),
+        (lambda x, y: (x, torch.zeros_like(y)), "45 of its labels are not in the train split"),
+        (lambda x, y: (x, y + CLASSES), "60 of its labels belong to no class"),
+        (lambda x, y: (x, torch.where(y == 0, -1, y)), "15 of its labels belong to no class"),
         (lambda x, y: (x.flip(1), y), "its labels are not those of its images"),  # BGR
-        (lambda x, y: (x + 0.5, y), "its pixels' mean is 0.49, not -0.01"),
-        (lambda x, y: (x / 0.25, y), "its pixels' deviation is"),
-        (lambda x, y: (x[:, :, :-1], y), r"its images are of \[\(3, 7, 8\)\], not of \(3, 8, 8\)"),
-        (lambda x, y: (x.permute(0, 2, 3, 1).contiguous(), y), r"its images are of \[\(8, 8, 3\)\]"),
+        (lambda x, y: (x + 0.5, y), "the mean of its pixels is 0.49, not -0.01"),
+        (lambda x, y: (x / 0.25, y), "the standard deviation of its pixels is"),
+        (lambda x, y: (x[:, :, :-1], y), r"its images have shape \[\(3, 7, 8\)\], not \(3, 8, 8\)"),
+        (lambda x, y: (x.permute(0, 2, 3, 1).contiguous(), y), r"its images have shape \[\(8, 8, 3\)\]"),
         (lambda x, y: ((x * 50).to(torch.uint8), y), "its images are uint8, not floating-point"),
     ],
 )
@@ -141,9 +141,9 @@ def test_other_work_is_refused(change: Callable[..., Any], reason: str) -> None:
     assert re.match(reason, said)
 
 
-def test_a_stream_goes_on_after_an_epoch_and_never_asks_an_iterator_that_has_ended() -> None:
+def test_a_stream_continues_after_an_epoch_and_never_uses_an_iterator_that_has_ended() -> None:
     class Once:
-        """FFCV's iterators wait for ever when they are asked again."""
+        """FFCV's iterators wait for ever when they are used again."""
 
         def __iter__(self) -> Iterator[Any]:
             return iter(OnceIterator())
@@ -166,7 +166,7 @@ def test_a_stream_goes_on_after_an_epoch_and_never_asks_an_iterator_that_has_end
     stream = Stream(Once(), make_job())
     assert sum(stream.check(None)["counts"]) == 8
     assert [stream.step() for _ in range(5)] == [5, 3, 5, 3, 5]
-    with pytest.raises(RuntimeError, match="gives no batch"):
+    with pytest.raises(RuntimeError, match="returns no batch"):
         Stream([], make_job()).step()
 
 
@@ -180,7 +180,7 @@ def test_a_stream_goes_on_after_an_epoch_and_never_asks_an_iterator_that_has_end
     ],
 )
 def test_a_training_step_starts_by_guessing(facts: dict[str, Any], reason: str | None) -> None:
-    assert wrong_training(facts, make_job()) == reason
+    assert why_wrong_training(facts, make_job()) == reason
 
 
 # -------------------------------------------------------------------------------------------------------------- environments
@@ -217,14 +217,14 @@ def test_an_environment_has_the_peer_and_this_torch_and_is_kept(peers_home: Path
     assert python_of("a") == python
     assert (peers_home / "a" / "made.json").stat().st_mtime_ns == made
     monkeypatch.setitem(peer_env.ENVIRONMENTS, "a", Environment(requirements=(str(tmp_path / "gone-1.0-py3-none-any.whl"),)))
-    with pytest.raises(PeerMissing, match="cannot be installed"):  # asked for something else, it is made anew
+    with pytest.raises(PeerMissing, match="cannot be installed"):  # other requirements: it is created again
         python_of("a")
 
 
 def test_a_failed_installation_has_its_reason_and_the_way_out(peers_home: Path, monkeypatch, tmp_path: Path) -> None:
     gone = tmp_path / "gone-1.0-py3-none-any.whl"
     monkeypatch.setitem(peer_env.ENVIRONMENTS, "b", Environment(requirements=(str(gone),), hint="get it from the shelf"))
-    for _ in range(2):  # a failure is not taken for an environment
+    for _ in range(2):  # a failed installation is not used as an environment
         with pytest.raises(PeerMissing, match=r"cannot be installed: .*gone-1\.0.* \(log: .*b\.log\); get it from the shelf$"):
             python_of("b")
 

@@ -139,16 +139,15 @@ def bench(
         return bench_pack(dataset() if data is not None else None, repeats=repeats)
 
     def run_peers() -> dict[str, Any]:
-        from bench.peers import bench_peers, bench_training_peers
+        from bench.peers import bench_peers
 
         names = peers.split(",") if peers is not None else None
-        if training:
-            return bench_training_peers(dataset(), batch_size=batch_size or TRAINING_BATCH_SIZE, peers=names, **shared)
-        return bench_peers(dataset(), batch_size=batch_size or LOADER_BATCH_SIZE, peers=names, **shared)
+        size = batch_size or (TRAINING_BATCH_SIZE if training else LOADER_BATCH_SIZE)
+        return bench_peers(dataset(), batch_size=size, peers=names, training=training, **shared)
 
     benchmarks = {"train": run_train, "step": run_step, "loader": run_loader, "pack": run_pack, "peers": run_peers}
     if case == "all":
-        from bench.all import bench_all
+        from bench.document import bench_all
 
         def keep(so_far: dict[str, Any]) -> None:
             if json_ is not None and json_ != "-":
