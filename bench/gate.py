@@ -1,6 +1,6 @@
 """The maintainers' check against performance regressions: ``python -m bench.gate DATA``.
 
-It measures tidali beside a peer in the same run and compares the ratios with the minimum ratios in bench/gate.json. Ratios,
+It measures tidali and a peer in the same run and compares the ratios with the minimum ratios in bench/gate.json. Ratios,
 since rates of another machine, or of this one on a busy day, say nothing about the code. The exit code is 1 if a ratio is below
 its minimum. No test runs it.
 

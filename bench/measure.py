@@ -65,7 +65,7 @@ class Rates:
         return first, third
 
     @staticmethod
-    def together(parts: Sequence[Rates]) -> Rates:
+    def combined(parts: Sequence[Rates]) -> Rates:
         """Several measurements of one case, in the order in which they were made, as one."""
         sums = {name: sum(getattr(part, name) for part in parts) for name in ("warmup_steps", "warmup_s", "steps", "seconds")}
 
@@ -188,7 +188,7 @@ def measure(
                         raise
                     del found[name]
                     on_failed(name, error)
-    return {name: Rates.together(parts) for name, parts in found.items()}
+    return {name: Rates.combined(parts) for name, parts in found.items()}
 
 
 @contextmanager

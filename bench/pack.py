@@ -1,4 +1,4 @@
-"""How fast a data set is packed: tidali beside FFCV's and webdataset's writers, on the same images, taking turns."""
+"""How fast a data set is packed: tidali compared with the writers of FFCV and webdataset, on the same images, in turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cases that are measured beside each other: loaders, and training loops."""
+"""The cases that are compared with each other: loaders, and training loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tidali beside its peers, the loaders and training loops that people use today, on the same images, taking turns.
+"""tidali compared with its peers, the loaders and training loops that people use today, on the same images, in turns.
 
 Every case, tidali's too, runs in a process of its own (`bench.case_process`), with the peer's packages in an environment of its
 own if they could clash (`bench.peer_env`). Before a case is measured, its batches are checked (`bench.peer_check`). A case that

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.report import axis, ceiling_share, conditions, label, made_of, number, parts, spread
+from bench.report import axis, ceiling_share, conditions, label, software, number, parts, spread
 from tidali.files import write_atomically
 from tidali.report.drawing import INK, MUTED, PALE, house_style, save_figure, series_colour, series_marker
 
@@ -79,7 +79,7 @@ def about(document: Mapping[str, Any]) -> list[str]:
     hardware = [machine["gpu"] or machine["cpu"], f"{machine['cores']} cores", f"{machine['memory_gib']:g} GiB"]
     legend = f"median of {document['repeats']}, whiskers from lowest to highest"
     legend += ", orange: the ceiling" if document.get("ceilings") else ""
-    return [f"{', '.join(hardware)}; {legend}", made_of(document)]
+    return [f"{', '.join(hardware)}; {legend}", software(document)]
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

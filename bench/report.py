@@ -62,7 +62,7 @@ def axis(varied: str) -> str:
     return {"res": "side in pixels", "batch_size": "batch size"}.get(varied, varied)
 
 
-def made_of(document: Mapping[str, Any]) -> str:
+def software(document: Mapping[str, Any]) -> str:
     """The software and the date, in one line."""
     versions = {**document["versions"], **document.get("peer_versions", {})}
     shown = [f"{name} {versions[name]}" for name in ("tidali", "torch", "nvidia-dali-cuda120") if name in versions]
@@ -85,7 +85,7 @@ def show(document: Mapping[str, Any]) -> None:
         _show_memory(part)
         if part.get("times_the_fastest_peer"):
             results.print(f"tidali to the fastest of the others: {ratio(part['times_the_fastest_peer'])}")
-        results.print(made_of(part), markup=False)
+        results.print(software(part), markup=False)
 
 
 def _show_rows(document: Mapping[str, Any]) -> None:

@@ -217,7 +217,7 @@ def make_state(num_classes: int, plan: DevicePlan, stem: Stem, *, averaged: bool
 
     Args:
         averaged: also keep the recipe's averaged weights, as ``tidali train`` does. The original study's loop has none, so the
-            case beside it has none either.
+            case that it is compared with has none either.
     """
     recipe = make_recipe("modern")
     state = make_train_state(

@@ -102,15 +102,15 @@ def test_an_epoch_that_is_too_long_is_cut(monkeypatch) -> None:
     assert case.measure().seconds == measure.MAX_CYCLE_SECONDS
 
 
-def test_measurements_made_one_at_a_time_are_put_together() -> None:
+def test_measurements_made_one_at_a_time_are_combined() -> None:
     parts = [
         Rates(per_s=(float(n),), first_step_s=n, warmup_steps=1, warmup_s=0.5, steps=n, seconds=n, wait_share=share)
         for n, share in ((3, 0.5), (1, 0.0), (2, 0.25))
     ]
-    together = Rates.together(parts)
-    assert (together.per_s, together.median) == ((3.0, 1.0, 2.0), 2.0)
-    assert together.measured() == {"first_step_s": 3, "warmup_steps": 3, "warmup_s": 1.5, "steps": 6, "seconds": 6}
-    assert (together.wait_share, together.idle_share) == (2.0 / 6, None)  # 1.5 s, none and 0.5 s of 6 s
+    combined = Rates.combined(parts)
+    assert (combined.per_s, combined.median) == ((3.0, 1.0, 2.0), 2.0)
+    assert combined.measured() == {"first_step_s": 3, "warmup_steps": 3, "warmup_s": 1.5, "steps": 6, "seconds": 6}
+    assert (combined.wait_share, combined.idle_share) == (2.0 / 6, None)  # 1.5 s, none and 0.5 s of 6 s
 
 
 def test_median_and_spread() -> None:
