@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.report import axis, ceiling_share, conditions, label, software, number, parts, spread
+from bench.report import axis, ceiling_share, conditions, label, number, parts, software, spread
 from tidali.files import write_atomically
 from tidali.report.drawing import INK, MUTED, PALE, house_style, save_figure, series_colour, series_marker
 
