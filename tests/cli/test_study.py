@@ -125,7 +125,7 @@ def test_rows_are_run_in_order_kept_and_put_into_a_table(tidali, data: Path, wei
     stale = tidali(*command, "--imagenet-weights", weights)
     weights.write_bytes(original)
     assert stale.code == 2
-    assert f"3-seed0: made from other starting weights, by the hashes in {inputs}" in stale.stderr
+    assert f"3-seed0: made from other starting weights, see {inputs}" in stale.stderr
 
     # Row 3 trained anew is another start for row 4, by a file of the same name.
     recorded = json.loads(inputs.read_text())
@@ -164,20 +164,20 @@ def test_rows_that_a_stream_cannot_train_are_left_out_before_any_is(data: Path, 
     settings = replace(settings, imagenet_weights=str(tmp_path / "w.pth"))
     torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "w.pth")
     study = Study(settings, dataset)
-    assert study.obstacles.keys() == {"7"}  # row 1 flips at random, and this CPU's stream has row 3's kernel
+    assert study.not_trainable.keys() == {"7"}  # row 1 flips at random, and this CPU's stream has row 3's kernel
     assert "random flips alone" in study.row(row("7"))["reason"]
-    assert study.not_run.keys() == {"7"}
-    assert not Study(replace(settings, cache="device"), dataset).obstacles
+    assert study.not_run == {"7"}
+    assert not Study(replace(settings, cache="device"), dataset).not_trainable
     gpu = replace(study.plan, device=torch.device("cuda", 0))
-    monkeypatch.setattr(study_module, "plan_device", lambda *wishes: gpu)
+    monkeypatch.setattr(study_module, "plan_device", lambda *choices: gpu)
     monkeypatch.setattr(study_module, "free_memory_bytes", lambda device: 1)
     for cache in ("off", "auto"):
-        found = Study(replace(settings, cache=cache), dataset).obstacles
+        found = Study(replace(settings, cache=cache), dataset).not_trainable
         assert found.keys() == {"3", "7"}
         assert "kernel 'opencv': a stream that DALI resizes" in found["3"]
     (tmp_path / "runs" / "7-seed0").mkdir(parents=True)
     (tmp_path / "runs" / "7-seed0" / "summary.json").touch()
-    assert Study(settings, dataset).obstacles.keys() == {"3"}  # a finished row is kept
+    assert Study(settings, dataset).not_trainable.keys() == {"3"}  # a finished row is kept
 
 
 def test_a_served_rows_input_is_what_is_stored() -> None:

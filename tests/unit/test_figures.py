@@ -16,7 +16,7 @@ from tidali.cli.options import output_file
 from tidali.errors import TidaliError, UsageError
 from tidali.report import figures
 from tidali.report.drawing import COLOURS, inline_svg, legend_entries, save_figure, series_colour, theme_css
-from tidali.report.figures import Point, ResolutionLine
+from tidali.report.figures import Evaluated
 from tidali.training.history import Run
 
 NASTY = '_<b>&"$x^$'
@@ -39,8 +39,10 @@ def make_run(name: str, top1: list[float]) -> Run:
 
 
 RUNS = [make_run("a", [10, 30, 45]), make_run(NASTY, [20, 25, 50])]
-POINTS = [Point(label="1", gmacs=0.148, top1_percent=30, series=0), Point(label="2", gmacs=1.814, top1_percent=74, series=8)]
-LINES = [ResolutionLine(label="2", series=8, res=[224, 64], gmacs=[1.814, 0.148], top1_percent=[74, 17])]
+MODELS = [
+    Evaluated(label="1", gmacs=0.148, top1_percent=30, series=0),
+    Evaluated(label="2", gmacs=1.814, top1_percent=74, series=8, at=[(224, 1.814, 74), (64, 0.148, 17)]),
+]
 DRAWN = {
     "accuracy": lambda: figures.by_epoch(figures.accuracy, RUNS),
     "one epoch": lambda: figures.by_epoch(figures.accuracy, [make_run("a", [10])]),
@@ -49,9 +51,9 @@ DRAWN = {
     "waiting": lambda: figures.by_epoch(figures.waiting, RUNS),
     "one among": lambda: figures.one_among(RUNS, [1], 3),
     "comparison": lambda: figures.comparison(RUNS, ["a", NASTY]),
-    "gmacs": lambda: figures.accuracy_against_gmacs(POINTS, LINES),
-    "one point": lambda: figures.accuracy_against_gmacs(POINTS[:1]),
-    "resolution": lambda: figures.accuracy_against_resolution(LINES),
+    "gmacs": lambda: figures.accuracy_against_gmacs(MODELS),
+    "one point": lambda: figures.accuracy_against_gmacs(MODELS[:1]),
+    "resolution": lambda: figures.accuracy_against_resolution(MODELS[1:]),
     "classes": lambda: figures.class_accuracy([NASTY, "中文", "c"], [50.0, 0.0, None]),
     "matrix": lambda: figures.confusion_matrix([NASTY, "b"], [[3, 1], [0, 4]]),
 }
@@ -113,9 +115,16 @@ def test_cost_and_resolution_hold_the_rows_numbers() -> None:
     assert axes.lines[0].get_xydata().tolist() == [[64, 17], [224, 74]]
 
 
+def test_models_at_one_place_share_a_label() -> None:
+    models = [Evaluated(label=label, gmacs=0.148, top1_percent=top1, series=0) for label, top1 in (("1", 30.01), ("4", 29.99))]
+    (axes,) = figures.accuracy_against_gmacs(models).axes
+    assert [text.get_text() for text in axes.texts] == ["1, 4"]
+    assert len(axes.lines) == 1
+
+
 def test_labels_of_close_points_do_not_overlap() -> None:
-    points = [Point(label=str(place), gmacs=0.148, top1_percent=50 + place / 10, series=place) for place in range(5)]
-    points.append(Point(label="far", gmacs=0.148, top1_percent=10, series=5))
+    points = [Evaluated(label=str(place), gmacs=0.148, top1_percent=50 + place / 10, series=place) for place in range(5)]
+    points.append(Evaluated(label="far", gmacs=0.148, top1_percent=10, series=5))
     figure = figures.accuracy_against_gmacs(points)
     figure.draw_without_rendering()
     boxes = sorted(Text.get_window_extent(text).intervaly.tolist() for text in figure.axes[0].texts)  # without the line back

@@ -87,11 +87,8 @@ def _packing_tool() -> PackingTool:
 def _document(findings: list[Finding], rows: list[Row]) -> dict[str, Any]:
     from tidali.hardware.versions import versions
 
-    document: dict[str, Any] = {"versions": versions(), "findings": []}
-    for finding in findings:
-        entry = asdict(finding)
-        del entry["rows"]
-        document["findings"].append(entry)
+    entries = [{name: value for name, value in asdict(finding).items() if name != "rows"} for finding in findings]
+    document: dict[str, Any] = {"versions": versions(), "findings": entries}
     if rows:
         document["parity"] = [
             {**asdict(row.comparison), "res": row.res, "largest": row.largest, "mean": row.mean} for row in rows

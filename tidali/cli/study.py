@@ -50,7 +50,7 @@ def study(
     from tidali.console import print_table, say
     from tidali.dataset.source import open_data
     from tidali.study.run import StudySettings, run_study
-    from tidali.study.table import COLUMNS, cells, notes
+    from tidali.study.table import COLUMNS, cells, measured_on, notes, rows_not_run
 
     settings = StudySettings(
         data=data,
@@ -66,6 +66,6 @@ def study(
     )
     document = run_study(settings, open_data(data), command=shlex.join(["tidali", *sys.argv[1:]]))
     print_table(settings.out, COLUMNS, [cells(row, short=True) for row in document["rows"]])
-    for note in notes(document):
+    for note in (measured_on(document), *notes(document), *rows_not_run(document)):
         say(note)
     say(f"{Path(settings.out) / 'study.html'}: learning curves and pictures")

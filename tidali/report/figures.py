@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tidali.report.drawing import HEIGHT_IN, INK, MUTED, PALE, WIDTH_IN, house_style, series_colour, series_marker
@@ -30,25 +30,16 @@ _RIGHT_RGB, _WRONG_RGB = (0.2, 0.46, 0.91), (0.86, 0.3, 0.04)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class Evaluated:
     """The accuracy of a model and what it costs."""
 
     label: str
+    series: int
     gmacs: float
+    """Billions of multiply-adds of a forward pass."""
     top1_percent: float
-    series: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResolutionLine:
-    """One set of weights evaluated at several resolutions."""
-
-    label: str
-    series: int
-    res: Sequence[int]
-    """Input sides, in pixels."""
-    gmacs: Sequence[float]
-    top1_percent: Sequence[float]
+    at: Sequence[tuple[int, float, float]] = ()
+    """The same weights at other resolutions: input side in pixels, GMACs, top-1 in percent."""
 
 
 @house_style()
@@ -129,42 +120,53 @@ def one_among(runs: Sequence[Run], chosen: Sequence[int], series: int) -> Figure
 
 
 @house_style()
-def accuracy_against_gmacs(points: Sequence[Point], lines: Sequence[ResolutionLine] = ()) -> Figure:
-    """Top-1 against the multiply-adds of a forward pass: a point for each model, a line for weights at several resolutions."""
+def accuracy_against_gmacs(models: Sequence[Evaluated]) -> Figure:
+    """Top-1 against the multiply-adds of a forward pass: a point for each model, a line for its weights at other resolutions.
+
+    Models with the same cost and, to a tenth, the same accuracy share a point and its label.
+    """
     figure, axes = _panel()
-    for line in lines:
-        pairs = sorted(zip(line.gmacs, line.top1_percent, strict=True))
-        axes.plot(*zip(*pairs, strict=True), color=series_colour(line.series), linewidth=1, alpha=0.6, marker=".", markersize=4)
-    for point in points:
+    for model in models:
+        line = sorted((gmacs, top1_percent) for _, gmacs, top1_percent in model.at)
+        if line:
+            axes.plot(
+                *zip(*line, strict=True), color=series_colour(model.series), linewidth=1, alpha=0.6, marker=".", markersize=4
+            )
+    points: dict[tuple[float, float], Evaluated] = {}
+    for model in models:
+        first = points.setdefault(place := (round(model.gmacs, 3), round(model.top1_percent, 1)), model)
+        if first is not model:
+            points[place] = replace(first, label=f"{first.label}, {model.label}")
+    for model in points.values():
         axes.plot(
-            [point.gmacs],
-            [point.top1_percent],
-            color=series_colour(point.series),
-            marker=series_marker(point.series),
+            [model.gmacs],
+            [model.top1_percent],
+            color=series_colour(model.series),
+            marker=series_marker(model.series),
             markersize=8,
             linestyle="none",
         )
     axes.set_xscale("log")
     axes.margins(y=0.09)
     _percent_limits(axes)
-    _plain_log_ticks(axes, [point.gmacs for point in points] + [gmacs for line in lines for gmacs in line.gmacs])
+    _plain_log_ticks(axes, [model.gmacs for model in models] + [gmacs for model in models for _, gmacs, _ in model.at])
     axes.set_xlabel("GMACs per forward pass")
     axes.set_ylabel("top-1, %")
-    _label_points(axes, points)
+    _label_points(axes, list(points.values()))
     return figure
 
 
 @house_style()
-def accuracy_against_resolution(lines: Sequence[ResolutionLine]) -> Figure:
-    """Top-1 of each set of weights at the input sides that it was evaluated at."""
+def accuracy_against_resolution(models: Sequence[Evaluated]) -> Figure:
+    """Top-1 of each model at the input sides that it was evaluated at."""
     figure, axes = _panel()
-    for line in lines:
+    for model in models:
         axes.plot(
-            *zip(*sorted(zip(line.res, line.top1_percent, strict=True)), strict=True),
-            color=series_colour(line.series),
-            marker=series_marker(line.series),
+            *zip(*sorted((res, top1_percent) for res, _, top1_percent in model.at), strict=True),
+            color=series_colour(model.series),
+            marker=series_marker(model.series),
         )
-    sides = sorted({res for line in lines for res in line.res})
+    sides = sorted({res for model in models for res, _, _ in model.at})
     axes.set_xticks(sides, [str(side) for side in sides])
     _percent_limits(axes)
     axes.set_xlabel("input side, px")
@@ -281,7 +283,7 @@ def _plain_log_ticks(axes: Axes, values: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def _label_points(axes: Axes, points: Sequence[Point]) -> None:
+def _label_points(axes: Axes, points: Sequence[Evaluated]) -> None:
     """Label each point on the side where no other point is close. Labels that would touch are moved up and joined by a line."""
     height_percent = (axes.get_ylim()[1] - axes.get_ylim()[0]) * 0.055
     placed: list[tuple[float, float]] = []  # log10 of GMACs, percent

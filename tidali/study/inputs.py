@@ -1,4 +1,4 @@
-"""What a study's runs were made from: a finished one is kept only where the settings, images and weights are the same."""
+"""What the runs of a study were made from. A finished run is kept only if its settings, images and weights are the same."""
 
 from __future__ import annotations
 
@@ -14,63 +14,47 @@ from tidali.errors import UsageError
 from tidali.training.run_folder import write_json
 
 INPUTS_NAME = "inputs.json"
-"""Beside the runs' folders: of each, by its name, the hashes of what decides a run besides its settings."""
+"""Beside the run folders: for each, by its name, the hashes of everything besides the settings that decides its result."""
 
 
 def content_hash(dataset: Dataset, split: str) -> str:
-    """Of a split's samples, in their order and their shards."""
+    """Hash of the samples of a split, with their order and shards."""
     return hashlib.sha256(dataset.split(split).content.encode()).hexdigest()
 
 
 def record_inputs(folder: Path, inputs: Mapping[str, str | None]) -> None:
-    """Before a run into the folder: what it will be made from."""
+    """Record, before the run, what the run in this folder will be made from."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_json(folder.parent / INPUTS_NAME, {**read_json(folder.parent / INPUTS_NAME), folder.name: inputs})
 
 
-def refuse_other_inputs(folder: Path, inputs: Mapping[str, str | None]) -> None:
+def refuse_other_inputs(folder: Path, wanted: TrainSettings, inputs: Mapping[str, str | None]) -> None:
     """
     Raises:
-        UsageError: the run in the folder was made from other images or weights, or nothing says from which.
-    """
-    recorded = read_json(folder.parent / INPUTS_NAME).get(folder.name, {})
-    different = [name for name, value in inputs.items() if recorded.get(name) != value]
-    if different:
-        raise UsageError(
-            f"{folder}: made from other {' and '.join(different)}, by the hashes in {folder.parent / INPUTS_NAME}; "
-            f"give another --out, or remove the folder to train it anew"
-        )
-
-
-def refuse_other_settings(folder: Path, wanted: TrainSettings) -> None:
-    """
-    Raises:
-        UsageError: the run in the folder was made with other settings.
+        UsageError: the run in the folder was made with other settings, or from other images or weights, or there is no record
+            of them.
     """
 
     def comparable(settings: TrainSettings) -> dict[str, Any]:
         return {**settings.to_dict(), "data": "", "init": "", "out": ""}  # the first two are compared by their content
 
-    where = folder / "config.json"
-    try:
-        there = comparable(TrainSettings.from_dict(json.loads(where.read_text(encoding="utf-8")), str(where)))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{where}: holds no run's settings ({error}); remove the folder to train that row anew") from None
-    asked = comparable(wanted)
-    different = [name for name, value in asked.items() if there[name] != value]
-    if different:
-        raise UsageError(
-            f"{folder}: made with other settings ({', '.join(different)}); give another --out, or remove it to train it anew"
-        )
+    config, record = folder / "config.json", folder.parent / INPUTS_NAME
+    made = comparable(TrainSettings.from_dict(read_json(config), str(config)))
+    settings = [name for name, value in comparable(wanted).items() if made[name] != value]
+    recorded = read_json(record).get(folder.name, {})
+    sources = [name for name, value in inputs.items() if recorded.get(name) != value]
+    how = f"with other settings ({', '.join(settings)})" if settings else f"from other {' and '.join(sources)}, see {record}"
+    if settings or sources:
+        raise UsageError(f"{folder}: made {how}; give another --out, or remove the folder to train it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON document; empty where there is none.
+    """A JSON document; empty if there is no such file.
 
     Raises:
-        UsageError: it is damaged.
+        UsageError: it cannot be read.
     """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not readable ({error}); remove it to have what it holds made anew") from None
+        raise UsageError(f"{path}: cannot be read ({error}); remove it to make its content again") from None

@@ -1,42 +1,37 @@
-"""The study as data: its rows, what each starts from, and how each is trained."""
+"""The rows of the study: which weights each starts from, and how it is trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from tidali.config import Augment, Recipe, Stem, StemInit, make_recipe
 
 IMAGENET = "imagenet"
-"""A row that starts from ImageNet weights, torchvision's or the file given in their place."""
+"""Start of a row that starts from ImageNet weights: torchvision's, or a file given instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of the table. A row without a recipe only evaluates the weights it starts from."""
+    """One row of the table. A row without a recipe only evaluates the weights that it starts from."""
 
     name: str
     title: str
     start: str = "none"
-    """``none`` (random weights), `IMAGENET`, or the name of a row, of which it takes the best weights, as the original does."""
+    """``none`` (random weights), `IMAGENET`, or the name of a row whose best weights it takes, as the original study does."""
     stem: Stem = "imagenet"
     stem_init: StemInit = "fresh"
     res: int = 64
-    """Side of what the network sees, in pixels."""
+    """Input side of the network, in pixels."""
     recipe: Recipe | None = None
     served: bool = False
-    """Measured as it would be served: stored pixels in, the resize a part of the network (`tidali.model.served`)."""
+    """Evaluated as it would be served: its input is the stored pixels, and the network resizes them (`tidali.model.served`)."""
     published_top1_percent: float | None = None
     eval_sizes: tuple[int, ...] = ()
-    """Sides in pixels that the last weights are also measured at."""
-
-    @property
-    def kind(self) -> Literal["train", "evaluate"]:
-        return "train" if self.recipe is not None else "evaluate"
+    """Input sides in pixels at which the last weights are evaluated too."""
 
 
 def _seed(epochs: int, *, flip: bool = False, enlarged: bool = False) -> Recipe:
-    """The original's recipe, which mirrors in its first two rows alone and enlarges with OpenCV's cubic kernel."""
+    """The original study's recipe. It flips images only in its first two rows, and enlarges them with OpenCV's cubic kernel."""
     return replace(
         make_recipe("seed", epochs=epochs),
         augment=Augment(flip="random" if flip else "none"),
@@ -45,9 +40,10 @@ def _seed(epochs: int, *, flip: bool = False, enlarged: bool = False) -> Recipe:
 
 
 SIZES = (64, 96, 128, 160, 192, 224)
-"""Of row 8's training and of the curves of accuracy against resolution: whole multiples of 32, which the network divides by."""
+"""Input sides of row 8's training and of the curves of accuracy against resolution: multiples of 32, by which the network
+divides its input."""
 
-# For 64-pixel images; 4 of 64 pixels is the share that the usual 4 of CIFAR's 32 is twice of.
+# For 64-pixel images: relative to the side, half of the 4 of 32 pixels that are usual on CIFAR.
 _MODERN = Augment(flip="alternating", shift_px=4)
 
 ROWS = (
@@ -121,8 +117,8 @@ ROWS = (
 
 
 def scaled(recipe: Recipe, scale: float) -> Recipe:
-    """The recipe with its epochs, the epochs of a learning rate and the warm-up scaled; at least one epoch, and never longer a
-    warm-up."""
+    """The recipe with its epochs, the epochs between learning rate steps and the warm-up scaled. It keeps at least one epoch,
+    and its warm-up never becomes longer."""
     return replace(
         recipe,
         epochs=max(round(recipe.epochs * scale), 1),
@@ -132,10 +128,10 @@ def scaled(recipe: Recipe, scale: float) -> Recipe:
 
 
 def needed_by(names: tuple[str, ...]) -> tuple[Row, ...]:
-    """The chosen rows and those that they start from, in the table's order.
+    """The chosen rows and the rows that they start from, in the order of the table.
 
     Args:
-        names: of rows; none for all of them.
+        names: of the chosen rows; empty for all.
     """
     rows = {row.name: row for row in ROWS}
     wanted = set(names or rows)

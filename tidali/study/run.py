@@ -1,8 +1,8 @@
-"""The transfer-learning study: its rows trained in order, measured, and put into one table.
+"""Run the transfer-learning study: train its rows in order, evaluate them, and write one table.
 
-The study's folder holds ``runs/ROW-seedN``, each an ordinary run folder, and ``runs/inputs.json``, the hashes of what each was
-made from; then ``study.json`` and ``study.md``, which are written anew after each row, and ``study.html``. Run again, it keeps
-what is finished and goes on with what was stopped.
+The folder of a study has the run folders ``runs/ROW-seedN``, the hashes of what they were made from in ``runs/inputs.json``,
+the table in ``study.json`` and ``study.md``, both rewritten after each row, and the page ``study.html``. When a study is run
+again, it keeps the finished runs and resumes the stopped ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tidali.model.checkpoint import SUFFIX, load_model
 from tidali.model.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, imagenet_weights_path
 from tidali.model.resnet import forward_gmacs, resnet18_gmacs
 from tidali.model.served import ServedModel
-from tidali.study.inputs import content_hash, read_json, record_inputs, refuse_other_inputs, refuse_other_settings
+from tidali.study.inputs import content_hash, read_json, record_inputs, refuse_other_inputs
 from tidali.study.page import write_study_page
 from tidali.study.rows import IMAGENET, ROWS, Row, needed_by, scaled
 from tidali.study.table import describe, markdown
@@ -47,20 +47,20 @@ DOCUMENT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """One study."""
+    """Settings of a study."""
 
     data: str
     """Folder of a packed data set."""
     out: str
     """Folder of the study."""
     rows: tuple[str, ...] = ()
-    """Names of the rows to run, with those they start from; none for all."""
+    """Names of the rows to run, besides the rows whose weights they start from; empty for all."""
     seeds: int = 1
-    """Runs of each row, with seeds 0, 1, ...; a row takes its starting weights from the run of its own seed."""
+    """Runs of each row, with seeds 0, 1, ...; a run starts from the weights of the run with the same seed."""
     epochs_scale: float = 1.0
-    """All epochs times this, for a quick look."""
+    """Factor on the number of epochs of every row, for a quick look."""
     imagenet_weights: str | None = None
-    """A file in the place of torchvision's ImageNet weights."""
+    """A file to use instead of torchvision's ImageNet weights."""
     device: DeviceChoice = "auto"
     amp: AmpChoice = "auto"
     compile: CompileChoice = "auto"
@@ -81,7 +81,7 @@ def run_study(settings: StudySettings, dataset: Dataset, *, command: str) -> dic
     """Train and measure the chosen rows; write study.json, study.md and study.html.
 
     Args:
-        command: how it was started, for the record.
+        command: the command line that started it, for the record.
 
     Returns:
         The content of study.json.
@@ -89,10 +89,10 @@ def run_study(settings: StudySettings, dataset: Dataset, *, command: str) -> dic
     Raises:
         UsageError, TidaliError: the settings, the data or the device do not allow it, or a finished row in the folder was made
             with other settings, or from other images or weights.
-        Interrupted: it was asked to stop; run again, it goes on.
+        Interrupted: it was asked to stop. When run again, it continues.
     """
     study = Study(settings, dataset)
-    document = study.describe_all(command)
+    document = study.document(command)
     for row in needed_by(settings.rows):
         document["rows"].append(study.row(row))
         study.write(document)
@@ -114,11 +114,12 @@ class Study:
         self.why_no_weights = ""
         if any(row.start == IMAGENET for row in needed_by(settings.rows)):
             self.find_weights()
-        self.not_run: dict[str, str] = {}
-        self.obstacles = self.find_obstacles()
+        self.not_trainable = self.find_not_trainable()
+        """Row -> why it cannot be trained."""
+        self.not_run: set[str] = set()
 
     def find_weights(self) -> None:
-        """Look for the ImageNet weights before any row is trained; rows that need them are left out where there are none."""
+        """Find the ImageNet weights before any row is trained. Without them, the rows that need them are not run."""
         given = self.settings.imagenet_weights
         if given is not None:
             try:
@@ -131,14 +132,14 @@ class Study:
             imagenet_weights()
         except TidaliError as error:
             self.why_no_weights = f"needs ImageNet weights, or --imagenet-weights PATH ({error})"
-            say(f"rows that start from ImageNet are left out: {error}; or give --imagenet-weights PATH")
+            say(f"rows that start from ImageNet weights are skipped: {error}; or give --imagenet-weights PATH")
             return
         self.weights = {"name": IMAGENET_NAME, "path": IMAGENET, "sha256": file_sha256(imagenet_weights_path())}
 
-    def find_obstacles(self) -> dict[str, str]:
-        """Why rows cannot be trained, before hours go into those that they start from or follow."""
+    def find_not_trainable(self) -> dict[str, str]:
+        """Find the rows that cannot be trained, before hours go into the rows that they start from or follow."""
         splits = [self.dataset.split(name) for name in ("train", self.split)]
-        free_bytes, obstacles = free_memory_bytes(self.plan.device), {}
+        free_bytes, reasons = free_memory_bytes(self.plan.device), {}
         for row in needed_by(self.settings.rows):
             if row.recipe is None or all((self.folder(row.name, seed) / "summary.json").exists() for seed in self.seeds):
                 continue
@@ -147,28 +148,21 @@ class Study:
                 self.settings.cache, splits, max_res=max(row.res, *sides), free_bytes=free_bytes, has_dali=dali_is_installed()
             )
             how: dict[str, Any] = dict(kernel=row.recipe.kernel, sides=sides, augment=row.recipe.augment)
-            obstacle = None if route.cached else why_not_streamable(splits[0], self.plan.device, **how)
-            if obstacle is not None:
-                obstacles[row.name] = f"{obstacle}; the cache is off: {route.reason}"
-                say(f"row {row.name} is left out: {obstacles[row.name]}")
-        return obstacles
+            reason = None if route.cached else why_not_streamable(splits[0], self.plan.device, **how)
+            if reason is not None:
+                reasons[row.name] = f"{reason}; the cache is off: {route.reason}"
+                say(f"row {row.name} is skipped: {reasons[row.name]}")
+        return reasons
 
-    @property
-    def stored_px(self) -> int | None:
-        """Side of the stored images where they all are squares of one size."""
-        size = self.dataset.split(self.split).single_image_size
-        return size[0] if size is not None and size[0] == size[1] else None
-
-    def describe_all(self, command: str) -> dict[str, Any]:
-        """The document without its rows."""
-        manifest = self.dataset.manifest
+    def document(self, command: str) -> dict[str, Any]:
+        """The content of study.json, without rows."""
         return {
             "version": DOCUMENT_VERSION,
             "command": command,
             "date": date.today().isoformat(),
             "data": {
                 "name": self.dataset.root.name,
-                "classes": len(manifest.classes),
+                "classes": len(self.dataset.manifest.classes),
                 "train_samples": self.dataset.split("train").samples,
                 "evaluated_on": self.split,
                 "eval_samples": self.dataset.split(self.split).samples,
@@ -187,13 +181,14 @@ class Study:
         }
 
     def row(self, row: Row) -> dict[str, Any]:
-        """Train or evaluate a row, and say what came of it."""
+        """Train or evaluate a row. Returns its entry in study.json."""
         recipe = scaled(row.recipe, self.settings.epochs_scale) if row.recipe is not None else None
-        found: dict[str, Any] = {
-            **describe(row, recipe, stored_px=self.stored_px),
+        size = self.dataset.split(self.split).single_image_size
+        entry: dict[str, Any] = {
+            **describe(row, recipe, stored_px=size[0] if size is not None and size[0] == size[1] else None),
             "gmacs": self.gmacs(row.stem, row.res),
             "status": "not run",
-            "reason": self.reason_against(row),
+            "reason": self.why_not_run(row),
             "top1_percent": None,
             "images_per_s": None,
             "minutes": None,
@@ -201,74 +196,84 @@ class Study:
             "at_resolution": [],
             "runs": [],
         }
-        if found["reason"] is not None:
-            self.not_run[row.name] = found["reason"]
-            return found
+        if entry["reason"] is not None:
+            self.not_run.add(row.name)
+            return entry
         say(f"row {row.name}: {row.title}")
-        found["status"] = "done"
-        if recipe is None:
-            found["top1_percent"] = {
-                **{name: _spread([self.evaluate_only(row, seed, name) for seed in self.seeds]) for name in ("last", "best")},
-                "flip": None,
-            }
-            if row.served:
-                found["gmacs"] = self.served_gmacs(row)
-            return found
+        entry["status"] = "done"
+        return {**entry, **(self.trained(row, recipe) if recipe is not None else self.evaluated(row))}
 
-        runs = [self.trained(row, recipe, seed) for seed in self.seeds]
-        found["runs"] = [
-            {
-                "seed": seed,
-                "folder": str(self.folder(row.name, seed).relative_to(self.out)),
-                "last_top1_percent": run["last"]["top1_percent"],
-                "best_top1_percent": run["best"]["top1_percent"],
-                "best_epoch": run["best_epoch"],
-            }
-            for seed, run in zip(self.seeds, runs, strict=True)
-        ]
-        found["top1_percent"] = {
-            "last": _spread([run["last"]["top1_percent"] for run in runs]),
-            "best": _spread([run["best"]["top1_percent"] for run in runs]),
-            "flip": _spread([run["last_flip"]["top1_percent"] for run in runs]) if recipe.eval_flip else None,
-        }
-        found["images_per_s"] = statistics.median(run["images_per_s"] for run in runs)
-        found["minutes"] = statistics.median(run["minutes"] for run in runs)
-        found["at_resolution"] = [
-            {
-                "res": res,
-                "gmacs": self.gmacs(row.stem, res),
-                "top1_percent": statistics.mean(
-                    self.measured(self.folder(row.name, seed) / f"last{SUFFIX}", res) for seed in self.seeds
-                ),
-            }
-            for res in row.eval_sizes
-        ]
-        return found
-
-    def reason_against(self, row: Row) -> str | None:
-        """Why a row cannot be run, if it cannot."""
+    def why_not_run(self, row: Row) -> str | None:
+        """Why a row cannot be run; None if it can."""
         if row.start == IMAGENET and self.weights is None:
             return self.why_no_weights
         if row.start in self.not_run:
             return f"starts from row {row.start}, which was not run"
-        if row.name in self.obstacles:
-            return self.obstacles[row.name]
         if row.served and self.dataset.split(self.split).single_image_size is None:
-            return "the images are of several sizes, and a served network takes one"
-        return None
+            return "the images have several sizes, but a network with the resize inside takes one"
+        return self.not_trainable.get(row.name)
+
+    def evaluated(self, row: Row) -> dict[str, Any]:
+        """The results of a row that evaluates the weights of the row it starts from."""
+        top1 = {
+            which: _spread([self.measured(self.weights_of(row.start, seed, which), row.res, row.served) for seed in self.seeds])
+            for which in ("last", "best")
+        }
+        return {"top1_percent": {**top1, "flip": None}, **({"gmacs": self.served_gmacs(row)} if row.served else {})}
+
+    def trained(self, row: Row, recipe: Recipe) -> dict[str, Any]:
+        """Train a row with every seed. Returns its results."""
+        runs = [self.run(row, recipe, seed) for seed in self.seeds]
+
+        def top1(which: str) -> dict[str, float | None]:
+            return _spread([run[which]["top1_percent"] for run in runs])
+
+        return {
+            "top1_percent": {
+                "last": top1("last"),
+                "best": top1("best"),
+                "flip": top1("last_flip") if recipe.eval_flip else None,
+            },
+            "images_per_s": statistics.median(run["images_per_s"] for run in runs),
+            "minutes": statistics.median(run["minutes"] for run in runs),
+            "at_resolution": [
+                {
+                    "res": res,
+                    "gmacs": self.gmacs(row.stem, res),
+                    "top1_percent": statistics.mean(
+                        self.measured(self.weights_of(row.name, seed, "last"), res) for seed in self.seeds
+                    ),
+                }
+                for res in row.eval_sizes
+            ],
+            "runs": [
+                {
+                    "seed": seed,
+                    "folder": str(self.folder(row.name, seed).relative_to(self.out)),
+                    "last_top1_percent": run["last"]["top1_percent"],
+                    "best_top1_percent": run["best"]["top1_percent"],
+                    "best_epoch": run["best_epoch"],
+                }
+                for seed, run in zip(self.seeds, runs, strict=True)
+            ],
+        }
 
     def folder(self, name: str, seed: int) -> Path:
         return self.out / "runs" / f"{name}-seed{seed}"
 
-    def trained(self, row: Row, recipe: Recipe, seed: int) -> dict[str, Any]:
-        """The summary of a row's run: of the one that is there, of one that goes on, or of a new one."""
+    def weights_of(self, name: str, seed: int, which: str) -> Path:
+        """The last or the best checkpoint of a row's run."""
+        return self.folder(name, seed) / f"{which}{SUFFIX}"
+
+    def run(self, row: Row, recipe: Recipe, seed: int) -> dict[str, Any]:
+        """The summary of a row's run, which is kept if it is finished, resumed if it was stopped, and else trained."""
         folder = self.folder(row.name, seed)
         start, start_sha256 = row.start, None
         if start == IMAGENET:
             assert self.weights is not None
             start, start_sha256 = self.weights["path"], self.weights["sha256"]
         elif start != "none":
-            best = self.folder(start, seed) / f"best{SUFFIX}"
+            best = self.weights_of(start, seed, "best")
             start, start_sha256 = str(best), file_sha256(best)
         wanted = TrainSettings(
             data=self.settings.data,
@@ -284,16 +289,15 @@ class Study:
             compile=self.settings.compile,
             cache=self.settings.cache,
         )
-        # The names that people know them by.
+        # Named as a user would call them: messages say which of them differ.
         images = {f"{name} images": content_hash(self.dataset, name) for name in ("train", self.split)}
         inputs = {"starting weights": start_sha256, **images}
         summary = folder / "summary.json"
         if summary.exists() or (folder / STATE_NAME).exists():
-            refuse_other_settings(folder, wanted)
-            refuse_other_inputs(folder, inputs)
+            refuse_other_inputs(folder, wanted, inputs)
         else:
             if folder.exists():
-                shutil.rmtree(folder)  # killed before its first state was whole
+                shutil.rmtree(folder)  # killed before its first complete state was written
             record_inputs(folder, inputs)
         if summary.exists():
             say(f"row {row.name}, seed {seed}: kept, finished before ({folder})")
@@ -301,15 +305,10 @@ class Study:
             train(wanted, self.dataset, resume=folder.exists())
         return dict(json.loads(summary.read_text(encoding="utf-8")))
 
-    def evaluate_only(self, row: Row, seed: int, which: str) -> float:
-        """Top-1 % of the last or the best weights of the row that this one starts from."""
-        checkpoint = self.folder(row.start, seed) / f"{which}{SUFFIX}"
-        return self.measured(checkpoint, row.res, served=row.served)
-
-    def measured(self, checkpoint: Path, res: int, *, served: bool = False) -> float:
-        """Top-1 % of a checkpoint, kept beside it so that it is measured once."""
-        kept = checkpoint.parent / "evaluations.json"
-        known = read_json(kept)
+    def measured(self, checkpoint: Path, res: int, served: bool = False) -> float:
+        """Top-1 % of a checkpoint. It is stored beside the checkpoint, so that it is measured once."""
+        file = checkpoint.parent / "evaluations.json"
+        known = read_json(file)
         how = "served" if served else self.plan.dtype_name
         key = f"{file_sha256(checkpoint)} {self.split} {content_hash(self.dataset, self.split)} at {res} {how}"
         if key not in known:
@@ -320,7 +319,7 @@ class Study:
                 options |= dict(resolutions=[res], amp=self.settings.amp, cache=self.settings.cache)
                 score = evaluate_checkpoint(str(checkpoint), self.dataset, **options)[1][0].score
             known[key] = score.top1_percent
-            write_json(kept, known)
+            write_json(file, known)
         return float(known[key])
 
     def gmacs(self, stem: Stem, res: int) -> float:
@@ -328,7 +327,7 @@ class Study:
 
     def served_gmacs(self, row: Row) -> float:
         """Of the network and of the resize inside it."""
-        model, card = load_model(self.folder(row.start, 0) / f"best{SUFFIX}")
+        model, card = load_model(self.weights_of(row.start, 0, "best"))
         size = self.dataset.split(self.split).single_image_size
         assert size is not None
         return forward_gmacs(ServedModel(model, card, size), (1, *size, 3), torch.uint8)
@@ -340,5 +339,5 @@ class Study:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, and standard deviation of the sample where there are several."""
+    """The mean, and the standard deviation of the sample if there are several values."""
     return {"mean": statistics.mean(values), "deviation": statistics.stdev(values) if len(values) > 1 else None}

@@ -1,4 +1,4 @@
-"""The study's table, for people."""
+"""The table of the study as text, and the notes below it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from tidali.config import Recipe
+from tidali.model.pretrained import IMAGENET_NAME
+from tidali.report.page import BEST_FLATTERS
 from tidali.study.rows import IMAGENET, Row
 
-COLUMNS = ("row", "setting", "published %", "last %", "best %", "mirrored too %", "GMACs", "images/s", "minutes")
+COLUMNS = ("row", "setting", "published %", "last %", "best %", "flip TTA %", "GMACs", "images/s", "minutes")
+
+_TORCHVISIONS_SHA256 = "f37072fd"
+"""How the hash of ResNet18_Weights.IMAGENET1K_V1 begins: torchvision has it in the name of the file, resnet18-f37072fd.pth."""
 
 
 def describe(row: Row, recipe: Recipe | None, *, stored_px: int | None = None) -> dict[str, Any]:
-    """What a row is, as study.json has it.
+    """The description of a row in study.json.
 
     Args:
-        stored_px: side of the stored images, which a served row takes as they are; None where they are no squares of one size.
+        stored_px: side of the stored images, which are the input of a served row; None if they are not squares of one size.
     """
     if row.served:
         setting = f"stored pixels in, resized to {row.res} px inside"
@@ -28,7 +33,7 @@ def describe(row: Row, recipe: Recipe | None, *, stored_px: int | None = None) -
         if recipe.kernel != "pil":
             parts.append(f"{recipe.kernel} kernel")
         if recipe.augment.flip != "none":
-            parts.append("mirrored at random" if recipe.augment.flip == "random" else "mirrored every other epoch")
+            parts.append(f"{recipe.augment.flip} flips")
         if recipe.augment.shift_px:
             parts.append(f"shifted by up to {recipe.augment.shift_px} px")
         setting = ", ".join(parts)
@@ -46,7 +51,7 @@ def describe(row: Row, recipe: Recipe | None, *, stored_px: int | None = None) -
 
 
 def cells(row: Mapping[str, Any], *, short: bool = False) -> tuple[str, ...]:
-    """A row of the table, a cell a column; ``short`` leaves out how it was trained, for a terminal."""
+    """The cells of a row, one for each of `COLUMNS`; ``short`` omits how it was trained, for a terminal."""
 
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
@@ -68,33 +73,48 @@ def cells(row: Mapping[str, Any], *, short: bool = False) -> tuple[str, ...]:
     )
 
 
+def measured_on(study: Mapping[str, Any]) -> str:
+    data, device, seeds = study["data"], study["device"], study["seeds"]
+    return (
+        f"{data['name']}: {data['classes']} classes, {data['train_samples']:,} training images, evaluated on the "
+        f"{data['eval_samples']:,} of {data['evaluated_on']}. {device['name']}, {device['cores']} cores, {device['dtype']}, "
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}."
+    )
+
+
 def notes(study: Mapping[str, Any]) -> list[str]:
-    """What the table has to say besides its figures, a sentence or two each."""
-    data, weights, device = study["data"], study["initial_weights"], study["device"]
-    out = [
-        f"{data['name']}: {data['classes']} classes, {data['train_samples']:,} training images, "
-        f"measured on the {data['eval_samples']:,} of {data['evaluated_on']}. "
-        f"{device['name']}, {device['cores']} cores, {device['dtype']}.",
-        "Published: the original study on Tiny-ImageNet, best of epoch"
-        + (", which these data are not." if data["classes"] != 200 or data["train_samples"] != 100_000 else "."),
-        f"Best is chosen by {data['evaluated_on']}"
-        + (", the set that is reported, which flatters it; last is not chosen." if data["evaluated_on"] == "val" else "."),
-    ]
+    """What a reader must know to understand the table, in a sentence or two each."""
+    data, weights = study["data"], study["initial_weights"]
+    out = ["Published: the original study on Tiny-ImageNet, best epoch."]
+    if data["classes"] != 200 or data["train_samples"] != 100_000:
+        out[0] += " These are other data: compare the order of the rows, not the values."
+    out.append(BEST_FLATTERS if data["evaluated_on"] == "val" else f"“Best” is the best epoch on {data['evaluated_on']}.")
     if weights is not None:
-        out.append(f"ImageNet weights: {weights['name']} (SHA-256 {weights['sha256'][:16]}).")
+        name = f"{weights['name']} (SHA-256 {weights['sha256'][:16]}…)"
+        if weights["name"] == IMAGENET_NAME or weights["sha256"].startswith(_TORCHVISIONS_SHA256):
+            out.append(
+                f"“ImageNet” is {name}. If the classes are among ImageNet's, as Tiny-ImageNet's are, the accuracy says little "
+                f"about other data."
+            )
+        else:
+            out.append(f"“ImageNet” is not ImageNet here: {name} was used instead of its weights.")
     if study["epochs_scale"] != 1:
-        out.append(f"All epochs times {study['epochs_scale']:g}: a quick look, not the study.")
+        out.append(f"Each row had {study['epochs_scale']:g} times the study's epochs: a quick look.")
     if len(study["seeds"]) > 1:
-        out.append(f"Mean ± standard deviation over seeds {', '.join(map(str, study['seeds']))}.")
-    out += [f"Row {row['row']} was not run: {row['reason']}." for row in study["rows"] if row["status"] != "done"]
+        out.append(f"Figures are means over {len(study['seeds'])} seeds ± their standard deviation.")
     return out
 
 
+def rows_not_run(study: Mapping[str, Any]) -> list[str]:
+    return [f"Row {row['row']} was not run: {row['reason']}." for row in study["rows"] if row["status"] != "done"]
+
+
 def markdown(study: Mapping[str, Any]) -> str:
-    """study.md."""
+    """The content of study.md."""
     lines = [f"# The study on {study['data']['name']}", "", f"`{study['command']}`, {study['date']}", ""]
     lines += [f"| {' | '.join(COLUMNS)} |", f"|{'|'.join(['---'] * 2 + ['---:'] * (len(COLUMNS) - 2))}|"]
     lines += [f"| {' | '.join(cells(row))} |" for row in study["rows"]]
+    remarks = [measured_on(study), *notes(study), *rows_not_run(study)]
     measured = [row for row in study["rows"] if row["at_resolution"]]
     if measured:
         sizes = [one["res"] for one in measured[0]["at_resolution"]]
@@ -102,4 +122,4 @@ def markdown(study: Mapping[str, Any]) -> str:
         lines += [f"| row | {' | '.join(f'{size} px' for size in sizes)} |", f"|---|{'|'.join(['---:'] * len(sizes))}|"]
         for row in measured:
             lines.append(f"| {row['row']} | {' | '.join(format(one['top1_percent'], '.2f') for one in row['at_resolution'])} |")
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(study)), ""])
+    return "\n".join([*lines, "", *(f"- {note}" for note in remarks), ""])
