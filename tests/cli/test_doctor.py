@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tidali as package
-from tidali.cli.doctor import _packing_tool
+from tidali.cli.doctor import make_samples, verify
 from tidali.doctor import files as doctor_files
 from tidali.doctor import machine as doctor
 from tidali.doctor.findings import Finding, run_check
@@ -38,7 +38,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def found(tmp_path: Path, **options: Any) -> dict[str, Finding]:
     options = {"device": "cpu", "out": tmp_path / "runs", **options}
-    return {finding.name: finding for finding in examine(_packing_tool(), **options)}
+    return {finding.name: finding for finding in examine(make_samples, verify, **options)}
 
 
 def test_a_machine_that_can_do_the_job(tidali, demo_data: Path, trained, tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_the_work_is_tried_in_each_precision_and_compiled_on_a_gpu(monkeypatch: 
     monkeypatch.setattr(doctor.checks, "epochs_are_complete", lambda *_: "")
     monkeypatch.setattr(doctor.checks, "evaluation_counts_once", lambda *_: "")
     monkeypatch.setattr(doctor.checks, "eval_matches_training", lambda _, __, cache, ___: cache)
-    findings = {finding.name: finding for finding in doctor._checks(plan, _packing_tool())}
+    findings = {finding.name: finding for finding in doctor._checks(plan, make_samples)}
     assert tried == [("bf16", False), ("fp16", False), ("off", False), ("auto", True)]
     assert findings["training run"].text == "device; off"
     assert {finding.status for finding in findings.values()} == {"ok"}
@@ -349,7 +349,7 @@ def test_the_work_is_tried_in_each_precision_and_compiled_on_a_gpu(monkeypatch: 
 def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor.checks, "steps_lower_the_loss", lambda *_: "")
     monkeypatch.setattr(doctor.tempfile, "tempdir", str(tmp_path / "none"))
-    finding = next(finding for finding in doctor._checks(plan_device("cpu", "auto", "off"), _packing_tool()) if finding.fix)
+    finding = next(finding for finding in doctor._checks(plan_device("cpu", "auto", "off"), make_samples) if finding.fix)
     assert (finding.name, finding.status) == ("temporary folder", "failure")
     assert "TMPDIR" in finding.fix
 

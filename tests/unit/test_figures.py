@@ -49,7 +49,7 @@ DRAWN = {
     "loss": lambda: figures.by_epoch(figures.loss, RUNS),
     "throughput": lambda: figures.by_epoch(figures.throughput, RUNS),
     "waiting": lambda: figures.by_epoch(figures.waiting, RUNS),
-    "one among": lambda: figures.one_among(RUNS, [1], 3),
+    "one among": lambda: figures.runs_among_others(RUNS[1:], RUNS[:1], 3),
     "comparison": lambda: figures.comparison(RUNS, ["a", NASTY]),
     "gmacs": lambda: figures.accuracy_against_gmacs(MODELS),
     "one point": lambda: figures.accuracy_against_gmacs(MODELS[:1]),

@@ -15,7 +15,6 @@ from tidali.errors import TidaliError, first_line
 if TYPE_CHECKING:
     from tidali.dataset.contract import Dataset
     from tidali.doctor.findings import Finding
-    from tidali.doctor.machine import PackingTool
     from tidali.doctor.parity import Row
 
 _MARKS = {"ok": "ok      ", "warning": "warning ", "failure": "FAILURE "}
@@ -43,15 +42,16 @@ def doctor(
     from tidali.console import results
 
     try:
+        import shards.demo
+        import shards.store
+        import shards.verify  # noqa: F401  as make_samples and verify do later
         from tidali.doctor.machine import examine
-
-        packing = _packing_tool()
     except (ImportError, OSError) as error:  # a missing shared library is an OSError
         text = f"this installation cannot be imported ({type(error).__name__}: {first_line(error)})"
         raise TidaliError(f"{text}; install tidali again in a new virtual environment") from None
 
     findings = []
-    for finding in examine(packing, device=device, out=out, data=data, checkpoint=checkpoint):
+    for finding in examine(make_samples, verify, device=device, out=out, data=data, checkpoint=checkpoint):
         findings.append(finding)
         if not json_:
             fix = f"; {finding.fix}" if finding.fix else ""
@@ -66,22 +66,20 @@ def doctor(
         raise TidaliError(f"{len(failed)} failure{'s' if len(failed) > 1 else ''}: {', '.join(failed)}")
 
 
-def _packing_tool() -> PackingTool:
+def make_samples(folder: Path) -> Dataset:
     from shards.demo import pack_demo
-    from shards.store import local_copy
-    from shards.verify import verify
     from tidali.dataset.contract import open_dataset
-    from tidali.doctor.machine import PackingTool
 
-    def make_samples(folder: Path) -> Dataset:
-        pack_demo(folder, classes=4, per_class=20, workers=1)
-        return open_dataset(folder)
+    pack_demo(folder, classes=4, per_class=20, workers=1)
+    return open_dataset(folder)
 
-    def faults(location: str) -> list[str]:
-        with local_copy(location) as folder:  # the copy for training lacks quarantined files
-            return [str(fault) for fault in verify(folder).faults]
 
-    return PackingTool(make_samples=make_samples, verify=faults)
+def verify(location: str) -> list[str]:
+    from shards.store import local_copy
+    from shards.verify import verify as verify_folder
+
+    with local_copy(location) as folder:  # the copy for training lacks quarantined files
+        return [str(fault) for fault in verify_folder(folder).faults]
 
 
 def _document(findings: list[Finding], rows: list[Row]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from tidali.training.run import train
 PIXEL_RESOLUTIONS = (64, 96)
 """The size of the stored sample images, which needs no resizing, and a larger one."""
 _CLOSE_GREY_LEVELS = 4.0
-_CLOSE_SHARE = 0.999
+_CLOSE_FRACTION = 0.999
 _MEAN_GREY_LEVELS = 1.0
 _STEPS = 15
 _RANKS_TIMEOUT_S = 60
@@ -42,9 +42,6 @@ CPU = torch.device("cpu")
 def _require(holds: bool, text: str) -> None:
     if not holds:
         raise TidaliError(text)
-
-
-# -------------------------------------------------------------------------------------------------------------------- pixels
 
 
 def routes_agree(dataset: Dataset, device: torch.device) -> str:
@@ -97,13 +94,10 @@ def _require_close(images: Tensor, expected: Tensor, where: str) -> float:
     largest, mean = grey_levels.max().item(), grey_levels.mean().item()
     close = (grey_levels <= _CLOSE_GREY_LEVELS).float().mean().item()
     _require(
-        mean <= _MEAN_GREY_LEVELS and close >= _CLOSE_SHARE,
+        mean <= _MEAN_GREY_LEVELS and close >= _CLOSE_FRACTION,
         f"{where}: {largest:.2f} grey levels from the CPU's pixels at most, {mean:.2f} on average",
     )
     return largest
-
-
-# --------------------------------------------------------------------------------------------------------------------- epochs
 
 
 def epochs_are_complete(dataset: Dataset, device: torch.device) -> str:
@@ -128,9 +122,6 @@ def epochs_are_complete(dataset: Dataset, device: torch.device) -> str:
             _require(counts == expected, f"{route} returned {counts} images of the classes instead of {expected}")
     source = "both the stream and the cache" if len(routes) == 2 else "the cache"
     return f"each of {split.samples} training images comes once per epoch, from {source}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------- steps
 
 
 def precisions(device: torch.device, chosen: torch.dtype | None) -> tuple[AmpChoice, ...]:
@@ -200,9 +191,6 @@ def _one_batch(device: torch.device) -> tuple[Tensor, Tensor]:
     return images, torch.randint(4, (16,), generator=generator).to(device)
 
 
-# ----------------------------------------------------------------------------------------------------------------- evaluation
-
-
 def evaluation_counts_once(dataset: Dataset, device: torch.device) -> str:
     """Evaluation counts every sample of val exactly once, at any batch size.
 
@@ -253,9 +241,6 @@ def eval_matches_training(dataset: Dataset, device: torch.device, cache: CacheCh
     return (
         f"one {'cached' if cache == 'device' else 'streamed'} epoch: training and evaluation both report {scored:.0f} % top-1"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------- ranks
 
 
 def ranks_communicate(device_type: str, ranks: int) -> str:

@@ -54,7 +54,7 @@ def data(location: str, dataset: Dataset, device: torch.device, verify: Callable
     """Whether the data set is intact and can be trained on, and how it would be loaded.
 
     Args:
-        verify: see `tidali.doctor.machine.PackingTool`.
+        verify: see `tidali.doctor.machine.examine`.
     """
     manifest = dataset.manifest
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in manifest.splits.items())

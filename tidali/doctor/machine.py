@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,18 +35,9 @@ MIN_FREE_MEMORY_GIB = 2.0
 _REPORT = "report it with these versions"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PackingTool:
-    """What the doctor needs of the package `shards`, which it must not import. The command line passes it in."""
-
-    make_samples: Callable[[Path], Dataset]
-    """Make a small data set in a new folder, with the splits train and val."""
-    verify: Callable[[str], Sequence[str]]
-    """Everything that is wrong with the data set in a folder or behind a URL, one line for each fault."""
-
-
 def examine(
-    packing: PackingTool,
+    make_samples: Callable[[Path], Dataset],
+    verify: Callable[[str], Sequence[str]],
     *,
     device: DeviceChoice = "auto",
     out: Path = Path("runs"),
@@ -56,6 +47,9 @@ def examine(
     """Yield each finding as soon as it is made. When one check fails, the others still run.
 
     Args:
+        make_samples: makes a small data set in a new folder, with the splits train and val. This and ``verify`` are passed in
+            because they are of the package `shards`, which must not be imported here.
+        verify: returns everything that is wrong with the data set in a folder or behind a URL, one line for each fault.
         out: folder for run folders.
         data: a packed data set to check too.
         checkpoint: one to check too.
@@ -79,7 +73,7 @@ def examine(
     yield run_check("DALI", lambda: _dali(found["nvidia-dali-cuda120"]))
     if dali_is_installed():
         yield run_check("resampling", _resampling)
-    yield from _checks(plan, packing)
+    yield from _checks(plan, make_samples)
     yield run_check("several ranks", lambda: _ranks(plan.device), "install torch's Linux build; one process can train without")
     yield run_check("run folder", lambda: doctor_files.run_folder(out))
     dataset: Dataset | None = None
@@ -88,15 +82,12 @@ def examine(
         def opened_data() -> Finding:
             nonlocal dataset
             dataset = open_data(data)
-            return doctor_files.data(data, dataset, plan.device, packing.verify)
+            return doctor_files.data(data, dataset, plan.device, verify)
 
         yield run_check("data", opened_data, "pack the source again: intact shards are kept")
     if checkpoint is not None:
         fix = "give the best or last .safetensors file of a run, or the run folder; 'tidali train' makes one"
         yield run_check("checkpoint", lambda: doctor_files.checkpoint(checkpoint, dataset, plan), fix)
-
-
-# --------------------------------------------------------------------------------------------------------------- the machine
 
 
 def _gpu(device: DeviceChoice) -> Finding:
@@ -169,10 +160,7 @@ def _ranks(device: torch.device) -> str:
     return checks.ranks_communicate(device.type, torch.cuda.device_count() if device.type == "cuda" else 1)
 
 
-# ------------------------------------------------------------------------------------------------------------ the work itself
-
-
-def _checks(plan: DevicePlan, packing: PackingTool) -> Iterator[Finding]:
+def _checks(plan: DevicePlan, make_samples: Callable[[Path], Dataset]) -> Iterator[Finding]:
     """The checks that the tests run too, on a small data set made for them."""
     device = plan.device
     tried = checks.precisions(device, plan.amp_dtype)
@@ -192,7 +180,7 @@ def _checks(plan: DevicePlan, packing: PackingTool) -> Iterator[Finding]:
             free_mib = shutil.disk_usage(folder).free / 2**20
             if free_mib < MIN_TEMPORARY_MIB:
                 raise TidaliError(f"{free_mib:.1f} MiB free in {Path(folder).parent}")
-            samples = packing.make_samples(Path(folder) / "samples")
+            samples = make_samples(Path(folder) / "samples")
             yield from _checks_on(samples, device, Path(folder))
     except (OSError, TidaliError) as error:
         fix = f"the checks of loading and training need {MIN_TEMPORARY_MIB} MiB: free some, or set TMPDIR to another folder"

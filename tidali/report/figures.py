@@ -102,19 +102,18 @@ def waiting(axes: Axes, runs: Sequence[Run]) -> None:
 
 
 @house_style()
-def one_among(runs: Sequence[Run], chosen: Sequence[int], series: int) -> Figure:
-    """The accuracy of some runs, such as all seeds of a row, drawn over the pale lines of the other runs.
+def runs_among_others(runs: Sequence[Run], others: Sequence[Run], series: int) -> Figure:
+    """The accuracy of some runs, such as all seeds of a row, drawn over the pale lines of other runs.
 
     Several of these stand side by side on a page, so their axes are equal.
     """
     figure, axes = _panel(width_in=3.4, height_in=2.3)
-    for place, run in enumerate(runs):
-        if place not in chosen:
-            axes.plot(run.column("epoch"), run.column(f"{run.split}_top1_percent"), color=PALE, linewidth=1)
-    for place in chosen:
-        _line(axes, runs[place], f"{runs[place].split}_top1_percent", series)
-        _line(axes, runs[place], "train_top1_percent", series, train=True)
-    _label_epochs(axes, runs, "top-1, %")
+    for run in others:
+        axes.plot(run.column("epoch"), run.column(f"{run.split}_top1_percent"), color=PALE, linewidth=1)
+    for run in runs:
+        _line(axes, run, f"{run.split}_top1_percent", series)
+        _line(axes, run, "train_top1_percent", series, train=True)
+    _label_epochs(axes, [*runs, *others], "top-1, %")
     axes.set_ylim(0, 102)
     return figure
 

@@ -12,7 +12,7 @@ from tidali.errors import TidaliError, UsageError
 from tidali.files import write_atomically
 from tidali.model.checkpoint import SUFFIX
 from tidali.report.drawing import legend_entries
-from tidali.report.figures import Evaluated, accuracy_against_gmacs, accuracy_against_resolution, one_among
+from tidali.report.figures import Evaluated, accuracy_against_gmacs, accuracy_against_resolution, runs_among_others
 from tidali.report.insight import Insight, inspect_checkpoint
 from tidali.report.page import drawn, insight_part, render
 from tidali.study.table import measured_on, notes
@@ -35,7 +35,10 @@ def write_study_page(study: Mapping[str, Any], folder: Path, dataset: Dataset) -
     legend = legend_entries([f"Row {row['row']}: {row['title']}" for row in study["rows"]])
     rows = [{**row, **entry, "series": place} for place, (row, entry) in enumerate(zip(study["rows"], legend, strict=True))]
     done = [row for row in rows if row["status"] == "done"]
-    best = _best_row(done)
+    trained = [row for row in done if row["runs"]]  # a row that only evaluates has no checkpoint of its own
+    if not trained:
+        raise UsageError("no row of the study was run, so there is nothing to show")
+    best = max(trained, key=lambda row: float(row["top1_percent"]["last"]["mean"]))
     models = [_evaluated(row) for row in done]
     lines = [model for model in models if len(model.at) > 1]
     weights = folder / best["runs"][0]["folder"] / f"last{SUFFIX}"
@@ -59,14 +62,6 @@ def write_study_page(study: Mapping[str, Any], folder: Path, dataset: Dataset) -
     write_atomically(folder / PAGE_NAME, page)
 
 
-def _best_row(done: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The row with the highest last accuracy, of those that trained: a row that only evaluates has no checkpoint of its own."""
-    trained = [row for row in done if row["runs"]]
-    if not trained:
-        raise UsageError("no row of the study was run, so there is nothing to show")
-    return max(trained, key=lambda row: float(row["top1_percent"]["last"]["mean"]))
-
-
 def _evaluated(row: Mapping[str, Any]) -> Evaluated:
     return Evaluated(
         label=row["row"],
@@ -87,12 +82,10 @@ def _curves(done: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, A
             continue
         if runs:
             of_row.append((row, runs))
-    every = [run for _, runs in of_row for run in runs]
-    out, first = [], 0
+    out = []
     for row, runs in of_row:
-        chosen = range(first, first + len(runs))
-        first += len(runs)
-        svg = drawn(one_among(every, chosen, row["series"]), f"top-1 of row {row['row']} by epoch")
+        others = [run for other, found in of_row if other is not row for run in found]
+        svg = drawn(runs_among_others(runs, others, row["series"]), f"top-1 of row {row['row']} by epoch")
         out.append({"svg": svg, "title": f"Row {row['row']}", "note": row["title"]})
     return out
 

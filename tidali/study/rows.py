@@ -43,23 +43,10 @@ SIZES = (64, 96, 128, 160, 192, 224)
 """Input sides of row 8's training and of the curves of accuracy against resolution: multiples of 32, by which the network
 divides its input."""
 
-# For 64-pixel images: relative to the side, half of the 4 of 32 pixels that are usual on CIFAR.
-_MODERN = Augment(flip="alternating", shift_px=4)
-
+# A shift of 4 of 64 pixels is, relative to the side, half of the 4 of 32 pixels that are usual on CIFAR.
 ROWS = (
-    Row(
-        name="1",
-        title="stock stem from random weights",
-        recipe=_seed(15, flip=True),
-        published_top1_percent=25.9,
-    ),
-    Row(
-        name="2",
-        title="stock stem from ImageNet",
-        start=IMAGENET,
-        recipe=_seed(15, flip=True),
-        published_top1_percent=56.9,
-    ),
+    Row(name="1", title="stock stem from random weights", recipe=_seed(15, flip=True), published_top1_percent=25.9),
+    Row(name="2", title="stock stem from ImageNet", start=IMAGENET, recipe=_seed(15, flip=True), published_top1_percent=56.9),
     Row(
         name="3",
         title="stock stem from ImageNet, enlarged images",
@@ -69,19 +56,8 @@ ROWS = (
         published_top1_percent=73.1,
         eval_sizes=SIZES,
     ),
-    Row(
-        name="3@64",
-        title="row 3's weights on the images as they are",
-        start="3",
-        published_top1_percent=15.3,
-    ),
-    Row(
-        name="4",
-        title="stock stem from row 3",
-        start="3",
-        recipe=_seed(7),
-        published_top1_percent=54.5,
-    ),
+    Row(name="3@64", title="row 3's weights on the images as they are", start="3", published_top1_percent=15.3),
+    Row(name="4", title="stock stem from row 3", start="3", recipe=_seed(7), published_top1_percent=54.5),
     Row(
         name="5",
         title="3x3 stem without pooling from row 3",
@@ -90,18 +66,12 @@ ROWS = (
         recipe=_seed(7),
         published_top1_percent=72.3,
     ),
-    Row(
-        name="6",
-        title="row 3's weights with the resize inside",
-        start="3",
-        res=224,
-        served=True,
-    ),
+    Row(name="6", title="row 3's weights with the resize inside", start="3", res=224, served=True),
     Row(
         name="7",
         title="3x3 stem from random weights, modern",
         stem="small",
-        recipe=replace(make_recipe("modern"), augment=_MODERN),
+        recipe=replace(make_recipe("modern"), augment=Augment(flip="alternating", shift_px=4)),
     ),
     Row(
         name="8",
