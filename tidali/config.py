@@ -24,6 +24,7 @@ SizeOrder = Literal["progressive", "mixed"]
 Flip = Literal["none", "random", "alternating"]
 CacheChoice = Literal["auto", "device", "off"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+DecoderChoice = Literal["auto", "cpu", "mixed"]
 
 MIN_RES_PX = 32
 """Below 32 pixels the stock stem's last feature map, 1/32 of the input, is empty or a single border-dominated cell."""
@@ -63,6 +64,20 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How stored pixels become a network's input."""
+
+    res: int
+    """Input side in pixels."""
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Per RGB channel on a 0..1 scale; the defaults give pixels in 0..1."""
+    kernel: Kernel = "pil"
+    crop_fraction: float = 1.0
+    """Share of the shorter side that the centre crop keeps: the shorter side is resized to ``res / crop_fraction``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Augment:
     """What is done to each training image, in this order."""
 
@@ -75,6 +90,14 @@ class Augment:
     """Random resized crop: range of its share of the image's area. None: none. torchvision's is (0.08, 1)."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the crop's width to height."""
+    brightness: float = 0.0
+    """Colours are multiplied by a factor from 1 - brightness to 1 + brightness."""
+    contrast: float = 0.0
+    """And their distance from the middle grey by one from 1 - contrast to 1 + contrast."""
+    saturation: float = 0.0
+    """And their distance from their own grey."""
+    hue: float = 0.0
+    """And they are turned about the grey axis by up to this share of a full turn, 0 to 0.5."""
     erase: float = 0.0
     """Probability that a rectangle is set to the mean colour."""
     mixup_alpha: float = 0.0
@@ -91,9 +114,16 @@ class Augment:
                 raise UsageError(f"augment: {name} {bounds} is no range above 0" + (" up to 1" if most == 1 else ""))
         if not 0 <= self.erase <= 1:
             raise UsageError(f"augment: erase {self.erase} is no probability")
+        for name, most in (("brightness", math.inf), ("contrast", math.inf), ("saturation", math.inf), ("hue", 0.5)):
+            if not 0 <= (value := getattr(self, name)) <= most or value == math.inf:
+                raise UsageError(f"augment: {name} {value} must be 0 or more" + (", 0.5 at most" if most == 0.5 else ""))
         for name, alpha in (("mixup_alpha", self.mixup_alpha), ("cutmix_alpha", self.cutmix_alpha)):
             if not 0 <= alpha < math.inf:
                 raise UsageError(f"augment: {name} {alpha} must be 0 or more")
+
+    @property
+    def changes_colour(self) -> bool:
+        return max(self.brightness, self.contrast, self.saturation, self.hue) > 0
 
     @property
     def mixes(self) -> bool:
@@ -139,6 +169,8 @@ class Recipe:
     """Subtract the mean and divide by the standard deviation; otherwise pixels are scaled to 0..1."""
     kernel: Kernel = "pil"
     """Bicubic kernel that brings the stored images to the input size, in training and in evaluation."""
+    crop_fraction: float = 1.0
+    """Share of the shorter side that the centre crop keeps, in evaluation and in training without random crops."""
     train_sizes: tuple[int, ...] = ()
     """Input sides in pixels that training goes through, instead of ``--res`` alone; evaluation is at ``--res``."""
     size_order: SizeOrder = "progressive"
@@ -169,6 +201,8 @@ class Recipe:
         for name, most in (("ema_decay", 1), ("grad_clip_norm", math.inf)):
             if not 0 <= (value := getattr(self, name)) < most:
                 raise UsageError(f"{name} {value}: from 0, which is none, to below {most}")
+        if not 0 < self.crop_fraction <= 1:
+            raise UsageError(f"crop_fraction {self.crop_fraction}: above 0, up to 1")
         if not 0 <= self.label_smoothing <= 1:
             raise UsageError(f"label_smoothing {self.label_smoothing}: from 0 to 1")
         if self.nesterov and not self.momentum:

@@ -61,9 +61,13 @@ def say(text: str) -> None:
         _print_message(text)
 
 
-def warn(text: str) -> None:
-    """One line on standard error that ``--quiet`` shows too: what is wrong, though the work goes on."""
-    _print_message(f"warning: {text}")
+def warn(text: str, *, every_rank: bool = False) -> None:
+    """One line on standard error that ``--quiet`` shows too: what is wrong, though the work goes on.
+
+    Args:
+        every_rank: also where this is not the main rank, which does not know it.
+    """
+    _print_message(f"warning: {text}", every_rank=every_rank)
 
 
 def detail(text: str) -> None:
@@ -72,8 +76,8 @@ def detail(text: str) -> None:
         _print_message(text)
 
 
-def _print_message(text: str) -> None:
-    if not is_main_rank():
+def _print_message(text: str, *, every_rank: bool = False) -> None:
+    if not (every_rank or is_main_rank()):
         return
     messages.print(f"{now_s() - _start_s:7.2f} s  {text}" if is_verbose() else text, markup=False)
 

@@ -18,7 +18,10 @@ ERASE_SCALE = (0.02, 0.33)
 ERASE_RATIO = (0.3, 3.3)
 """Area share and aspect ratio of torchvision's RandomErasing (Zhong et al. 2017, "Random erasing data augmentation")."""
 
-_FLIP, _SHIFT, _CROP, _ERASE, _MIX = range(1, 6)  # streams of random numbers; 0 is the order's
+_FLIP, _SHIFT, _CROP, _ERASE, _MIX = range(1, 6)  # streams of random numbers; 0 is the order's, 6 the sizes'
+_COLOUR = 7
+_GREY = (0.299, 0.587, 0.114)
+"""Luma of R, G and B, ITU-R BT.601."""
 _ATTEMPTS = 10  # torchvision's, for a box that fits
 
 
@@ -55,24 +58,31 @@ def shift_offsets(shift_px: int, samples: Tensor, *, seed: int, epoch: int) -> T
 
 
 def crop_boxes(
-    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], samples: Tensor, *, seed: int, epoch: int
+    size: tuple[int, int] | Tensor,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    samples: Tensor,
+    *,
+    seed: int,
+    epoch: int,
 ) -> Tensor:
     """Random resized crops as torchvision draws them: the first of ten boxes that fits, else the largest central one of an
     allowed aspect ratio.
 
+    Args:
+        size: height and width in pixels of all images, or (N, 2) of each.
+
     Returns:
         (N, 4) float32 top, left, height, width in whole pixels, inside the image.
     """
-    height, width = size
+    # 0-dimensional on the CPU where all have one size: such tensors go with any device's.
+    height, width = (size.T if isinstance(size, Tensor) else torch.tensor(size)).to(torch.float32)
     draws = counter.uniforms(counter.key(seed, _CROP, epoch), samples, 2 * _ATTEMPTS + 2)
-    aspect = min(max(width / height, ratio[0]), ratio[1])
-    fallback = (min(height, round(width / aspect)), min(width, round(height * aspect)))
-    heights, widths, fits = _first_fitting(size, scale, ratio, draws[:, 2:], largest=size)
-    heights = torch.where(fits, heights, float(fallback[0]))
-    widths = torch.where(fits, widths, float(fallback[1]))
-    place = draws[:, :2]
-    place = torch.where(fits[:, None], place, 0.5)
-    return _placed(size, heights, widths, place)
+    heights, widths, fits = _first_fitting(height, width, scale, ratio, draws[:, 2:])
+    aspect = (width / height).clamp(*ratio)
+    heights = torch.where(fits, heights, torch.minimum(height, torch.round(width / aspect)))
+    widths = torch.where(fits, widths, torch.minimum(width, torch.round(height * aspect)))
+    return _placed(height, width, heights, widths, torch.where(fits[:, None], draws[:, :2], 0.5))
 
 
 def erase_boxes(size: tuple[int, int], probability: float, samples: Tensor, *, seed: int, epoch: int) -> Tensor:
@@ -82,44 +92,91 @@ def erase_boxes(size: tuple[int, int], probability: float, samples: Tensor, *, s
         (N, 4) float32 top, left, height, width in whole pixels; height and width are 0 where nothing is erased.
     """
     draws = counter.uniforms(counter.key(seed, _ERASE, epoch), samples, 2 * _ATTEMPTS + 3)
-    largest = (size[0] - 1, size[1] - 1)  # torchvision erases no whole row or column
-    heights, widths, fits = _first_fitting(size, ERASE_SCALE, ERASE_RATIO, draws[:, 3:], largest=largest)
+    height, width = torch.tensor(size, dtype=torch.float32)
+    heights, widths, fits = _first_fitting(height, width, ERASE_SCALE, ERASE_RATIO, draws[:, 3:], whole_sides=False)
     erased = fits & (draws[:, 2] < probability)
-    return _placed(size, heights * erased, widths * erased, draws[:, :2])
+    return _placed(height, width, heights * erased, widths * erased, draws[:, :2])
 
 
 def _first_fitting(
-    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], draws: Tensor, *, largest: tuple[int, int]
+    height: Tensor,
+    width: Tensor,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    draws: Tensor,
+    *,
+    whole_sides: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Heights, widths (N,) and whether any attempt fitted, of boxes with uniform area and log-uniform aspect ratio."""
+    """Heights, widths (N,) and whether any attempt fitted, of boxes with uniform area and log-uniform aspect ratio.
+
+    Args:
+        whole_sides: a box may be as high or as wide as the image; torchvision erases no whole row or column.
+    """
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    areas = size[0] * size[1] * (scale[0] + (scale[1] - scale[0]) * draws[:, :_ATTEMPTS])
+    shares = scale[0] + (scale[1] - scale[0]) * draws[:, :_ATTEMPTS]
+    areas = (height * width * shares.T).T
     ratios = torch.exp(low + (high - low) * draws[:, _ATTEMPTS:])  # width to height
     heights, widths = torch.round(torch.sqrt(areas / ratios)), torch.round(torch.sqrt(areas * ratios))
-    fit = (heights > 0) & (widths > 0) & (heights <= largest[0]) & (widths <= largest[1])
+    room_y, room_x = (height, width) if whole_sides else (height - 1, width - 1)
+    fit = (heights > 0) & (widths > 0) & (room_y >= heights.T).T & (room_x >= widths.T).T
     first = fit.to(torch.uint8).argmax(1, keepdim=True)
     return heights.gather(1, first)[:, 0], widths.gather(1, first)[:, 0], fit.any(1)
 
 
-def _placed(size: tuple[int, int], heights: Tensor, widths: Tensor, place: Tensor) -> Tensor:
+def _placed(height: Tensor, width: Tensor, heights: Tensor, widths: Tensor, place: Tensor) -> Tensor:
     """Boxes at whole pixels, each possible place as likely; ``place`` (N, 2) in [0, 1)."""
-    top = torch.floor(place[:, 0] * (size[0] - heights + 1))
-    left = torch.floor(place[:, 1] * (size[1] - widths + 1))
+    top = torch.floor(place[:, 0] * (height - heights + 1))
+    left = torch.floor(place[:, 1] * (width - widths + 1))
     return torch.stack((top, left, heights, widths), dim=1)
+
+
+def colour_matrices(augment: Augment, samples: Tensor, *, seed: int, epoch: int) -> Tensor:
+    """Changes of colour as one matrix a sample: brightness, then contrast, saturation and hue, each by a uniform factor.
+
+    Brightness, contrast and saturation blend as torchvision's do, with black, with grey and with each pixel's luma; contrast's
+    grey is the middle of the scale, where torchvision takes the image's mean luma. Hue turns colours about the grey axis in
+    YIQ, which is linear, where torchvision turns them in HSV, which is not. What leaves 0..1 is clamped once, at the end.
+
+    Returns:
+        (N, 3, 4) float32: on a 0..1 scale a pixel becomes ``y = A x + b``.
+    """
+    draws = 2 * counter.uniforms(counter.key(seed, _COLOUR, epoch), samples, 4) - 1
+    brightness, contrast, saturation = (
+        (1 + strength * draws[:, number]).clamp(min=0)[:, None, None]
+        for number, strength in enumerate((augment.brightness, augment.contrast, augment.saturation))
+    )
+    identity = torch.eye(3, device=samples.device)
+    luma = torch.tensor(_GREY, device=samples.device).expand(3, 3)
+    turn = _hue_rotations(2 * math.pi * augment.hue * draws[:, 3])
+    linear = turn @ (saturation * identity + (1 - saturation) * luma)
+    offset = linear @ (0.5 * (1 - contrast)).expand(-1, 3, 1)
+    return torch.cat((linear * (brightness * contrast), offset), 2)
+
+
+def _hue_rotations(angles: Tensor) -> Tensor:
+    """(N, 3, 3): RGB to YIQ (FCC 1953), I and Q turned by (N,) angles in radians, and back."""
+    to_yiq = torch.tensor([_GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
+    back = torch.linalg.inv(to_yiq.to(torch.float64)).to(torch.float32).to(angles.device)
+    to_yiq = to_yiq.to(angles.device)
+    # Both as sums of outer products: no product of two matrices on the device for what is nine numbers.
+    luma, i, q = (back[:, k : k + 1] * to_yiq[k] for k in range(3))
+    i_to_q, q_to_i = back[:, 2:] * to_yiq[1], back[:, 1:2] * to_yiq[2]
+    cos, sin = torch.cos(angles)[:, None, None], torch.sin(angles)[:, None, None]
+    return luma + cos * (i + q) + sin * (i_to_q - q_to_i)
 
 
 # ------------------------------------------------------------------------------------------------------------------- changes
 
 
-def take(pixels: Tensor, samples: Tensor, mirrored: Tensor | None) -> Tensor:
-    """(n, H, W, 3) uint8: the samples (n,) of (N, H, W, 3) pixels, mirrored left to right where flagged.
+def take(pixels: Tensor, samples: Tensor | None, mirrored: Tensor | None) -> Tensor:
+    """(n, H, W, 3) uint8: the samples (n,) of (N, H, W, 3) pixels, or all of them, flipped left to right where flagged.
 
     On a CPU one pass of compiled code where there is a compiler.
     """
     library = native.load() if mirrored is not None and pixels.device.type == "cpu" else None
     if library is not None and mirrored is not None:
-        return native.gather(library, pixels, samples, mirrored)
-    taken = pixels.index_select(0, samples)
+        return native.gather(library, pixels, torch.arange(len(pixels)) if samples is None else samples, mirrored)
+    taken = pixels if samples is None else pixels.index_select(0, samples)
     return taken if mirrored is None else flip_where(taken, mirrored)
 
 

@@ -1,209 +1,212 @@
-"""The DALI graph: from shards to batches. One definition for CPU and GPU."""
+"""The DALI graph, and batches through it: the one module that imports DALI.
+
+tidali chooses the samples and hands DALI their encoded bytes; DALI decodes them, on a GPU or on a CPU. Where images are of
+unequal size it is also given a box of each: on a GPU it resizes the box to a square, on a CPU it decodes the box's pixels alone
+and `tidali.loading.resample` makes the square, several times as fast as DALI's own resize there.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+from PIL import Image
+from torch import Tensor
 
-from tidali.dataset.shard_bytes import LABEL_EXTENSION
 from tidali.errors import TidaliError
+from tidali.loading.resample import squares_of
+from tidali.loading.thread_decoder import WRONG_CRC, Job, ThreadDecoder
 
-try:
-    from nvidia.dali import Pipeline, fn, pipeline_def, types
-except ImportError as error:  # pragma: no cover - an installation without DALI
-    raise TidaliError(f"NVIDIA DALI cannot be imported ({error}); on Linux: pip install nvidia-dali-cuda120") from None
+Work = Literal["decode", "decode boxes", "resize boxes"]
+"""What the graph does: whole images; of each image the pixels of a box; a square of each image's box."""
 
-
-TENSOR_INIT_BYTES = 4096
-"""Address space that each sample in the shuffle buffer reserves. At DALI's default, 1 MiB, a buffer of 20,000 takes 44 GB."""
+QUEUE_DEPTH = 3
+"""Batches that DALI has in hand at once."""
+_MARGIN = 2
+"""Source pixels outside a box that its edge takes in, for each output pixel's width or, where pixels get more, for each pixel:
+the cubic's support on each side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where the graph's operators run: the only difference between a CPU and a GPU pipeline."""
+    """Where the graph runs."""
 
-    decoder: str
-    """``cpu``, or ``mixed``: Huffman decoding on the CPU, the rest on the GPU."""
     device_id: int | None
-    """None builds without a CUDA driver."""
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device_id is not None
+    """The GPU's number; None on a CPU."""
 
     @staticmethod
-    def of(device_type: str, index: int | None) -> Placement:
-        if device_type == "cuda":
-            return Placement(decoder="mixed", device_id=index or 0)
-        return Placement(decoder="cpu", device_id=None)
+    def on(device: torch.device) -> Placement:
+        return Placement(device_id=(device.index or 0) if device.type == "cuda" else None)
+
+    @property
+    def decoder(self) -> Literal["cpu", "mixed"]:
+        """``mixed`` takes bytes on the CPU and gives pixels on the GPU."""
+        return "cpu" if self.device_id is None else "mixed"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardFiles:
-    """What a reader opens: one split's tars, their indexes, and what is in them."""
+def define_graph(placement: Placement, work: Work, *, batch_size: int, num_threads: int) -> Pipeline:
+    """From encoded bytes to pixels, unbuilt. Output: (H, W, 3) uint8 RGB, upright by its EXIF orientation.
 
-    tars: Sequence[Path]
-    indexes: Sequence[Path]
-    extensions: Sequence[str]
-    """Of the image members."""
-    num_digits: int
-    """Of a label."""
-
-
-def decode_graph(encoded: Any, decoder: str) -> Any:
-    """Encoded bytes -> (H, W, 3) uint8 RGB, upright (the EXIF orientation applied)."""
-    # Without jpeg_fancy_upsampling the GPU decoder replicates chroma instead of filtering it, as libjpeg does on the CPU.
-    return fn.decoders.image(encoded, device=decoder, output_type=types.RGB, jpeg_fancy_upsampling=True)
-
-
-def resize_graph(images: Any, shorter: int) -> Any:
-    """Resize the shorter side to this many pixels by DALI's cubic kernel: a = -0.5, antialiased, as PIL's. Keeps uint8."""
-    return fn.resize(images, resize_shorter=shorter, interp_type=types.INTERP_CUBIC, antialias=True)
-
-
-def image_graph(
-    encoded: Any,
-    *,
-    decoder: str,
-    res: int,
-    resize: bool,
-    mean: Sequence[float],
-    std: Sequence[float],
-    mirror: Any = 0,
-) -> Any:
-    """Encoded bytes -> (res, res, 3) float32 HWC, ``(pixel / 255 - mean) / std``.
-
-    The shorter side is resized to ``res`` (see `resize_graph`), rounded to uint8, and the centre is cropped. ``resize=False``
-    where every image has the size already: DALI would copy.
-    """
-    images = decode_graph(encoded, decoder)
-    if resize:
-        images = resize_graph(images, res)
-    return fn.crop_mirror_normalize(
-        images,
-        dtype=types.FLOAT,
-        output_layout="HWC",
-        crop=(res, res) if resize else None,
-        mirror=mirror,
-        mean=[255.0 * m for m in mean],
-        std=[255.0 * s for s in std],
-    )
-
-
-def label_graph(digits: Any, num_digits: int) -> Any:
-    """Fixed-width ASCII digits (num_digits,) uint8 -> int64 scalar."""
-    weights = types.Constant(np.array([10**k for k in reversed(range(num_digits))], np.int32))
-    return fn.reductions.sum((fn.cast(digits, dtype=types.INT32) - ord("0")) * weights)
-
-
-def read_graph(
-    files: ShardFiles,
-    *,
-    shuffle_buffer: int,
-    rank: int,
-    world_size: int,
-    use_mmap: bool = True,
-) -> Any:
-    """Encoded image bytes and label digits of this rank's samples, for ever; each epoch's last batch is padded, so that epochs
-    start clean on every rank.
+    Inputs, named arguments of `feed`: ``encoded`` bytes; for boxes on a CPU ``start`` and ``shape`` (2,) int32, top and left,
+    height and width in whole pixels; for squares ``roi_start`` and ``roi_end`` (2,) float32 and ``size`` (2,) float32.
 
     Args:
-        shuffle_buffer: 0 reads the stored order, each rank always its own range. Otherwise tars come in a new order each epoch
-            and samples are drawn from a buffer of this many: a true permutation where it holds the rank's whole share.
-        use_mmap: map the tars instead of reading them. Mapped pages count as the process's memory for as long as it reads.
-    """
-    shuffle = shuffle_buffer > 0
-    return fn.readers.webdataset(
-        name="reader",
-        paths=[str(path) for path in files.tars],
-        index_paths=[str(path) for path in files.indexes],
-        ext=[";".join(files.extensions), LABEL_EXTENSION],
-        missing_component_behavior="error",
-        random_shuffle=shuffle,
-        initial_fill=max(shuffle_buffer, 1),
-        shuffle_after_epoch=shuffle,
-        stick_to_shard=not shuffle,
-        pad_last_batch=True,
-        shard_id=rank,
-        num_shards=world_size,
-        tensor_init_bytes=TENSOR_INIT_BYTES,
-        dont_use_mmap=not use_mmap,
-    )
-
-
-def batch_pipeline(
-    files: ShardFiles,
-    *,
-    batch_size: int,
-    res: int,
-    resize: bool,
-    mean: Sequence[float],
-    std: Sequence[float],
-    flip: bool,
-    shuffle_buffer: int,
-    rank: int,
-    world_size: int,
-    seed: int,
-    num_threads: int,
-    placement: Placement,
-    checkpoint: bytes | None = None,
-    as_stored: bool = False,
-) -> Pipeline:
-    """From shards to batches, unbuilt. Outputs: images (res, res, 3) float32 HWC, labels int64 scalar.
-
-    Args:
-        as_stored: leave the images as decoded, (H, W, 3) uint8 HWC, for another resampler, and with ``flip`` give the mirror
-            flags, int32 scalars on the CPU, as a third output.
+        batch_size: the most samples of a batch.
     """
 
     @pipeline_def(
         batch_size=batch_size,
         num_threads=num_threads,
         device_id=placement.device_id,
-        seed=seed + rank,  # ranks that share a seed would draw the same flips
-        enable_checkpointing=True,  # always on: shuffle_after_epoch's order may depend on it
-        checkpoint=checkpoint,
+        prefetch_queue_depth=QUEUE_DEPTH,
+        seed=0,
     )
     def define() -> Any:
-        encoded, digits = read_graph(files, shuffle_buffer=shuffle_buffer, rank=rank, world_size=world_size)
-        mirror = fn.random.coin_flip() if flip else 0
-        labels = label_graph(digits, files.num_digits)
-        labels = labels.gpu() if placement.on_gpu else labels
-        if as_stored:
-            images = decode_graph(encoded, placement.decoder)
-            return (images, labels, mirror) if flip else (images, labels)
-        images = image_graph(encoded, decoder=placement.decoder, res=res, resize=resize, mean=mean, std=std, mirror=mirror)
-        return images, labels
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        if work == "decode boxes":
+            start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
+            # Not on a GPU: nvImageCodec 0.9 crashes on Hopper when it decodes a region (its issue 55).
+            return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], output_type=types.RGB)
+        # Fancy upsampling is what libjpeg-turbo does on a CPU; without it the GPU's decoder repeats chroma pixels.
+        images = fn.decoders.image(encoded, device=placement.decoder, output_type=types.RGB, jpeg_fancy_upsampling=True)
+        if work == "decode":
+            return images
+        start, end, size = (
+            fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("roi_start", "roi_end", "size")
+        )
+        return fn.resize(images, size=size, roi_start=start, roi_end=end, interp_type=types.INTERP_CUBIC, antialias=True)
 
     return define()
 
 
-def decode_pipeline(
-    files: ShardFiles,
-    *,
-    batch_size: int,
-    square: int | None,
-    rank: int,
-    world_size: int,
-    num_threads: int,
-    placement: Placement,
-) -> Pipeline:
-    """Decoding alone, in stored order, unbuilt. Outputs: images (H, W, 3) uint8 RGB, labels int64 scalar on the CPU.
+class DaliDecoder:
+    """Batches decoded by DALI, which works on the next ones while one is used."""
+
+    def __init__(self, threads: ThreadDecoder, device: torch.device, *, batch_size: int, num_threads: int) -> None:
+        """
+        Args:
+            threads: reads the samples, and decodes those of a batch that DALI fails on.
+            device: where DALI's pixels are.
+            batch_size: the most samples of a batch.
+
+        Raises:
+            TidaliError: DALI cannot work here.
+        """
+        self._threads, self._device = threads, device
+        self._sizes = threads.table.sizes.numpy()
+        self._work: Work = "decode"
+        if threads.table.info.single_image_size is None:
+            self._work = "decode boxes" if device.type == "cpu" else "resize boxes"
+        self._pipe = define_graph(Placement.on(device), self._work, batch_size=batch_size, num_threads=num_threads)
+        try:
+            self._pipe.build()
+            self._fill_queue()
+        except RuntimeError as error:
+            raise TidaliError(f"DALI cannot work here: {message_of(error)}; use --decoder cpu") from None
+
+    def _fill_queue(self) -> None:
+        """DALI's first run is as many as its queue is long, and all of them have to be fed: batches of one pixel."""
+        file = io.BytesIO()
+        Image.new("RGB", (1, 1)).save(file, "PNG")
+        box = Job([], np.array([[0, 0, 1, 1]], np.float32), 1)
+        for _ in range(QUEUE_DEPTH):
+            self._feed([memoryview(file.getvalue())], box, np.array([[1, 1]]))
+        self._pipe.schedule_run()
+        for _ in range(QUEUE_DEPTH):
+            self._pipe.outputs()
+
+    def _feed(self, encoded: Sequence[memoryview], job: Job, sizes: NDArray[Any]) -> NDArray[np.int32] | None:
+        """The graph's inputs; gives where each image's decoded part starts, where that is a part."""
+        self._pipe.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
+        if self._work == "decode" or job.boxes is None:
+            return None
+        starts, inputs = None, {}
+        if self._work == "decode boxes":
+            starts, shapes = regions(job.boxes, sizes, job.side)
+            inputs = {"start": starts, "shape": shapes}
+        else:
+            ends = job.boxes[:, :2] + job.boxes[:, 2:]
+            inputs = {"roi_start": job.boxes[:, :2], "roi_end": ends, "size": np.full_like(ends, job.side)}
+        for name, values in inputs.items():
+            self._pipe.feed_input(name, list(values))
+        return starts
+
+    def start(self, job: Job) -> Any:
+        """Check a batch's bytes and queue it. Every `start` is followed by its `finish`, in the same order.
+
+        Returns:
+            The batch's sound samples, why the others are not, and where each one's pixels start in its image.
+        """
+        data: dict[int, memoryview] = {}
+
+        def check(chunk: range) -> dict[int, str]:
+            found = {number: self._threads.table.read(job.places[number]) for number in chunk}
+            data.update((number, read) for number, read in found.items() if read is not None)
+            return {number: WRONG_CRC for number, read in found.items() if read is None}
+
+        checked = self._threads.in_chunks(len(job.places), check)
+        bad = {number: why for chunk in checked for number, why in chunk.result().items()}
+        sound = sorted(data)
+        part = Job([job.places[number] for number in sound], None if job.boxes is None else job.boxes[sound], job.side)
+        if not sound:
+            return part, bad, None
+        sizes = self._sizes[[place.position for place in part.places]]
+        starts = self._feed([data[number] for number in sound], part, sizes)
+        self._pipe.schedule_run()
+        return part, bad, starts
+
+    def finish(self, job: Job, decoding: Any) -> tuple[Tensor, dict[int, str]]:
+        """As `ThreadDecoder.finish`; the pixels are on DALI's device."""
+        part, bad, starts = decoding
+        if not part.places:
+            return self._threads.finish(part, self._threads.start(part))[0].to(self._device), bad
+        try:
+            (pixels,) = self._pipe.outputs()
+        except RuntimeError:  # it names one sample at best, and loses the batch; the threads find out which are at fault
+            decoded, worse = self._threads.finish(part, self._threads.start(part))
+            number_of = {place.position: number for number, place in enumerate(job.places)}
+            return decoded.to(self._device), bad | {number_of[part.places[n].position]: why for n, why in worse.items()}
+        if self._work != "decode boxes":
+            return torch.from_dlpack(pixels.as_tensor()), bad  # a view, valid as long as it is held
+        out = torch.empty(len(part.places), job.side, job.side, 3, dtype=torch.uint8)
+        boxes = part.boxes - np.pad(starts, ((0, 0), (0, 2)))  # of the decoded part of each image
+
+        def resize(chunk: range) -> dict[int, str]:
+            images, part = [np.asarray(pixels.at(number)) for number in chunk], slice(chunk.start, chunk.stop)
+            squares_of(images, boxes[part].tolist(), job.side, self._threads.kernel, out[part])
+            return {}
+
+        for done in self._threads.in_chunks(len(out), resize):
+            done.result()
+        return out, bad
+
+
+def regions(boxes: np.ndarray, sizes: np.ndarray, res: int) -> tuple[np.ndarray, np.ndarray]:
+    """The whole pixels that resizing the boxes reads.
 
     Args:
-        square: side of the square that every image becomes, its shorter side resized and its centre cropped; None keeps it.
+        boxes: (n, 4) float: top, left, height, width.
+        sizes: (n, 2): height and width of the images.
+        res: side of the squares, in pixels.
+
+    Returns:
+        Start (n, 2) and shape (n, 2), int32.
     """
+    margin = _MARGIN * np.maximum(boxes[:, 2:] / res, 1) + 1
+    start = np.clip(np.floor(boxes[:, :2] - margin), 0, sizes - 1).astype(np.int32)
+    end = np.clip(np.ceil(boxes[:, :2] + boxes[:, 2:] + margin), start + 1, sizes).astype(np.int32)
+    return start, end - start
 
-    @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=placement.device_id, seed=0)
-    def define() -> Any:
-        encoded, digits = read_graph(files, shuffle_buffer=0, rank=rank, world_size=world_size, use_mmap=False)
-        images = decode_graph(encoded, placement.decoder)
-        if square is not None:
-            images = fn.crop(resize_graph(images, square), crop=(square, square))
-        return images, label_graph(digits, files.num_digits)
 
-    return define()
+def message_of(error: RuntimeError) -> str:
+    """The one line of DALI's multi-line report that says what went wrong."""
+    text = str(error)
+    _, found, tail = text.partition("encountered:")
+    lines = [line.strip() for line in (tail if found else text).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

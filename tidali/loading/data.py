@@ -1,191 +1,144 @@
-"""A data set's batches, by the route that fits: decoded once into the device's memory, or streamed."""
+"""A data set on a device, ready to give batches: from the device's memory where they fit, else from the shards."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from tidali.config import CacheChoice, Kernel
+from tidali.config import CacheChoice, DecoderChoice, Preprocess
 from tidali.console import progress_bar
-from tidali.dataset.contract import Dataset, parse_image_size
-from tidali.errors import UsageError
+from tidali.dataset.contract import Dataset
 from tidali.hardware.device import ranks_on_machine
 from tidali.hardware.ranks import Ranks
-from tidali.loading.augment import Augment
-from tidali.loading.cache import CachedBatches, PixelCache, fill_cache
-from tidali.loading.corrupt_images import drop_corrupt
+from tidali.loading.batches import Batches, Training
+from tidali.loading.cache import FILL_BATCH, PixelCache, fill_cache
+from tidali.loading.corrupt import CorruptSamples
 from tidali.loading.order import refuse_partial_batch
-from tidali.loading.route import choose_route, why_not_streamable
+from tidali.loading.route import choose_route
+from tidali.loading.samples import SampleTable
 from tidali.loading.sizes import SizePlan
-
-
-class Batches(Protocol):
-    """Batches of one split: images (N, 3, H, W) float channels_last and labels (N,) int64, both on the loader's device."""
-
-    def __len__(self) -> int:
-        """Steps an epoch, the same on every rank."""
-        ...
-
-    @property
-    def samples(self) -> int:
-        """Of the split, over all ranks, without damaged images that were left out."""
-        ...
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives, counted from 0."""
-        ...
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch; after `load_state_dict`, what was left of it."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able: where the consumer is, and what the order depends on."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Raises:
-            UsageError: the state is of another order; names the difference.
-        """
-        ...
+from tidali.loading.stream import ShardSource, Source
 
 
 class Data:
-    """A data set on a device, ready to give batches of any of its splits at any resolution."""
+    """Gives batches of any split of a data set at any resolution. Cached pixels are shared between them."""
 
     def __init__(
         self,
         dataset: Dataset,
-        splits: Sequence[str],
         device: torch.device,
         *,
         cache: CacheChoice = "auto",
-        max_res: int,
+        decoder: DecoderChoice = "auto",
         max_bad: int | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         """
         Args:
-            splits: those that will be asked for.
-            max_res: the largest resolution that will be asked for, in pixels.
-            max_bad: images of a split that may be damaged and are then left out; 0.1 % of it by default.
-            ranks: those that share the splits, each with a `Data` of its own: the one with the least memory decides for all,
-                as the two routes cut a split differently.
-
-        Raises:
-            DatasetError: a split that is not there, or damaged beyond `max_bad`.
-            UsageError: a split without labels.
+            max_bad: samples of a split that may be corrupt and are then left out; 0.1 % of it by default.
+            ranks: this process among those that share each batch; where they are joined by torch.distributed, each of them has
+                to ask for the same batches, and the one with the least memory decides for all.
         """
-        for split in splits:
-            dataset.labelled_split(split)
-        for split in splits:
-            dataset = drop_corrupt(dataset, split, max_bad)
         self.dataset, self.device = dataset, device
-        free_bytes = free_memory_bytes(device)
-        self.route = choose_route(
-            cache,
-            [dataset.split(split) for split in splits],
-            max_res=max_res,
-            free_bytes=min(ranks.gather(free_bytes)) if ranks is not None else free_bytes,
-            has_dali=dali_is_installed(),
-        )
-        self._caches: dict[str, PixelCache] = {}
+        self.ranks = ranks if ranks is not None else Ranks()
+        self._cache_choice: CacheChoice = cache
+        self._decoder: DecoderChoice = decoder
+        self._max_bad = max_bad
+        self._tables: dict[str, tuple[SampleTable, CorruptSamples]] = {}
+        self._caches: dict[tuple[Any, ...], PixelCache] = {}
 
     def batches(
         self,
         split: str,
-        *,
-        res: int,
+        preprocess: Preprocess,
         batch_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        train: bool = False,
-        augment: Augment | None = None,
-        kernel: Kernel = "pil",
+        *,
+        training: Training | None = None,
         dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        sizes: SizePlan | None = None,
     ) -> Batches:
         """
         Args:
-            res: input side in pixels.
-            sizes: the side of each training step instead.
+            batch_size: of this rank.
+            training: None evaluates.
+            dtype: of the images.
 
         Raises:
-            UsageError: a batch larger than the split, or augmentation or a kernel that the route does not have.
+            DatasetError: a split that is not there, a damaged record, or more corrupt samples than may be left out.
+            UsageError: a split without labels, a training batch larger than it, or a cache or decoder that cannot be had.
             TidaliError: the shards cannot be read.
         """
-        if train:
-            refuse_partial_batch(split, self.dataset.split(split).samples, batch_size, world_size)
-        common: dict[str, Any] = dict(
-            res=res,
+        table, _ = self._table(split)
+        if training is not None:
+            refuse_partial_batch(split, len(table), batch_size, self.ranks.world_size)
+        sizes = (training.sizes if training is not None else None) or SizePlan.of(preprocess.res)
+        route = choose_route(
+            self._cache_choice,
+            table.info,
+            sides=sizes.sides,
+            crops=training is not None and training.augment.crop_scale is not None,
+            free_bytes=self._least_free_bytes(),
+        )
+        source: Source
+        if route.cached:
+            source = self._cached(split, sizes.sides, preprocess)
+        else:
+            source = self.streamed(split, preprocess, batch_size)
+        return Batches(source, preprocess, batch_size, training=training, ranks=self.ranks, dtype=dtype, route=route)
+
+    def streamed(self, split: str, preprocess: Preprocess, batch_size: int, *, num_threads: int | None = None) -> ShardSource:
+        """A split's pixels, decoded whenever they are asked for."""
+        table, corrupt = self._table(split)
+        return ShardSource(
+            table,
+            self.device,
+            corrupt,
             batch_size=batch_size,
-            mean=mean,
-            std=std,
-            train=train,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            kernel=kernel,
-            sizes=sizes,
-        )
-        if self.route.cached:
-            return CachedBatches(self._cache(split), augment=augment, dtype=dtype, **common)
-        from tidali.loading.stream import StreamBatches
-
-        augment = augment or Augment()
-        obstacle = why_not_streamable(self.dataset.split(split), self.device, augment=augment)
-        if obstacle is not None:
-            raise UsageError(obstacle)
-        if dtype != torch.float32:
-            raise UsageError(f"streaming gives float32 alone; {dtype} needs the cache (--cache device)")
-        return StreamBatches(self.dataset, split, flip=train and augment.flip == "random", device=self.device, **common)
-
-    def _cache(self, split: str) -> PixelCache:
-        if split not in self._caches:
-            self._caches[split] = fill(self.dataset, split, self.device, self.route.square)
-        return self._caches[split]
-
-
-def fill(dataset: Dataset, split: str, device: torch.device, square: int | None) -> PixelCache:
-    """Decode a split into the device's memory, by DALI or, where that is missing, by PIL to the same pixels.
-
-    Raises:
-        TidaliError: an image cannot be decoded.
-    """
-    info = dataset.split(split)
-    size = (square, square) if square is not None else parse_image_size(next(iter(info.image_sizes)))
-    if dali_is_installed():
-        from tidali.loading.stream import decoded_once
-    else:
-        from tidali.loading.decode_pil import decoded_once
-    with progress_bar(note=False) as bar:
-        task = bar.add_task(f"decoding {split}", total=info.samples)
-        return fill_cache(
-            decoded_once(dataset, split, square=square, device=device),
-            info.samples,
-            size,
-            identity=hashlib.sha256(f"{info.content}{size}".encode()).hexdigest(),
-            device=device,
-            on_batch=lambda done: bar.update(task, completed=done),
+            decoder=self._decoder,
+            kernel=preprocess.kernel,
+            num_threads=num_threads,
         )
 
+    def corrupt(self, split: str) -> frozenset[int]:
+        """Positions of the split's samples that are known to be corrupt by now."""
+        return frozenset(self._table(split)[1].positions)
 
-def dali_is_installed() -> bool:
-    try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # not even the namespace that it shares with other packages
-        return False
+    def share_corrupt(self) -> None:
+        """Tell all ranks what each has found corrupt. All of them have to call it, after the same batches.
+
+        Raises:
+            DatasetError: more samples are corrupt than may be left out.
+        """
+        if self.ranks.world_size > 1:
+            for _, (_, corrupt) in sorted(self._tables.items()):
+                corrupt.merge(self.ranks.gather(sorted(corrupt.positions)))
+
+    def _table(self, split: str) -> tuple[SampleTable, CorruptSamples]:
+        if split not in self._tables:
+            table = SampleTable(self.dataset, split)
+            self._tables[split] = table, CorruptSamples(table, self._max_bad)
+        return self._tables[split]
+
+    def _cached(self, split: str, sides: Sequence[int], preprocess: Preprocess) -> PixelCache:
+        table, _ = self._table(split)
+        one_size = table.info.single_image_size is not None
+        key = (split,) if one_size else (split, tuple(sides), preprocess.crop_fraction, preprocess.kernel)
+        if key not in self._caches:
+            source = self.streamed(split, preprocess, FILL_BATCH)
+            with progress_bar(note=False) as bar:
+                task = bar.add_task(f"decoding {split}", total=len(table) * (1 if one_size else len(sides)))
+                self._caches[key] = fill_cache(
+                    source, sides, preprocess.crop_fraction, on_batch=lambda done: bar.update(task, completed=done)
+                )
+        return self._caches[key]
+
+    def _least_free_bytes(self) -> int:
+        own = free_memory_bytes(self.device)
+        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return min(self.ranks.gather(own)) if joined and self.ranks.world_size > 1 else own
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -12,14 +12,16 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -36,6 +38,14 @@ class _Shape(ctypes.Structure):
 
 class _Axis(ctypes.Structure):
     _fields_ = [("first", ctypes.c_void_p), ("weights", ctypes.c_void_p), ("taps", ctypes.c_int64), ("shared", ctypes.c_int64)]
+
+
+class _Piece(ctypes.Structure):
+    _fields_ = [
+        ("pixels", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("height", "width")),
+        *((name, ctypes.c_float) for name in ("top", "left", "box_height", "box_width")),
+    ]
 
 
 class Axis(NamedTuple):
@@ -112,8 +122,7 @@ def resample(
     vertical: Axis,
     horizontal: Axis,
     *,
-    scale: Tensor,
-    offset: Tensor,
+    colours: Tensor,
     lowest: Tensor,
     highest: Tensor,
     out: Tensor,
@@ -122,17 +131,18 @@ def resample(
     Args:
         library: `load`'s.
         pixels: (N, H, W, 3) uint8.
-        scale, offset: (3,) float32, applied to pixels of 0..255.
-        lowest, highest: (3 * res,) float32, of each element of an output row.
+        colours: (N or 1, 3, 4) float32: what maps a pixel (R, G, B, 1) of 0..255 to a normalised one.
+        lowest, highest: (3,) float32, what the images' channels are clamped to.
         out: (N, res, res, 3) float32 or bfloat16.
     """
     n, height, width, _ = pixels.shape
     res, taps = out.shape[1], horizontal.weights.shape[2]
     assert out.shape == (n, res, res, 3)
-    assert scale.shape == offset.shape == (3,)
-    assert lowest.shape == highest.shape == (3 * res,)
+    assert colours.shape[1:] == (3, 4)
+    assert len(colours) in (1, n)
     assert all(len(axis.first) in (1, n) and axis.first.shape[1] == res for axis in (vertical, horizontal))
-    check_for_c(pixels, *vertical, *horizontal, scale, offset, lowest, highest, out)
+    columns, lowest, highest = _columns(colours), lowest.repeat(res), highest.repeat(res)
+    check_for_c(pixels, *vertical, *horizontal, columns, lowest, highest, out)
 
     def run(begin: int, end: int) -> None:
         scratch = torch.empty(4 * (width + 2 * taps) + (height + 1) * (3 * res + 8))
@@ -143,13 +153,90 @@ def resample(
             _Shape(height, width, res),
             _struct(vertical),
             _struct(horizontal),
-            *map(_pointer, (scale, offset, lowest, highest)),
+            _pointer(columns),
+            ctypes.c_int64(len(columns) == 1),
+            _pointer(lowest),
+            _pointer(highest),
             ctypes.c_int(out.dtype == torch.bfloat16),
             _pointer(scratch),
             _pointer(out),
         )
 
     in_parallel(run, n)
+
+
+def colour(library: Any, pixels: Tensor, *, colours: Tensor, lowest: Tensor, highest: Tensor, out: Tensor) -> None:
+    """(N, H, W, 3) uint8 pixels -> ``out`` of the same shape, each image by its own of the (N, 3, 4) ``colours``."""
+    assert out.shape == pixels.shape
+    assert colours.shape == (len(pixels), 3, 4)
+    columns = _columns(colours)
+    check_for_c(pixels, columns, lowest, highest, out)
+
+    def run(begin: int, end: int) -> None:
+        library.tidali_colour(
+            _pointer(pixels),
+            *map(ctypes.c_int64, (begin, end, pixels.shape[1] * pixels.shape[2])),
+            *map(_pointer, (columns, lowest, highest)),
+            ctypes.c_int(out.dtype == torch.bfloat16),
+            _pointer(out),
+        )
+
+    in_parallel(run, len(pixels))
+
+
+def _columns(colours: Tensor) -> Tensor:
+    """(N, 3, 4) matrices -> (N, 4, 4): their columns, each with a fourth element of 0, as `struct colour` has them."""
+    return functional.pad(colours.transpose(1, 2), (0, 1)).contiguous()
+
+
+def squares(library: Any, images: Sequence[Any], boxes: Sequence[Sequence[float]], a: float, out: Tensor) -> None:
+    """Boxes of images of any size, resized by one thread, the caller's.
+
+    Args:
+        library: `load`'s.
+        images: arrays (H, W, 3) uint8, contiguous.
+        boxes: top, left, height and width of each one's box, in its pixels; pixels outside the box count at its edges.
+        a: the cubic's free constant.
+        out: (n, res, res, 3) uint8, contiguous.
+
+    Raises:
+        MemoryError: there is no memory for an image's rows.
+    """
+    pieces = (_Piece * len(images))(
+        *(_Piece(image.ctypes.data, *image.shape[:2], *box) for image, box in zip(images, boxes, strict=True))
+    )
+    assert out.is_contiguous()
+    assert out.shape[0] == len(images)
+    assert all(image.flags.c_contiguous and image.dtype == "uint8" and image.shape[2] == 3 for image in images)
+    sizes = map(ctypes.c_int64, (0, len(images), out.shape[1]))
+    if library.tidali_squares(pieces, *sizes, ctypes.c_float(a), _pointer(out)):
+        raise MemoryError("no memory to resize an image in")
+
+
+def integers(library: Any, text: bytes, begin: int, count: int) -> NDArray[np.int64] | None:
+    """The integers outside strings of a JSON array, nulls as -1; None where there are not ``count`` or other values are there.
+
+    Args:
+        library: `load`'s.
+        text: a document.
+        begin: where in it the array's first element begins.
+    """
+    found = np.empty(count, np.int64)
+    start = ctypes.cast(ctypes.c_char_p(text), ctypes.c_void_p).value or 0
+    library.tidali_integers.restype = ctypes.c_int64
+    got = library.tidali_integers(
+        ctypes.c_void_p(start + begin),
+        ctypes.c_int64(len(text) - begin),
+        ctypes.c_void_p(found.ctypes.data),
+        ctypes.c_int64(count),
+    )
+    return found if got == count else None
+
+
+def expect(library: Any, addresses: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> None:
+    """Tell the kernel that pieces of mapped files are read next. Addresses are multiples of a page, lengths in bytes."""
+    pointers = (ctypes.c_void_p(array.ctypes.data) for array in (addresses, lengths))
+    library.tidali_expect(*pointers, ctypes.c_int64(len(addresses)))
 
 
 def in_parallel(run: Callable[[int, int], None], samples: int) -> None:

@@ -98,3 +98,19 @@ def check_order(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     ]
     if different:
         raise UsageError(f"the data position cannot be restored: {'; '.join(different)}")
+
+
+def centre_boxes(sizes: Tensor, res: int, crop_fraction: float = 1.0) -> Tensor:
+    """What becomes a square of ``res`` pixels: see `tidali.loading.resample.centre_crop`.
+
+    Args:
+        sizes: (n, 2) integers, height and width in pixels.
+
+    Returns:
+        (n, 4) float32 top, left, height, width, in pixels.
+    """
+    sizes = sizes.to(torch.float64)
+    scale = sizes.amin(1, keepdim=True) * crop_fraction / res
+    resized = torch.floor(sizes / scale + 0.5)
+    start = (sizes - resized * scale) / 2 + torch.ceil((resized - res) / 2) * scale
+    return torch.cat((start, (scale * res).expand(-1, 2)), 1).to(torch.float32)

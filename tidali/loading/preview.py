@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from PIL import Image
 from torch import Tensor
 
-from tidali.config import Recipe
+from tidali.config import Preprocess, Recipe
 from tidali.dataset.contract import ClassName, Dataset
 from tidali.loading.augment import draw_mix, mix_batch
+from tidali.loading.batches import Training
 from tidali.loading.data import Data
 
 
@@ -27,12 +26,11 @@ def seen_images(
         DatasetError, UsageError, TidaliError: there is no such split, it has no labels, or it cannot be read.
     """
     augment, classes = recipe.augment, dataset.manifest.classes
-    data = Data(dataset, (split,), torch.device("cpu"), cache="device", max_res=res)
-    count = min(count, data.dataset.split(split).samples)
+    count = min(count, dataset.split(split).samples)
     mean, std = dataset.manifest.mean, dataset.manifest.std  # what is erased is of the mean colour
-    settings: dict[str, Any] = dict(train=True, augment=augment, kernel=recipe.kernel, seed=seed)
-    batches = data.batches(split, res=res, batch_size=count, mean=mean, std=std, **settings)
-    images, labels = next(iter(batches))
+    preprocess = Preprocess(res=res, mean=mean, std=std, kernel=recipe.kernel, crop_fraction=recipe.crop_fraction)
+    data = Data(dataset, torch.device("cpu"), cache="off")
+    images, labels = next(iter(data.batches(split, preprocess, count, training=Training(augment=augment, seed=seed))))
     targets = torch.nn.functional.one_hot(labels, len(classes)).float()
     if augment.mixes:
         mix = draw_mix(augment.mixup_alpha, augment.cutmix_alpha, seed=seed, epoch=0, step=0)

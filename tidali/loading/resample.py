@@ -84,11 +84,11 @@ def bicubic_taps(
     return Taps(first.to(torch.int64), weights / weights.sum(-1, keepdim=True))
 
 
-def centre_crop(size: tuple[int, int], res: int, axis: int) -> tuple[float, float]:
-    """Start and scale, in source pixels, of an axis's part that becomes ``res`` pixels: the shorter side is resized, the centre
-    cropped. In the DALI graph's arithmetic: the longer side becomes a whole number of pixels, of the shorter side's scale and
-    around the image's centre, and the crop begins at a whole pixel of them."""
-    scale = min(size) / res
+def centre_crop(size: tuple[int, int], res: int, axis: int, crop_fraction: float = 1.0) -> tuple[float, float]:
+    """Start and scale, in source pixels, of an axis's part that becomes ``res`` pixels: the shorter side is resized to
+    ``res / crop_fraction``, the centre cropped. In the arithmetic of resizing first and cropping then: the longer side becomes
+    a whole number of pixels, of the shorter side's scale and around the image's centre, and the crop begins at one of them."""
+    scale = min(size) * crop_fraction / res
     resized = int(size[axis] / scale + 0.5)
     return (size[axis] - resized * scale) / 2 + math.ceil((resized - res) / 2) * scale, scale
 
@@ -131,20 +131,35 @@ class Affine(NamedTuple):
     The cubic overshoots at edges. DALI's uint8 pixels are clamped to 0..255, normalised ones to what that range becomes.
     """
 
-    scale: Tensor
-    """(3,), of each channel."""
-    offset: Tensor
-    """(3,)."""
+    colours: Tensor
+    """(1, 3, 4): the matrix from a pixel (R, G, B, 1) to a normalised one; (N, 3, 4) where each sample has its own."""
     lowest: Tensor
-    """(3 * res,), of each element of an output row."""
+    """(3,), of each channel."""
     highest: Tensor
-    """(3 * res,)."""
+    """(3,)."""
+
+    @property
+    def scale(self) -> Tensor:
+        """(3,), of each channel, where no channel depends on another."""
+        return self.colours[0].diagonal()
+
+    @property
+    def offset(self) -> Tensor:
+        """(3,)."""
+        return self.colours[0, :, 3]
+
+    def after(self, colour: Tensor) -> Affine:
+        """Of pixels whose colours were changed before by ``colour`` (N, 3, 4), matrices on a 0..1 scale."""
+        matrices = colour[:, :, :3] * self.scale[:, None]
+        offsets = 255 * colour[:, :, 3] * self.scale + self.offset
+        return self._replace(colours=torch.cat((matrices, offsets[..., None]), 2))
 
 
-def make_affine(mean: Sequence[float], std: Sequence[float], res: int, device: torch.device | None) -> Affine:
+def make_affine(mean: Sequence[float], std: Sequence[float], device: torch.device | None) -> Affine:
     scale = torch.tensor([1 / (255 * s) for s in std], device=device)
     offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
-    return Affine(scale, offset, offset.repeat(res), (255 * scale + offset).repeat(res))
+    colours = torch.cat((torch.diag(scale), offset[:, None]), 1)[None]
+    return Affine(colours, offset, 255 * scale + offset)
 
 
 class Products(Protocol):
@@ -180,8 +195,15 @@ class TorchProducts:
 
     def normalise(self, pixels: Tensor, affine: Affine, out: Tensor) -> None:
         """Whole rows at a time: a broadcast over three channels is not vectorised."""
-        scale, offset = affine.scale.repeat(self._res), affine.offset.repeat(self._res)
         chunk = self._chunk or len(pixels)
+        if len(affine.colours) > 1:
+            for i in range(0, len(pixels), chunk):
+                part = affine._replace(colours=affine.colours[i : i + chunk])
+                images = _coloured(pixels[i : i + chunk].flatten(1, 2).to(torch.float32), part)
+                lowest, highest = part.lowest, part.highest
+                out[i : i + chunk].flatten(1, 2).copy_(images.clamp_(lowest, highest))
+            return
+        scale, offset = affine.scale.repeat(self._res), affine.offset.repeat(self._res)
         for i in range(0, len(pixels), chunk):
             rows, images = pixels[i : i + chunk].flatten(2).to(torch.float32), out[i : i + chunk].flatten(2)
             if out.dtype == torch.float32:
@@ -197,20 +219,30 @@ class TorchProducts:
         chunk = self._chunk or len(pixels)
         for i in range(0, len(pixels), chunk):
             part = slice(i, i + chunk)
-            self._resample(pixels[part], vertical.of(part), horizontal.of(part), affine, out[part].flatten(2))
+            own = affine if len(affine.colours) == 1 else affine._replace(colours=affine.colours[part])
+            self._resample(pixels[part], vertical.of(part), horizontal.of(part), own, out[part].flatten(2))
 
     def _resample(self, pixels: Tensor, vertical: Band, horizontal: Band, affine: Affine, out: Tensor) -> None:
         """Columns first, while there are few rows. (h, w, c) -> (w, c, h) -> (res, c, h) -> (h, res, c) -> (res, res, c)."""
         n, height, width, _ = pixels.shape
         x = pixels.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)
-        x = torch.addcmul(affine.offset[:, None], x, affine.scale[:, None]).to(self._dtype)
-        x = apply_band(horizontal, x.view(n, width, 3 * height))
+        if len(affine.colours) == 1:
+            x = torch.addcmul(affine.offset[:, None], x, affine.scale[:, None]).to(self._dtype)
+        else:
+            x = _coloured(x.permute(0, 1, 3, 2).flatten(1, 2), affine).view(n, width, height, 3).permute(0, 1, 3, 2)
+            x = x.to(self._dtype, memory_format=torch.contiguous_format)
+        x = apply_band(horizontal, x.reshape(n, width, 3 * height))
         x = x.view(n, self._res, 3, height).permute(0, 3, 1, 2).contiguous().view(n, height, self._res * 3)
-        lowest, highest = affine.lowest.to(self._dtype), affine.highest.to(self._dtype)
+        lowest, highest = (bound.repeat(self._res).to(self._dtype) for bound in (affine.lowest, affine.highest))
         if out.dtype == self._dtype:
             apply_band(vertical, x, out).clamp_(lowest, highest)
         else:
             out.copy_(apply_band(vertical, x).clamp_(lowest, highest))
+
+
+def _coloured(pixels: Tensor, affine: Affine) -> Tensor:
+    """(n, pixels, 3) float32 pixels of 0..255, each image by its own matrix."""
+    return torch.baddbmm(affine.colours[:, None, :, 3], pixels, affine.colours[:, :, :3].transpose(1, 2))
 
 
 class CompiledProducts:
@@ -221,6 +253,9 @@ class CompiledProducts:
 
     def normalise(self, pixels: Tensor, affine: Affine, out: Tensor) -> None:
         width = pixels.shape[2]
+        if len(affine.colours) > 1:
+            native.colour(self._library, pixels, **affine._asdict(), out=out)
+            return
         scale, offset = affine.scale.repeat(width), affine.offset.repeat(width)
         native.normalise(self._library, pixels, scale=scale, offset=offset, out=out)
 
@@ -256,6 +291,7 @@ class Resample:
         dtype: torch.dtype = torch.float32,
         kernel: Kernel = "pil",
         antialias: bool = True,
+        crop_fraction: float = 1.0,
         device: torch.device | None = None,
         products: Products | None = None,
     ) -> None:
@@ -265,22 +301,25 @@ class Resample:
             mean, std: per RGB channel on a 0..1 scale.
             dtype: of the images.
             kernel: ``pil`` (a = -0.5) or ``opencv`` (a = -0.75).
+            crop_fraction: share of the shorter side that the centre crop keeps.
             products: `choose_products`'s by default.
         """
         self._size, self._res, self._dtype = size, res, dtype
         self._kernel: Kernel = kernel
-        self._antialias = antialias
+        self._antialias, self._crop_fraction = antialias, crop_fraction
         self._memory = ReusedMemory()
-        self._affine = make_affine(mean, std, res, device)
+        self._affine = make_affine(mean, std, device)
         self._products = products or choose_products(res, device.type if device is not None else "cpu", dtype)
-        self._centre = None if size == (res, res) else (self._centre_matrix(0), self._centre_matrix(1))
+        self._centre = None if size == (res, res) and crop_fraction == 1 else (self._centre_matrix(0), self._centre_matrix(1))
 
-    def __call__(self, pixels: Tensor, boxes: Tensor | None = None) -> Tensor:
+    def __call__(self, pixels: Tensor, boxes: Tensor | None = None, colour: Tensor | None = None) -> Tensor:
         """
         Args:
             pixels: (N, H, W, 3) uint8, contiguous.
             boxes: (N, 4) float32: top, left, height and width of what becomes res x res, in pixels, inside the image. By
                 default the shorter side is resized to ``res`` and the centre cropped, as in the DALI graph.
+            colour: (N, 3, 4) float32: changes of colour on a 0..1 scale, ``y = A x + b``, made before the normalisation and
+                with it, in one matrix.
 
         Returns:
             (N, 3, res, res) ``dtype``, channels_last, between what 0 and 255 are normalised to.
@@ -291,10 +330,11 @@ class Resample:
         if len(pixels):
             matrices = self._centre if boxes is None else (self._box_matrix(0, boxes), self._box_matrix(1, boxes))
             with torch.autocast(pixels.device.type, enabled=False):  # it would make the products bfloat16
+                affine = self._affine if colour is None else self._affine.after(colour)
                 if matrices is None:
-                    self._products.normalise(pixels, self._affine, images)
+                    self._products.normalise(pixels, affine, images)
                 else:
-                    self._products(pixels, *matrices, self._affine, images)
+                    self._products(pixels, *matrices, affine, images)
         return images.permute(0, 3, 1, 2)
 
     def _empty(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -303,8 +343,8 @@ class Resample:
         return torch.empty(shape, dtype=self._dtype, device=device)
 
     def _centre_matrix(self, axis: int) -> Any:
-        start, scale = centre_crop(self._size, self._res, axis)
-        device = self._affine.scale.device
+        start, scale = centre_crop(self._size, self._res, axis, self._crop_fraction)
+        device = self._affine.colours.device
         return self._matrix(axis, torch.tensor([start], device=device), torch.tensor([scale], device=device), scale)
 
     def _box_matrix(self, axis: int, boxes: Tensor) -> Any:
@@ -313,3 +353,28 @@ class Resample:
     def _matrix(self, axis: int, start: Tensor, scale: Tensor, max_scale: float) -> Any:
         taps = bicubic_taps(self._res, start, scale, max_scale=max_scale, kernel=self._kernel, antialias=self._antialias)
         return self._products.prepare(taps, self._size[axis], max_scale)
+
+
+def squares_of(images: Sequence[Any], boxes: Sequence[Sequence[float]], res: int, kernel: Kernel, out: Tensor) -> None:
+    """One box of each image, antialiased bicubic, as a uint8 square; by the calling thread.
+
+    Rows are resized along x where the box is, then along y: nothing in between grows with the image's aspect ratio.
+
+    Args:
+        images: arrays (H, W, 3) uint8, contiguous, each of its own size.
+        boxes: (n, 4): top, left, height and width in the image's pixels; pixels outside a box count at its edges.
+        out: (n, res, res, 3) uint8.
+    """
+    library = native.load()
+    if library is not None:
+        native.squares(library, images, boxes, CUBIC_A[kernel], out)
+        return
+    for image, box, square in zip(images, boxes, out, strict=True):
+        x = torch.from_numpy(image)
+        for axis in (1, 0):
+            scale = box[axis + 2] / res
+            taps = bicubic_taps(res, torch.tensor([box[axis]]), torch.tensor([scale]), max_scale=scale, kernel=kernel)
+            index = taps.first[0][:, None] + torch.arange(taps.weights.shape[2])
+            picked = x.index_select(axis, index.clamp(0, x.shape[axis] - 1).flatten()).unflatten(axis, index.shape)
+            x = torch.einsum("hokc,ok->hoc" if axis else "okwc,ok->owc", picked.float(), taps.weights[0])
+        square.copy_(x.clamp_(0, 255).round_())

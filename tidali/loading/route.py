@@ -1,14 +1,12 @@
-"""Whether a data set's pixels are kept on the device or streamed, decided from described facts."""
+"""Whether a split's pixels are kept on the device or streamed, decided from described facts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from tidali.config import Augment, CacheChoice, Kernel
-from tidali.dataset.contract import Split, parse_image_size
+from tidali.config import CacheChoice
+from tidali.dataset.contract import Split
 from tidali.errors import UsageError
 
 CACHE_SHARE = 0.5
@@ -17,66 +15,46 @@ CACHE_SHARE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """Whether the pixels are kept on the device, and why."""
+    """Where a split's pixels are, and why."""
 
     cached: bool
     reason: str
     pixel_bytes: int
-    """What the splits' decoded pixels take."""
-    square: int | None = None
-    """Side that images of unequal size are stored at, in pixels; None where they are stored as they are."""
+    """What they take in the cache."""
 
 
-def choose_route(wish: CacheChoice, splits: Sequence[Split], *, max_res: int, free_bytes: int, has_dali: bool = True) -> Route:
-    """Decide from described facts.
+def choose_route(choice: CacheChoice, split: Split, *, sides: Sequence[int], crops: bool, free_bytes: int) -> Route:
+    """Cache what fits and loses nothing by it.
 
     Args:
-        splits: those that will be read.
-        max_res: the largest input side that will be asked for, in pixels.
-        free_bytes: of the training device's memory, before anything is on it.
+        sides: of the input, in pixels: images of unequal size are cached as squares of each of them.
+        crops: random crops are asked for, which a cache of such squares would blur.
+        free_bytes: of the device's memory, now.
 
     Raises:
-        UsageError: streaming was asked for where DALI is missing.
+        UsageError: a cache was asked for where it would blur the crops.
     """
-    sizes = {size for split in splits for size in split.image_sizes}
-    square = None if len(sizes) == 1 else max_res
-    samples = sum(split.samples for split in splits)
-    height, width = parse_image_size(next(iter(sizes))) if square is None else (square, square)
-    pixel_bytes = samples * height * width * 3
-    stored = f"{samples:,} images of {height} x {width} px take {pixel_bytes / 2**20:,.0f} MiB"
-    if square is not None:
-        stored += f" ({len(sizes)} sizes, stored at the largest resolution asked for)"
-    if not has_dali and wish == "off":
-        raise UsageError("--cache off streams through DALI, which is not installed here; leave --cache at auto")
-    if wish == "off":
+    size = split.single_image_size
+    if size is not None:
+        pixel_bytes = split.samples * size[0] * size[1] * 3
+        stored = f"{split.samples:,} images of {size[0]} x {size[1]} px"
+    else:
+        pixel_bytes = split.samples * sum(side * side * 3 for side in set(sides))
+        stored = f"{split.samples:,} images of {len(split.image_sizes)} sizes, as squares of {', '.join(map(str, sides))} px,"
+    stored += f" take {pixel_bytes / 2**20:,.0f} MiB"
+    if choice == "off":
         return Route(cached=False, reason="--cache off", pixel_bytes=pixel_bytes)
-    if not has_dali:
-        stored += "; decoded by PIL, as NVIDIA DALI is not installed here"
-    elif wish == "auto":
+    if crops and size is None:
+        if choice == "device":
+            raise UsageError(
+                "--cache device keeps images of unequal size as squares, of which random crops (augment.crop_scale) would be "
+                "blurred; use --cache auto, which streams them"
+            )
+        reason = f"random crops of {len(split.image_sizes)} sizes of images are cut from the whole images"
+        return Route(cached=False, reason=reason, pixel_bytes=pixel_bytes)
+    if choice == "auto":
         free = f"half of the {free_bytes / 2**30:,.1f} GiB free"
         if pixel_bytes > CACHE_SHARE * free_bytes:
             return Route(cached=False, reason=f"{stored}, over {free}", pixel_bytes=pixel_bytes)
         stored += f", under {free}"
-    return Route(cached=True, reason=stored, pixel_bytes=pixel_bytes, square=square)
-
-
-def why_not_streamable(
-    split: Split,
-    device: torch.device | None,
-    *,
-    kernel: Kernel = "pil",
-    sides: Sequence[int] = (),
-    augment: Augment | None = None,
-) -> str | None:
-    """Why a split cannot be streamed in this way, if it cannot.
-
-    Args:
-        sides: of the images given, in pixels.
-    """
-    if augment is not None and (augment != Augment(flip=augment.flip) or augment.flip == "alternating"):
-        return "streaming has random flips alone; other augmentation needs the cache (--cache device)"
-    by_dali = split.single_image_size is None or (device is not None and device.type != "cpu")
-    if by_dali and (kernel != "pil" or len(sides) > 1):
-        wish = f"kernel {kernel!r}" if kernel != "pil" else f"train_sizes {list(sides)}"
-        return f"{wish}: a stream that DALI resizes has the kernel 'pil' and one size; use --cache device"
-    return None
+    return Route(cached=True, reason=stored, pixel_bytes=pixel_bytes)

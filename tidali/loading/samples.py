@@ -1,0 +1,174 @@
+"""The samples of a split: where each one's bytes are, and what its shard's record says of it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import mmap
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tidali.dataset.contract import Dataset, read_record
+from tidali.errors import DatasetError
+from tidali.hardware.device import rank_threads
+from tidali.loading import native
+
+_FIELDS = ("label", "offset", "size_bytes", "crc32", "height", "width")  # the integers of a record's sample, in its order
+_SAMPLES = b'"samples":['
+
+
+class Place(NamedTuple):
+    """Where a sample's encoded bytes are."""
+
+    position: int
+    """Of the sample in its split's stored order."""
+    shard: int
+    offset: int
+    """In the shard's tar, in bytes."""
+    size_bytes: int
+    crc32: int
+
+
+class SampleTable:
+    """All samples of one split, by their position in its stored order; 36 bytes of memory each.
+
+    The tars are mapped, not read: a batch touches the pages of its own samples alone.
+    """
+
+    def __init__(self, dataset: Dataset, split: str) -> None:
+        """
+        Raises:
+            DatasetError: there is no such split, or a shard's record is missing or damaged.
+            UsageError: the split has no labels.
+        """
+        info = dataset.labelled_split(split)
+        self.dataset, self.split, self.info = dataset, split, info
+        self.shards = [shard for shard in info.shards if shard.samples]
+        self._starts = np.array([0, *accumulate(shard.samples for shard in self.shards)])
+        self._tars: dict[int, _Mapped] = {}
+        self.labels = torch.empty(info.samples, dtype=torch.int64)
+        """(N,) int64."""
+        self.sizes = torch.empty(info.samples, 2, dtype=torch.int32)
+        """(N, 2) int32: height and width in pixels, as displayed."""
+        self._offsets, self._sizes_bytes = np.empty(info.samples, np.int64), np.empty(info.samples, np.uint32)
+        self._crc32s = np.empty(info.samples, np.uint32)
+        with ThreadPoolExecutor(rank_threads()) as pool:  # reading, hashing and scanning let go of the interpreter's lock
+            list(pool.map(self._read_record, range(len(self.shards))))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def identity(self) -> str:
+        """What the samples and their order are, for checkpoints: a hash of the shards' hashes."""
+        return hashlib.sha256(f"{self.info.content}{self.info.single_image_size}".encode()).hexdigest()
+
+    def _read_record(self, number: int) -> None:
+        shard = self.shards[number]
+        path = self.dataset.root / shard.record_name
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise DatasetError(f"{path}: {error.strerror}; {self.dataset.fix}") from None
+        if hashlib.sha256(text).hexdigest() != shard.record_sha256:
+            raise DatasetError(f"{path}: not the record that the manifest names (SHA-256 differs); {self.dataset.fix}")
+        values = _integers(text, shard.samples)
+        part = slice(*self._starts[number : number + 2])
+        self.labels[part] = torch.from_numpy(values[:, 0])
+        self.sizes[part] = torch.from_numpy(values[:, 4:].astype(np.int32))
+        self._offsets[part], self._sizes_bytes[part], self._crc32s[part] = values[:, 1:4].T
+
+    def places(self, positions: Sequence[int]) -> list[Place]:
+        index = np.asarray(positions, np.int64)
+        shards = np.searchsorted(self._starts, index, "right") - 1
+        columns = (index, shards, self._offsets[index], self._sizes_bytes[index], self._crc32s[index])
+        return [Place(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def expect(self, places: Sequence[Place]) -> None:
+        """Tell the kernel that these samples are read next: it fetches those that are not in memory, many at a time."""
+        library = native.load()
+        if library is not None and places:
+            begins = np.array([self._tar(place.shard).address + place.offset for place in places], np.uint64)
+            ends = begins + np.array([place.size_bytes for place in places], np.uint64)
+            begins -= begins % np.uint64(mmap.PAGESIZE)
+            native.expect(library, begins, ends - begins)
+
+    def read(self, place: Place) -> memoryview | None:
+        """A sample's encoded bytes; None where they are not those that were packed, by their CRC-32."""
+        data = self._tar(place.shard).view[place.offset : place.offset + place.size_bytes]
+        return data if zlib.crc32(data) == place.crc32 else None
+
+    def describe(self, position: int) -> str:
+        """Shard, key and offset of a sample."""
+        (place,) = self.places([position])
+        shard = self.shards[place.shard]
+        record = read_record(self.dataset.root, shard)[position - int(self._starts[place.shard])]
+        return f"{shard.name}: {record.key} at offset {record.offset}"
+
+    def _tar(self, shard: int) -> _Mapped:
+        if shard not in self._tars:
+            path = self.dataset.root / self.shards[shard].name
+            try:
+                self._tars[shard] = _Mapped(path)
+            except OSError as error:
+                raise DatasetError(f"{path}: cannot be mapped ({os.strerror(error.errno or 0)}); {self.dataset.fix}") from None
+        return self._tars[shard]
+
+
+class _Mapped:
+    """A file as memory, to read alone. Not Python's `mmap`, which keeps each file open: 1,000 shards are too many."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            OSError: it cannot be opened or mapped.
+        """
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            self._length = os.fstat(descriptor).st_size
+            address = _libc().mmap(None, self._length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        finally:
+            os.close(descriptor)
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), "mmap")
+        self.address: int = address
+        self.view = memoryview((ctypes.c_ubyte * self._length).from_address(address)).cast("B").toreadonly()
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            _libc().munmap(self.address, self._length)
+
+
+@cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    size, address, number = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
+    libc.mmap.argtypes = (address, size, number, number, number, ctypes.c_int64)
+    libc.munmap.argtypes = (address, size)
+    return libc
+
+
+def _integers(record: bytes, samples: int) -> NDArray[np.int64]:
+    """(samples, 6) int64: `_FIELDS` of each sample of a shard's record; a label that is null is -1.
+
+    The compiled scan takes 0.1 us a sample, where `json` takes 5: 1,280,000 samples are 7 s.
+    """
+    library, begin = native.load(), record.find(_SAMPLES)
+    if library is not None and begin >= 0:
+        values = native.integers(library, record, begin + len(_SAMPLES), len(_FIELDS) * samples)
+        if values is not None:
+            return values.reshape(samples, len(_FIELDS))
+    entries = json.loads(record)["samples"]
+    return np.array([[-1 if entry[name] is None else entry[name] for name in _FIELDS] for entry in entries], np.int64)

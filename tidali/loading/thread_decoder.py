@@ -1,0 +1,87 @@
+"""Batches decoded on a CPU by threads of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tidali.config import Kernel
+from tidali.errors import first_line
+from tidali.loading.decode import decode_rgb
+from tidali.loading.resample import squares_of
+from tidali.loading.samples import Place, SampleTable
+
+WRONG_CRC = "its CRC-32 is not its record's"
+_CHUNKS_PER_THREAD = 4
+"""Pieces of a batch for each thread: images differ in size, and a thread that is done early takes another piece."""
+
+
+class Job(NamedTuple):
+    """One batch that is to be decoded."""
+
+    places: list[Place]
+    boxes: NDArray[np.float32] | None
+    """(n, 4): see `Request`."""
+    side: int
+
+
+class ThreadDecoder:
+    """Decoding and resizing by threads of this process, each image by one of them."""
+
+    def __init__(self, table: SampleTable, kernel: Kernel, num_threads: int) -> None:
+        self.table, self.kernel = table, kernel
+        self._threads = num_threads
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tidali-decode")
+        self._may_be_turned = table.dataset.manifest.counts.get("exif_rotated", 0) > 0
+
+    def start(self, job: Job) -> Any:
+        """The batch's pixels (n, H, W, 3) uint8, not yet written, and the work that writes them."""
+        height, width = self.table.info.single_image_size or (job.side, job.side)
+        out = torch.empty(len(job.places), height, width, 3, dtype=torch.uint8)
+        decode = self._whole if job.boxes is None else self._squares
+        return out, self.in_chunks(len(job.places), lambda chunk: decode(job, chunk, out))
+
+    def in_chunks(self, count: int, work: Callable[[range], dict[int, str]]) -> list[Future[dict[int, str]]]:
+        chunks = min(self._threads * _CHUNKS_PER_THREAD, count)
+        return [
+            self._pool.submit(work, range(count * chunk // chunks, count * (chunk + 1) // chunks)) for chunk in range(chunks)
+        ]
+
+    def finish(self, job: Job, decoding: Any) -> tuple[Tensor, dict[int, str]]:
+        """The pixels (n, H, W, 3) uint8 of the batch's samples, and why some have none, by their number in the batch, which are
+        left out."""
+        out, chunks = decoding
+        bad = {number: reason for chunk in chunks for number, reason in chunk.result().items()}
+        return (out[[number for number in range(len(out)) if number not in bad]] if bad else out), bad
+
+    def decode(self, place: Place, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8] | str:
+        """(H, W, 3) uint8, or why the sample has no pixels."""
+        data = self.table.read(place)
+        if data is None:
+            return WRONG_CRC
+        try:
+            return decode_rgb(data, may_be_turned=self._may_be_turned, out=out)
+        except Exception as error:  # PIL's decoders raise whatever damaged bytes lead them to
+            return first_line(error)
+
+    def _whole(self, job: Job, chunk: range, out: Tensor) -> dict[int, str]:
+        arrays = out.numpy()
+        found = {number: self.decode(job.places[number], arrays[number]) for number in chunk}
+        return {number: reason for number, reason in found.items() if isinstance(reason, str)}
+
+    def _squares(self, job: Job, chunk: range, out: Tensor) -> dict[int, str]:
+        assert job.boxes is not None
+        bad = {}
+        for number in chunk:
+            image = self.decode(job.places[number])
+            if isinstance(image, str):
+                bad[number] = image
+            else:
+                squares_of([image], job.boxes[number : number + 1].tolist(), job.side, self.kernel, out[number : number + 1])
+        return bad
