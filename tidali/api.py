@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 import torch.distributed
 
-from tidali.config import Augment, CacheChoice, Kernel, TrainSettings, check_res
+from tidali.config import Augment, CacheChoice, Kernel, Preprocess, TrainSettings, check_res
 from tidali.dataset.contract import Dataset
 from tidali.dataset.source import open_data
 from tidali.errors import UsageError
 from tidali.hardware.device import plan_device
 from tidali.hardware.ranks import Ranks
-from tidali.loading.data import Batches, Data
+from tidali.loading.batches import Batches, Training
+from tidali.loading.data import Data
 from tidali.training.run import train
 from tidali.training.run_folder import RunResult
 
@@ -31,6 +32,7 @@ def make_loader(
     device: torch.device | str = "auto",
     cache: CacheChoice = "auto",
     kernel: Kernel = "pil",
+    crop_fraction: float = 1.0,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     rank: int | None = None,
@@ -57,11 +59,12 @@ def make_loader(
         batch_size: of this rank.
         train: shuffle and augment, and drop the images that fill no last batch; otherwise every image comes exactly once, in
             stored order. By default where the split is ``train``.
-        augment: of training images; by default none. Streaming has random flips alone.
+        augment: of training images; by default none.
         mean, std: per RGB channel on a 0..1 scale; by default those of the data set's train split.
         device: where the batches are; ``auto`` takes a GPU where there is one.
         cache: ``device`` decodes once into the device's memory, ``off`` streams; ``auto`` caches what takes less than half of
             what is free.
+        crop_fraction: share of the shorter side that the centre crop keeps, where no random crop is asked for.
         seed: of the order and the augmentation.
         rank, world_size: this process's share, both or neither. By default torch.distributed's where that is initialised, and
             then every rank must make the loader, as the one with the least memory decides whether they cache; else all.
@@ -76,30 +79,22 @@ def make_loader(
     dataset = open_data(data) if isinstance(data, str) else data
     res = dataset.default_res if res is None else res
     check_res(res)
-    if rank is None or world_size is None:
-        share = together = _joined_ranks()
-    else:
-        share, together = Ranks(rank=rank, world_size=world_size), None
-    return Data(
-        dataset,
-        (split,),
-        plan_device("auto", "off", "off").device if device == "auto" else torch.device(device),
-        cache=cache,
-        max_res=res,
-        ranks=together,
-    ).batches(
-        split,
+    ranks = _joined_ranks() if rank is None or world_size is None else Ranks(rank=rank, world_size=world_size)
+    preprocess = Preprocess(
         res=res,
-        batch_size=batch_size,
-        mean=dataset.manifest.mean if mean is None else mean,
-        std=dataset.manifest.std if std is None else std,
-        train=split == "train" if train is None else train,
-        augment=augment,
+        mean=dataset.manifest.mean if mean is None else (mean[0], mean[1], mean[2]),
+        std=dataset.manifest.std if std is None else (std[0], std[1], std[2]),
         kernel=kernel,
+        crop_fraction=crop_fraction,
+    )
+    trains = split == "train" if train is None else train
+    where = plan_device("auto", "off", "off").device if device == "auto" else torch.device(device)
+    return Data(dataset, where, cache=cache, ranks=ranks).batches(
+        split,
+        preprocess,
+        batch_size,
+        training=Training(augment=augment or Augment(), seed=seed) if trains else None,
         dtype=dtype,
-        seed=seed,
-        rank=share.rank,
-        world_size=share.world_size,
     )
 
 
@@ -107,7 +102,7 @@ def _joined_ranks() -> Ranks:
     """Those that the program has joined itself."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return Ranks()
-    return Ranks(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size())
+    return Ranks(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size(), joined=True)
 
 
 def train_model(settings: TrainSettings, *, resume: bool = False) -> RunResult:

@@ -334,6 +334,8 @@ class TrainSettings:
     compile: CompileChoice = "auto"
     cache: CacheChoice = "auto"
     """``device`` decodes once into the training device's memory, ``off`` streams; ``auto`` caches what takes less than half."""
+    decoder: DecoderChoice = "auto"
+    """Where a GPU's images are decoded: by libjpeg-turbo on the CPU, or ``mixed``, by DALI; ``auto`` decides by their size."""
     max_bad: int | None = None
     """Images of a split that may be damaged and are then left out; None: 0.1 % of it."""
     deterministic: bool = False

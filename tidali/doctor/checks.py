@@ -9,20 +9,21 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, multiprocessing
 from torch.nn import functional
 
-from tidali.config import AmpChoice, Augment, CacheChoice, TrainSettings, make_recipe
+from tidali.config import AmpChoice, Augment, CacheChoice, DecoderChoice, Preprocess, TrainSettings, make_recipe
 from tidali.console import silenced
 from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError
 from tidali.hardware.device import plan_device
 from tidali.hardware.ranks import add_up
 from tidali.hardware.timing import Stopwatch
-from tidali.loading.data import Data, dali_is_installed
+from tidali.loading.batches import Batches, Training
+from tidali.loading.data import Data
 from tidali.model.resnet import build_resnet18
 from tidali.training.engine import TrainState, evaluate, make_train_state, train_step
 from tidali.training.evaluation import evaluate_checkpoint
@@ -56,7 +57,7 @@ def routes_agree(dataset: Dataset, device: torch.device) -> str:
     """
     largest: dict[str, float] = {}
     for res in PIXEL_RESOLUTIONS:
-        expected = list(_stream(dataset, res, CPU))
+        expected = list(_val(dataset, res, CPU, "off"))
         for route, batches in _other_routes(dataset, res, device):
             where, got = f"{route} at {res} px", list(batches)
             _require(len(got) == len(expected), f"{where}: {len(got)} batches, the stream on the CPU has {len(expected)}")
@@ -70,23 +71,24 @@ def routes_agree(dataset: Dataset, device: torch.device) -> str:
     return f"largest difference from the stream on the CPU, at {where} px, in grey levels: {differences}"
 
 
-def _stream(dataset: Dataset, res: int, device: torch.device) -> Any:
-    from tidali.loading.stream import StreamBatches
-
-    return StreamBatches(dataset, "val", res=res, batch_size=20, device=device)
-
-
-def _other_routes(dataset: Dataset, res: int, device: torch.device) -> Iterator[tuple[str, Any]]:
+def _other_routes(dataset: Dataset, res: int, device: torch.device) -> Iterator[tuple[str, Batches]]:
     if device.type != "cpu":
-        yield f"DALI on {device}", _stream(dataset, res, device)
-    yield f"the cache on {device}", _batches(dataset, "val", device, "device", res=res, batch_size=20)
+        for decoder in get_args(DecoderChoice):
+            yield f"the stream on {device}, --decoder {decoder}", _val(dataset, res, device, "off", decoder)
+    yield f"the cache on {device}", _val(dataset, res, device, "device")
 
 
-def _batches(dataset: Dataset, split: str, device: torch.device, cache: CacheChoice, **settings: Any) -> Any:
-    """`Data.batches` with pixels in 0..1."""
+def _val(
+    dataset: Dataset,
+    res: int,
+    device: torch.device,
+    cache: CacheChoice,
+    decoder: DecoderChoice = "auto",
+    batch_size: int = 20,
+) -> Batches:
+    """Evaluation batches with pixels in 0..1."""
     with silenced():
-        data = Data(dataset, (split,), device, cache=cache, max_res=settings["res"])
-        return data.batches(split, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **settings)
+        return Data(dataset, device, cache=cache, decoder=decoder).batches("val", Preprocess(res=res), batch_size)
 
 
 def _require_close(images: Tensor, expected: Tensor, where: str) -> float:
@@ -110,18 +112,18 @@ def epochs_are_complete(dataset: Dataset, device: torch.device) -> str:
     split = dataset.split("train")
     expected = list(split.class_counts)
     batch_size = next(size for size in range(min(40, split.samples), 0, -1) if split.samples % size == 0)
-    routes: tuple[CacheChoice, ...] = ("off", "device") if dali_is_installed() else ("device",)
+    routes: tuple[CacheChoice, ...] = ("off", "device")
     for cache in routes:
-        batches = _batches(
-            dataset, "train", device, cache, res=64, batch_size=batch_size, train=True, augment=Augment(flip="random")
-        )
+        with silenced():
+            data = Data(dataset, device, cache=cache)
+            training = Training(augment=Augment(flip="random"))
+            batches = data.batches("train", Preprocess(res=64), batch_size, training=training)
         for epoch in range(2):
             batches.set_epoch(epoch)
             counts = torch.bincount(torch.cat([labels for _, labels in batches]), minlength=len(expected)).tolist()
             route = "the stream" if cache == "off" else "the cache"
             _require(counts == expected, f"{route} returned {counts} images of the classes instead of {expected}")
-    source = "both the stream and the cache" if len(routes) == 2 else "the cache"
-    return f"each of {split.samples} training images comes once per epoch, from {source}"
+    return f"each of {split.samples} training images comes once per epoch, from both the stream and the cache"
 
 
 def precisions(device: torch.device, chosen: torch.dtype | None) -> tuple[AmpChoice, ...]:
@@ -202,7 +204,7 @@ def evaluation_counts_once(dataset: Dataset, device: torch.device) -> str:
     scores = [
         evaluate(
             state.model,
-            _batches(dataset, "val", device, "auto", res=32, batch_size=batch_size),
+            _val(dataset, 32, device, "auto", batch_size=batch_size),
             state.plan,
             expected_samples=samples,
         )

@@ -15,7 +15,7 @@ from tidali.dataset.contract import Dataset
 from tidali.doctor.findings import Finding, failure, ok, warning
 from tidali.hardware.device import DevicePlan
 from tidali.hardware.timing import Stopwatch
-from tidali.loading.data import dali_is_installed, free_memory_bytes
+from tidali.loading.data import free_memory_bytes
 from tidali.loading.route import choose_route
 from tidali.model.checkpoint import find_checkpoint, load_model
 from tidali.training.evaluation import check_classes
@@ -74,12 +74,12 @@ def data(location: str, dataset: Dataset, device: torch.device, verify: Callable
         return warning(f"{text}; no training images of {', '.join(empty[:5])}", fix)
     route = choose_route(
         "auto",
-        [split for name, split in manifest.splits.items() if name in ("train", "val")],
-        max_res=dataset.default_res,
+        dataset.split("train"),
+        sides=(dataset.default_res,),
+        crops=False,
         free_bytes=free_memory_bytes(device),
-        has_dali=dali_is_installed(),
     )
-    return ok(f"{text}; every hash is right; {'cached' if route.cached else 'streamed'}, as {route.reason}")
+    return ok(f"{text}; every hash is right; {route.describe()}")
 
 
 def checkpoint(given: str, dataset: Dataset | None, plan: DevicePlan) -> Finding:

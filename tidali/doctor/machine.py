@@ -25,7 +25,8 @@ from tidali.errors import TidaliError, first_line
 from tidali.hardware.device import DevicePlan, cpu_count, plan_device
 from tidali.hardware.versions import versions
 from tidali.loading import native
-from tidali.loading.data import dali_is_installed, free_memory_bytes
+from tidali.loading.data import free_memory_bytes
+from tidali.loading.stream import dali_is_installed
 
 MIN_TEMPORARY_MIB = 512
 """A run of one epoch writes two sets of weights of 45 MB and a state of 134 MB, and keeps the old state until the new one is
@@ -188,11 +189,10 @@ def _checks(plan: DevicePlan, make_samples: Callable[[Path], Dataset]) -> Iterat
 
 
 def _checks_on(samples: Dataset, device: torch.device, folder: Path) -> Iterator[Finding]:
-    if dali_is_installed():
-        yield run_check("pixels", lambda: checks.routes_agree(samples, device), _REPORT)
+    yield run_check("pixels", lambda: checks.routes_agree(samples, device), _REPORT)
     yield run_check("epochs", lambda: checks.epochs_are_complete(samples, device), _REPORT)
     yield run_check("evaluation", lambda: checks.evaluation_counts_once(samples, device), _REPORT)
-    caches: list[CacheChoice] = ["device", "off"] if device.type == "cuda" and dali_is_installed() else ["device"]
+    caches: list[CacheChoice] = ["device", "off"] if device.type == "cuda" else ["device"]
     yield run_check(
         "training run",
         lambda: "; ".join(checks.eval_matches_training(samples, device, cache, folder / cache) for cache in caches),

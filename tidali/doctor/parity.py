@@ -59,22 +59,19 @@ class Row:
 
 
 def dali(pixels: Tensor, res: int) -> Tensor:
-    """`tidali.loading.dali.image_graph` on the CPU."""
-    from nvidia.dali import fn, pipeline_def
+    """The graph that decodes and resizes a GPU's stream, run on the CPU."""
+    from tidali.loading.dali import QUEUE_DEPTH, Placement, define_graph
 
-    from tidali.loading.dali import image_graph
-
-    encoded = [_png(image) for image in pixels.numpy()]
-
-    @pipeline_def(batch_size=len(pixels), num_threads=2, device_id=None, exec_async=False, exec_pipelined=False)
-    def define() -> Any:
-        source = fn.external_source(lambda: encoded, batch=True)
-        return image_graph(source, decoder="cpu", res=res, resize=pixels.shape[1:3] != (res, res), **_GREY_LEVELS)
-
-    pipe = define()
+    pipe = define_graph(Placement(device_id=None), "resize boxes", batch_size=len(pixels), num_threads=2)
     pipe.build()
-    (images,) = pipe.run()
-    return torch.from_numpy(images.as_array().copy()).permute(0, 3, 1, 2)
+    start, end = np.zeros(2, np.float32), np.array(pixels.shape[1:3], np.float32)
+    inputs = {"roi_start": start, "roi_end": end, "size": np.array([res, res], np.float32)}
+    for _ in range(QUEUE_DEPTH):  # as many as the first run is
+        pipe.feed_input("encoded", [_png(image) for image in pixels.numpy()])
+        for name, value in inputs.items():
+            pipe.feed_input(name, [value] * len(pixels))
+    pipe.schedule_run()
+    return torch.from_numpy(pipe.outputs()[0].as_array().copy()).permute(0, 3, 1, 2).float()
 
 
 def pil(pixels: Tensor, res: int) -> Tensor:

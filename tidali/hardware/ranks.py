@@ -23,6 +23,8 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    joined: bool = False
+    """In one process group, by which ranks can ask each other."""
 
     @property
     def is_main(self) -> bool:
@@ -56,7 +58,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
-        if self.world_size == 1:
+        if not self.joined:
             return [value]
         values = [None] * self.world_size
         distributed.all_gather_object(values, value)
@@ -107,7 +109,9 @@ def joined_ranks(device_type: str) -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks()
         return
-    ranks = Ranks(rank=int(os.environ["RANK"]), world_size=world_size, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    ranks = Ranks(
+        rank=int(os.environ["RANK"]), world_size=world_size, local_rank=int(os.environ.get("LOCAL_RANK", "0")), joined=True
+    )
     if device_type == "cuda":
         torch.cuda.set_device(ranks.local_rank)
     distributed.init_process_group("nccl" if device_type == "cuda" else "gloo")

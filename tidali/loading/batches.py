@@ -26,7 +26,7 @@ from tidali.loading.augment import (
 )
 from tidali.loading.order import ORDER_VERSION, centre_boxes, check_order, epoch_order, num_steps, rank_slice
 from tidali.loading.resample import Resample
-from tidali.loading.route import Route
+from tidali.loading.route import GIVEN, Route
 from tidali.loading.sizes import SizePlan
 from tidali.loading.stream import Pixels, Request, ShardSource, Source
 
@@ -61,7 +61,7 @@ class Batches:
         training: Training | None = None,
         ranks: Ranks | None = None,
         dtype: torch.dtype = torch.float32,
-        route: Route | None = None,
+        route: Route = GIVEN,
     ) -> None:
         """
         Args:
@@ -78,7 +78,7 @@ class Batches:
         self._training = training if training is not None else Training()
         self._train = training is not None
         ranks = ranks if ranks is not None else Ranks()
-        self._rank, self._world_size = ranks.rank, ranks.world_size
+        self._ranks, self._rank, self._world_size = ranks, ranks.rank, ranks.world_size
         self._steps = num_steps(len(source.labels), batch_size, self._world_size, train=self._train)
         self._sizes = self._training.sizes or SizePlan.of(preprocess.res)
         # Images of unequal size come as squares, which are cropped already.
@@ -98,6 +98,7 @@ class Batches:
         }
         self._epoch, self._step = 0, 0  # of the next batch that the consumer gets
         self._underway = False
+        self._left_out = 0  # corrupt samples of the epoch, on this rank
 
     def __len__(self) -> int:
         """Steps an epoch, the same on every rank."""
@@ -105,8 +106,12 @@ class Batches:
 
     @property
     def samples(self) -> int:
-        """Of the split, over all ranks, without those that are known to be corrupt by now."""
-        return len(self.source.labels) - len(self.source.corrupt)
+        """Of the split, over all ranks, corrupt ones included."""
+        return len(self.source.labels)
+
+    def samples_given(self) -> int:
+        """Of the split, without those that the last epoch left out on any rank. Each rank has to ask, where they are joined."""
+        return self.samples - sum(self._ranks.gather(self._left_out))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives, counted from 0. A restored position in that epoch stays."""
@@ -159,7 +164,9 @@ class Batches:
         self._epoch, self._step, self._underway = self._epoch + 1, 0, False
 
     def _rest_of_epoch(self, epoch: int, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self._left_out = 0
         for request, pixels in self.source.read(self._requests(epoch, first_step)):
+            self._left_out += len(request.samples) - len(pixels.samples)
             yield self._images(pixels, epoch, request.side), self.source.labels.index_select(0, pixels.samples)
 
     def _requests(self, epoch: int, first_step: int) -> Iterator[Request]:

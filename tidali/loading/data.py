@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from tidali.config import CacheChoice, DecoderChoice, Preprocess
 from tidali.console import progress_bar
 from tidali.dataset.contract import Dataset
+from tidali.errors import UsageError
 from tidali.hardware.device import ranks_on_machine
 from tidali.hardware.ranks import Ranks
 from tidali.loading.batches import Batches, Training
-from tidali.loading.cache import FILL_BATCH, PixelCache, fill_cache
+from tidali.loading.cache import FILL_BATCH, PixelCache, fill_cache, stored_order
 from tidali.loading.corrupt import CorruptSamples
 from tidali.loading.order import refuse_partial_batch
 from tidali.loading.route import choose_route
@@ -102,6 +103,19 @@ class Data:
             num_threads=num_threads,
         )
 
+    def stored(self, split: str, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A split's images as they are stored, all of one size: pixels (n, H, W, 3) uint8 and labels (n,) int64, in order.
+
+        Raises:
+            UsageError: images of several sizes.
+        """
+        table, _ = self._table(split)
+        if table.info.single_image_size is None:
+            raise UsageError(f"{self.dataset.root}: the images of {split!r} are of several sizes")
+        source = self.streamed(split, Preprocess(res=0), batch_size)
+        for _, found in source.read(stored_order(source, 0, 1.0, batch_size)):
+            yield found.stored, source.labels.index_select(0, found.samples)
+
     def corrupt(self, split: str) -> frozenset[int]:
         """Positions of the split's samples that are known to be corrupt by now."""
         return frozenset(self._table(split)[1].positions)
@@ -112,9 +126,8 @@ class Data:
         Raises:
             DatasetError: more samples are corrupt than may be left out.
         """
-        if self.ranks.world_size > 1:
-            for _, (_, corrupt) in sorted(self._tables.items()):
-                corrupt.merge(self.ranks.gather(sorted(corrupt.positions)))
+        for _, (_, corrupt) in sorted(self._tables.items()):
+            corrupt.merge(self.ranks.gather(sorted(corrupt.positions)))
 
     def _table(self, split: str) -> tuple[SampleTable, CorruptSamples]:
         if split not in self._tables:
@@ -136,9 +149,7 @@ class Data:
         return self._caches[key]
 
     def _least_free_bytes(self) -> int:
-        own = free_memory_bytes(self.device)
-        joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return min(self.ranks.gather(own)) if joined and self.ranks.world_size > 1 else own
+        return min(self.ranks.gather(free_memory_bytes(self.device)))
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -22,6 +22,13 @@ class Route:
     pixel_bytes: int
     """What they take in the cache."""
 
+    def describe(self) -> str:
+        return f"{'cached' if self.cached else 'streamed'}: {self.reason}"
+
+
+GIVEN = Route(cached=True, reason="made for its pixels", pixel_bytes=0)
+"""Of batches whose source nobody chose."""
+
 
 def choose_route(choice: CacheChoice, split: Split, *, sides: Sequence[int], crops: bool, free_bytes: int) -> Route:
     """Cache what fits and loses nothing by it.

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tidali.config import Kernel, Stem
+from tidali.config import Kernel, Preprocess, Stem
 from tidali.dataset.contract import ClassName
 from tidali.errors import UsageError
 from tidali.files import write_atomically
@@ -41,11 +41,19 @@ class ModelCard:
     """Per RGB channel on a 0..1 scale."""
     kernel: Kernel = "pil"
     """Bicubic kernel that its images were resized with."""
+    crop_fraction: float = 1.0
+    """Share of the shorter side that its evaluation kept."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Of the evaluation that the checkpoint was saved after."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     version: int = _METADATA_VERSION
+
+    def preprocess(self, res: int | None = None) -> Preprocess:
+        """How its evaluation made input of stored pixels, at ``res`` or the resolution that it was trained at."""
+        return Preprocess(
+            res=res or self.res, mean=self.mean, std=self.std, kernel=self.kernel, crop_fraction=self.crop_fraction
+        )
 
     def build_model(self) -> nn.Module:
         """The model that the weights belong to, with random weights."""

@@ -13,7 +13,7 @@ from tidali.dataset.contract import Dataset, iter_records, open_dataset, parse_i
 from tidali.dataset.remote import is_remote
 from tidali.dataset.source import open_data
 from tidali.errors import DatasetError, UsageError
-from tidali.loading.decode_pil import upright_rgb
+from tidali.loading.decode import upright_rgb
 from tidali.model.checkpoint import ModelCard
 
 MOST_PHOTOGRAPHS = 500

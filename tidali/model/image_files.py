@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tidali.errors import TidaliError, UsageError, first_line
-from tidali.loading.decode_pil import upright_rgb
+from tidali.loading.decode import upright_rgb
 
 _NOT_OPENED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 """PIL knows these by name, and leaves the opening to Ghostscript, to Windows, or to nobody."""

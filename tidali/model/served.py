@@ -31,8 +31,8 @@ class ServedModel(nn.Module):
         """
         super().__init__()
         self.network = copy.deepcopy(network).to(memory_format=torch.contiguous_format).eval()
-        self.resizes = size != (card.res, card.res)
-        affine = make_affine(card.mean, card.std, card.res, None)
+        self.resizes = size != (card.res, card.res) or card.crop_fraction != 1
+        affine = make_affine(card.mean, card.std, None)
         self.register_buffer("scale", affine.scale[:, None, None])
         self.register_buffer("offset", affine.offset[:, None, None])
         if self.resizes:
@@ -48,7 +48,7 @@ class ServedModel(nn.Module):
 
 def _matrix(size: tuple[int, int], card: ModelCard, axis: int) -> Tensor:
     """(res, size of the axis) float32: what `Resample` multiplies an axis by, in full."""
-    start, scale = centre_crop(size, card.res, axis)
+    start, scale = centre_crop(size, card.res, axis, card.crop_fraction)
     taps = bicubic_taps(card.res, torch.tensor([start]), torch.tensor([scale]), max_scale=scale, kernel=card.kernel)
     columns = taps.first[0, :, None] + torch.arange(taps.weights.shape[2])
     columns = columns.clamp(0, size[axis] - 1)  # beyond the image its border pixel counts

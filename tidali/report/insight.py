@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,10 +15,10 @@ from torch.nn import functional
 from tidali.config import AmpChoice, CacheChoice, DeviceChoice
 from tidali.console import progress_bar
 from tidali.dataset.contract import ClassName, Dataset, SampleRecord, Shard, iter_records
-from tidali.dataset.shard_bytes import parse_index
 from tidali.errors import DatasetError, TidaliError
 from tidali.hardware.device import DevicePlan, plan_device, set_numerics
-from tidali.loading.data import Batches, Data
+from tidali.loading.batches import Batches
+from tidali.loading.data import Data
 from tidali.model.checkpoint import EVAL_BATCH_SIZE, find_checkpoint, load_model
 from tidali.training.evaluation import check_classes
 
@@ -136,14 +135,15 @@ def inspect_checkpoint(
     plan = plan_device(device, amp, "off")
     set_numerics()
     res = res or card.res
-    data = Data(dataset, (split,), plan.device, cache=cache, max_res=res, max_bad=max_bad)
-    batches = data.batches(split, res=res, batch_size=EVAL_BATCH_SIZE, mean=card.mean, std=card.std, kernel=card.kernel)
+    data = Data(dataset, plan.device, cache=cache, max_bad=max_bad)
+    batches = data.batches(split, card.preprocess(res), EVAL_BATCH_SIZE)
     labels, predicted, losses, confidences = _predict(model.to(plan.device), batches, plan)
-    samples = tuple(_stored_samples(data.dataset, split))
+    corrupt = data.corrupt(split)
+    samples = tuple(sample for position, sample in enumerate(iter_records(dataset, split)) if position not in corrupt)
     if labels.tolist() != [record.label for _, record in samples]:
         raise TidaliError(f"{dataset.root}: {split!r} was not read in its stored order; 'tidali verify' checks its labels")
     return Insight(
-        dataset=data.dataset,
+        dataset=dataset,
         split=split,
         res=res,
         samples=samples,
@@ -173,16 +173,6 @@ def _predict(model: nn.Module, batches: Batches, plan: DevicePlan) -> tuple[Tens
             bar.advance(task, len(labels))
     labels, predicted, losses, confidences = (torch.cat(column) for column in zip(*parts, strict=True))
     return labels, predicted, losses, confidences
-
-
-def _stored_samples(dataset: Dataset, split: str) -> Iterator[tuple[Shard, SampleRecord]]:
-    """The split's samples in stored order, without those that an index of the data set's own leaves out."""
-    kept: dict[str, set[int]] = {}
-    for name, index in dataset.indexes.items():
-        kept[name] = {part.offset for parts in parse_index(index.read_text(), str(index)) for part in parts}
-    for shard, record in iter_records(dataset, split):
-        if shard.name not in kept or record.offset in kept[shard.name]:
-            yield shard, record
 
 
 def _reduced(content: bytes, where: str) -> bytes:

@@ -25,9 +25,6 @@ from tidali.errors import TidaliError, UsageError
 from tidali.files import write_atomically
 from tidali.hardware.device import cpu_count, plan_device
 from tidali.hardware.versions import versions
-from tidali.loading.data import dali_is_installed, free_memory_bytes
-from tidali.loading.route import choose_route, why_not_streamable
-from tidali.loading.sizes import SizePlan
 from tidali.model.checkpoint import SUFFIX, load_model
 from tidali.model.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, imagenet_weights_path
 from tidali.model.resnet import forward_gmacs, resnet18_gmacs
@@ -114,8 +111,6 @@ class Study:
         self.why_no_weights = ""
         if any(row.start == IMAGENET for row in needed_by(settings.rows)):
             self.find_weights()
-        self.not_trainable = self.find_not_trainable()
-        """Row -> why it cannot be trained."""
         self.not_run: set[str] = set()
 
     def find_weights(self) -> None:
@@ -135,24 +130,6 @@ class Study:
             say(f"rows that start from ImageNet weights are skipped: {error}; or give --imagenet-weights PATH")
             return
         self.weights = {"name": IMAGENET_NAME, "path": IMAGENET, "sha256": file_sha256(imagenet_weights_path())}
-
-    def find_not_trainable(self) -> dict[str, str]:
-        """Find the rows that cannot be trained, before hours go into the rows that they start from or follow."""
-        splits = [self.dataset.split(name) for name in ("train", self.split)]
-        free_bytes, reasons = free_memory_bytes(self.plan.device), {}
-        for row in needed_by(self.settings.rows):
-            if row.recipe is None or all((self.folder(row.name, seed) / "summary.json").exists() for seed in self.seeds):
-                continue
-            sides = SizePlan.of(row.res, row.recipe.train_sizes).sides
-            route = choose_route(
-                self.settings.cache, splits, max_res=max(row.res, *sides), free_bytes=free_bytes, has_dali=dali_is_installed()
-            )
-            how: dict[str, Any] = dict(kernel=row.recipe.kernel, sides=sides, augment=row.recipe.augment)
-            reason = None if route.cached else why_not_streamable(splits[0], self.plan.device, **how)
-            if reason is not None:
-                reasons[row.name] = f"{reason}; the cache is off: {route.reason}"
-                say(f"row {row.name} is skipped: {reasons[row.name]}")
-        return reasons
 
     def document(self, command: str) -> dict[str, Any]:
         """The content of study.json, without rows."""
@@ -211,7 +188,7 @@ class Study:
             return f"starts from row {row.start}, which was not run"
         if row.served and self.dataset.split(self.split).single_image_size is None:
             return "the images have several sizes, but a network with the resize inside takes one"
-        return self.not_trainable.get(row.name)
+        return None
 
     def evaluated(self, row: Row) -> dict[str, Any]:
         """The results of a row that evaluates the weights of the row it starts from."""

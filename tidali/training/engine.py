@@ -257,7 +257,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     plan: DevicePlan,
     *,
-    expected_samples: int,
+    expected_samples: int | Callable[[], int],
     flip: bool = False,
     ranks: Ranks | None = None,
 ) -> Score:
@@ -265,7 +265,7 @@ def evaluate(
 
     Args:
         model: on the plan's device; left in evaluation mode.
-        expected_samples: the split's size.
+        expected_samples: the split's size, or what says it after the last batch, when its corrupt samples are known.
         flip: score the mean of the logits of each image and of its mirror image.
 
     Raises:
@@ -281,6 +281,7 @@ def evaluate(
                     logits = (logits.float() + model(images.flip(3)).float()) / 2
             meter.update(logits, labels)
     score = meter.read(ranks)
-    if score.samples != expected_samples:
-        raise TidaliError(f"evaluated {score.samples} samples, the split has {expected_samples}")
+    expected = expected_samples if isinstance(expected_samples, int) else expected_samples()
+    if score.samples != expected:
+        raise TidaliError(f"evaluated {score.samples} samples, the split has {expected}")
     return score

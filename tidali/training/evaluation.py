@@ -12,8 +12,7 @@ from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError
 from tidali.hardware.device import plan_device, set_numerics
 from tidali.hardware.ranks import joined_ranks
-from tidali.loading.corrupt_images import drop_corrupt
-from tidali.loading.data import Data, fill
+from tidali.loading.data import Data
 from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard, find_checkpoint, load_model
 from tidali.model.served import ServedModel
 from tidali.training.engine import evaluate
@@ -63,19 +62,11 @@ def evaluate_checkpoint(
     model.to(plan.device)
     rows = []
     with joined_ranks(plan.device.type) as ranks:
-        data = Data(dataset, (split,), plan.device, cache=cache, max_res=max(resolutions), max_bad=max_bad, ranks=ranks)
+        data = Data(dataset, plan.device, cache=cache, max_bad=max_bad, ranks=ranks)
         for res in resolutions:
-            batches = data.batches(
-                split,
-                res=res,
-                batch_size=EVAL_BATCH_SIZE,
-                mean=card.mean,
-                std=card.std,
-                kernel=card.kernel,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-            )
-            score = evaluate(model, batches, plan, expected_samples=batches.samples, flip=flip, ranks=ranks)
+            batches = data.batches(split, card.preprocess(res), EVAL_BATCH_SIZE)
+            score = evaluate(model, batches, plan, expected_samples=batches.samples_given, flip=flip, ranks=ranks)
+            data.share_corrupt()
             rows.append(ResolutionScore(res=res, score=score))
     return card, rows
 
@@ -92,15 +83,13 @@ def evaluate_served(given: str, dataset: Dataset, *, split: str = "val", device:
     check_classes(card, dataset, given)
     plan = plan_device(device, "off", "off")
     set_numerics()
-    dataset = drop_corrupt(dataset, split)
     size = dataset.split(split).single_image_size
     if size is None:
         raise UsageError(f"{dataset.root}: images of several sizes, and a served network takes one")
     served = ServedModel(model, card, size).to(plan.device)
-    stored, meter = fill(dataset, split, plan.device, None), Meter(plan.device)
-    for first in range(0, len(stored), _SERVED_BATCH):
-        part = slice(first, first + _SERVED_BATCH)
-        meter.update(served(stored.pixels[part]).log(), stored.labels[part])
+    meter = Meter(plan.device)
+    for pixels, labels in Data(dataset, plan.device).stored(split, _SERVED_BATCH):
+        meter.update(served(pixels).log(), labels)
     return meter.read()
 
 

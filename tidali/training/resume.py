@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tidali.config import CacheChoice
+from tidali.config import CacheChoice, TrainSettings
 from tidali.console import warn
 from tidali.errors import UsageError, first_line
 from tidali.files import write_atomically
@@ -24,7 +24,19 @@ STATE_NAME = f"state{SUFFIX}"
 _METADATA_KEY = "tidali-state"
 _VERSION = 2
 _MAY_CHANGE = frozenset(
-    {"data", "out", "init", "device", "compile", "cache", "max_bad", "deterministic", "checkpoint_minutes", "tensorboard"}
+    {
+        "data",
+        "out",
+        "init",
+        "device",
+        "compile",
+        "cache",
+        "decoder",
+        "max_bad",
+        "deterministic",
+        "checkpoint_minutes",
+        "tensorboard",
+    }
 )
 """Settings that a resumed run may have otherwise: those that weights do not depend on, but for rounding, and those that are
 compared by content instead, the data by the order and the starting weights by the normalisation that they bring."""
@@ -149,8 +161,9 @@ def _refuse_another_run(path: Path, saved: Mapping[str, Any], own: Mapping[str, 
     """
 
     def deciding(card: Mapping[str, Any]) -> dict[str, Any]:
-        settings = {name: value for name, value in card["settings"].items() if name not in (*_MAY_CHANGE, "recipe")}
-        recipe = {f"recipe.{name}": value for name, value in card["settings"]["recipe"].items()}
+        known = TrainSettings.from_dict(card["settings"], str(path)).to_dict()  # with defaults for what an older version lacks
+        settings = {name: value for name, value in known.items() if name not in (*_MAY_CHANGE, "recipe")}
+        recipe = {f"recipe.{name}": value for name, value in known["recipe"].items()}
         normalisation = {name: card[name] for name in ("mean", "std")}
         return {**settings, **recipe, **normalisation, "classes": [one["id"] for one in card["classes"]]}
 

@@ -145,6 +145,7 @@ class Run:
         if not math.isfinite(trained.score.loss_sum):  # on a GPU the last steps' loss is known only here
             self.refuse("loss is")
 
+        self.parts.data.share_corrupt()
         self.ranks.broadcast_buffers(self.state.evaluated)
         score = self.evaluate()
         if not math.isfinite(score.loss_sum):
@@ -161,7 +162,9 @@ class Run:
 
     def evaluate(self, *, flip: bool = False) -> Score:
         batches = self.parts.eval_batches
-        return evaluate(self.state.evaluated, batches, self.plan, expected_samples=batches.samples, flip=flip, ranks=self.ranks)
+        return evaluate(
+            self.state.evaluated, batches, self.plan, expected_samples=batches.samples_given, flip=flip, ranks=self.ranks
+        )
 
     def mixer(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
         """What MixUp or CutMix makes of a batch, where the recipe has them."""

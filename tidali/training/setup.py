@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from tidali.config import RECIPES, CacheChoice, TrainSettings
+from tidali.config import RECIPES, CacheChoice, Preprocess, TrainSettings
 from tidali.console import say
 from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError
 from tidali.hardware.device import DevicePlan, cpu_count
 from tidali.hardware.ranks import Ranks
 from tidali.hardware.versions import versions
-from tidali.loading.data import Batches, Data
-from tidali.loading.route import Route
+from tidali.loading.batches import Batches, Training
+from tidali.loading.data import Data
 from tidali.loading.sizes import SizePlan
 from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard
 from tidali.model.pretrained import apply_init, choose_normalisation
@@ -36,7 +35,7 @@ class Parts:
     card: ModelCard
     """Of the checkpoints to come, without metrics."""
     load_report: LoadReport | None
-    route: Route
+    data: Data
 
 
 def wire(
@@ -62,27 +61,12 @@ def wire(
     load_report, of_init = apply_init(model, settings.init, settings.stem_init)
     mean, std = choose_normalisation(recipe.normalise, of_init, dataset)
     data = Data(
-        dataset,
-        ("train", select_on),
-        plan.device,
-        cache=cache or settings.cache,
-        max_res=max(settings.res, *sizes.sides),
-        max_bad=settings.max_bad,
-        ranks=ranks,
+        dataset, plan.device, cache=cache or settings.cache, decoder=settings.decoder, max_bad=settings.max_bad, ranks=ranks
     )
-    common: dict[str, Any] = dict(
-        res=settings.res, mean=mean, std=std, kernel=recipe.kernel, rank=ranks.rank, world_size=ranks.world_size
-    )
-    train_batches = data.batches(
-        "train",
-        batch_size=share,
-        train=True,
-        augment=recipe.augment,
-        seed=settings.seed,
-        sizes=sizes,
-        **common,
-    )
-    eval_batches = data.batches(select_on, batch_size=EVAL_BATCH_SIZE, **common)
+    preprocess = Preprocess(res=settings.res, mean=mean, std=std, kernel=recipe.kernel, crop_fraction=recipe.crop_fraction)
+    training = Training(augment=recipe.augment, seed=settings.seed, sizes=sizes)
+    train_batches = data.batches("train", preprocess, share, training=training)
+    eval_batches = data.batches(select_on, preprocess, EVAL_BATCH_SIZE)
     schedule = make_schedule(
         recipe.schedule,
         lr=recipe.lr,
@@ -115,12 +99,10 @@ def wire(
         mean=mean,
         std=std,
         kernel=recipe.kernel,
+        crop_fraction=recipe.crop_fraction,
         settings=settings.to_dict(),
         versions=versions(),
     )
-    route = data.route
-    if cache == "off" != settings.cache:
-        route = replace(route, reason="as the run began")
     return Parts(
         state=state,
         train_batches=train_batches,
@@ -128,7 +110,7 @@ def wire(
         select_on=select_on,
         card=card,
         load_report=load_report,
-        route=route,
+        data=data,
     )
 
 
@@ -161,7 +143,8 @@ def announce(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks:
         say(f"        that lr is for a batch of {named.batch_size}; in proportion to the batch it would be --lr {linear:g}")
     of_ranks = f", {ranks.world_size} ranks of {ranks.share(recipe.batch_size)} images each" if ranks.world_size > 1 else ""
     say(f"device  {plan.device}: {plan.name}, {cpu_count()} cores{of_ranks}")
-    say(f"cache   {'on' if parts.route.cached else 'off'}: {parts.route.reason}")
+    for name, batches in (("train", parts.train_batches), (parts.select_on, parts.eval_batches)):
+        say(f"pixels  {name}: {batches.route.describe()}")
     say(f"amp     {plan.dtype_name}: {plan.amp_reason}")
     say(f"compile {plan.compile_mode if plan.compile else 'off'}: {plan.compile_reason}")
     if plan.device.type == "cuda":
