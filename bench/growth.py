@@ -4,6 +4,7 @@ varied at a time."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,9 @@ from bench.ranks import RankGroup
 from bench.routes import CACHED, STREAMING, batch_settings, counting
 from tidali.dataset.contract import Dataset
 from tidali.hardware.device import cpu_count
-from tidali.loading.cache import CachedBatches, PixelCache
-from tidali.loading.data import Data, fill
-from tidali.loading.stream import StreamBatches
+from tidali.loading.batches import Batches
+from tidali.loading.cache import PixelCache
+from tidali.loading.data import Data
 
 BATCHES = (16, 64, 256, 1024)
 RESOLUTIONS = (32, 64, 128, 224)
@@ -49,18 +50,25 @@ def powers_of_two(cores: int) -> list[int]:
 def growth_cases(dataset: Dataset, res: int, batch_size: int) -> dict[Point, Measurable]:
     """What is measured. The number of samples is varied for the cached route only: a stream reads all of its shards."""
     samples, device = dataset.split("train").samples, torch.device("cpu")
-    square = Data(dataset, ("train",), device, cache="device", max_res=res).route.square
-    cache = fill(dataset, "train", device, square)
-    settings = batch_settings(dataset, res, batch_size)
-    flips = settings.pop("augment")
+    data = {CACHED: Data(dataset, device, cache="device"), STREAMING: Data(dataset, device, cache="off")}
+
+    def batches(route: str, *, res: int = res, batch_size: int = batch_size) -> Batches:
+        return data[route].batches("train", **batch_settings(dataset, res, batch_size))
 
     def streaming(threads: int | None = None, **changed: int) -> Callable[[], int]:
-        return counting(StreamBatches(dataset, "train", **{**settings, **changed}, flip=True, num_threads=threads))
+        settings = batch_settings(dataset, res, batch_size)
+        source = data[STREAMING].streamed("train", settings["preprocess"], batch_size, num_threads=threads)
+        return counting(Batches(source, **settings)) if threads else counting(batches(STREAMING, **changed))
 
     def cached(share: float = 1, **changed: int) -> Callable[[], int]:
-        count = int(samples * share)
-        part = PixelCache(pixels=cache.pixels[:count], labels=cache.labels[:count], identity=cache.identity)
-        return counting(CachedBatches(part, **{**settings, **changed}, augment=flips))
+        whole = batches(CACHED, **changed)
+        if share == 1:
+            return counting(whole)
+        cache, count = whole.source, int(samples * share)
+        assert isinstance(cache, PixelCache)
+        pixels = {side: stored[:count] for side, stored in cache.pixels.items()}
+        part = replace(cache, pixels=pixels, labels=cache.labels[:count])
+        return counting(Batches(part, **batch_settings(dataset, res, batch_size)))
 
     steps: dict[Point, Callable[[], int]] = {}
     for varied, values in (("batch_size", [batch for batch in BATCHES if batch <= samples]), ("res", RESOLUTIONS)):

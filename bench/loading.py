@@ -12,7 +12,17 @@ from bench.document import make_document, make_row
 from bench.growth import bench_growth
 from bench.measure import measure
 from bench.memory import cache_memory
-from bench.routes import CACHED, CACHED_BF16, DECODED, ROUTES, STREAMING, batch_bytes, check_batch_size, route_cases
+from bench.routes import (
+    CACHED,
+    CACHED_BF16,
+    DECODED,
+    ROUTES,
+    STREAMING,
+    batch_bytes,
+    batch_settings,
+    check_batch_size,
+    route_cases,
+)
 from tidali.dataset.contract import Dataset
 from tidali.hardware.device import plan_device
 from tidali.loading.data import Data
@@ -27,20 +37,23 @@ def bench_loader(dataset: Dataset, *, resolutions: Sequence[int], batch_size: in
     """
     check_batch_size(dataset, batch_size)
     plan = plan_device("cpu", "off", "off")
-    cached = Data(dataset, ("train",), plan.device, cache="device", max_res=max(resolutions))
-    streamed = Data(dataset, ("train",), plan.device, cache="off", max_res=max(resolutions))
+    cached, streamed = Data(dataset, plan.device, cache="device"), Data(dataset, plan.device, cache="off")
     limits = ceiling_cases(plan, jpegs=sample_jpegs(streamed.dataset))
     rows, ceilings = [], []
     for res in resolutions:
         cases = route_cases(streamed, cached, res, batch_size)
         rates = measure({**cases, **limits}, repeats=repeats, title=f"loader at {res}")
+        route, samples = (
+            cached.batches("train", **batch_settings(dataset, res, batch_size)).route,
+            dataset.split("train").samples,
+        )
         costs = {
             DECODED: {DECODE: 1.0},
-            STREAMING: {DECODE: 1.0, COPY: batch_bytes(streamed, res)},
-            CACHED: {COPY: batch_bytes(cached, res)},
-            CACHED_BF16: {COPY: batch_bytes(cached, res, torch.bfloat16)},
+            STREAMING: {DECODE: 1.0, COPY: batch_bytes(route, samples, res)},
+            CACHED: {COPY: batch_bytes(route, samples, res)},
+            CACHED_BF16: {COPY: batch_bytes(route, samples, res, torch.bfloat16)},
         }
-        rows += [make_row(route, rates[route], lowest_ceiling(rates, costs[route]), res=res) for route in ROUTES]
+        rows += [make_row(case, rates[case], lowest_ceiling(rates, costs[case]), res=res) for case in ROUTES]
         ceilings += ceiling_rows(rates, res=res)
     return make_document(
         "loader",

@@ -46,21 +46,20 @@ def memory_mib(field: str, process: int | str = "self") -> float:
 def _measure(root: str, res: int, batch_size: int) -> dict[str, float]:
     import torch
 
-    import tidali.loading.stream  # noqa: F401  DALI's libraries are among the imports
+    import tidali.loading.dali  # noqa: F401  DALI's libraries are among the imports
     from bench.routes import batch_settings
     from tidali.dataset.contract import open_dataset
     from tidali.loading.data import Data
 
     idle_rss_mib = memory_mib("VmRSS")
     dataset = open_dataset(Path(root))
-    data = Data(dataset, ("train",), torch.device("cpu"), cache="device", max_res=res)
-    batches = data.batches("train", **batch_settings(dataset, res, batch_size))
+    batches = Data(dataset, torch.device("cpu"), cache="device").batches("train", **batch_settings(dataset, res, batch_size))
     iterator = iter(batches)
     for _ in range(min(BATCHES, len(batches))):
         batch = next(iterator)
         del batch  # as the training loop does
     return {
-        "pixels_mib": data.route.pixel_bytes / 2**20,
+        "pixels_mib": batches.route.pixel_bytes / 2**20,
         "idle_rss_mib": idle_rss_mib,
         "peak_rss_mib": memory_mib("VmHWM"),
     }

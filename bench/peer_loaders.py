@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.case_worker import DataJob
-from tidali.config import CacheChoice
+from tidali.config import Augment, CacheChoice, Preprocess
 
 Batches = Iterable[Any]
 
@@ -354,17 +354,13 @@ def _tidali(job: DataJob, cache: CacheChoice, dtype: str) -> Batches:
     import torch
 
     from tidali.dataset.contract import open_dataset
-    from tidali.loading.augment import Augment
+    from tidali.loading.batches import Training
     from tidali.loading.data import Data
 
-    data = Data(open_dataset(Path(job.root)), ("train",), torch.device("cpu"), cache=cache, max_res=job.res)
-    return data.batches(
+    return Data(open_dataset(Path(job.root)), torch.device("cpu"), cache=cache).batches(
         "train",
-        res=job.res,
-        batch_size=job.batch_size,
-        mean=job.mean,
-        std=job.std,
-        train=True,
-        augment=Augment(flip="random"),
+        Preprocess(res=job.res, mean=job.mean, std=job.std),
+        job.batch_size,
+        training=Training(augment=Augment(flip="random")),
         dtype=getattr(torch, dtype),
     )

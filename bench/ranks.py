@@ -21,8 +21,9 @@ from bench.routes import CACHED, batch_settings, counting
 from tidali.dataset.contract import open_dataset
 from tidali.errors import TidaliError
 from tidali.hardware.device import cpu_count
+from tidali.hardware.ranks import Ranks
+from tidali.loading.batches import Batches
 from tidali.loading.data import Data
-from tidali.loading.stream import StreamBatches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +88,10 @@ class RankGroup:
 
 def rank_loader(job: RankJob) -> Case:
     dataset = open_dataset(Path(job.root))
-    settings = {**batch_settings(dataset, job.res, job.batch_size), "rank": job.rank, "world_size": job.world_size}
-    flips = settings.pop("augment")
-    data = Data(dataset, ("train",), torch.device("cpu"), cache="device", max_res=job.res)
+    ranks = Ranks(rank=job.rank, world_size=job.world_size)
+    data = Data(dataset, torch.device("cpu"), cache="device" if job.route == CACHED else "off", ranks=ranks)
+    settings = batch_settings(dataset, job.res, job.batch_size)
     if job.route == CACHED:
-        return Case(step=counting(data.batches("train", augment=flips, **settings)))
-    return Case(step=counting(StreamBatches(data.dataset, "train", flip=True, num_threads=job.threads, **settings)))
+        return Case(step=counting(data.batches("train", **settings)))
+    source = data.streamed("train", settings["preprocess"], job.batch_size, num_threads=job.threads)
+    return Case(step=counting(Batches(source, **settings, ranks=ranks)))

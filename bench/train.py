@@ -13,17 +13,17 @@ from bench.diagnosis import diagnose
 from bench.document import make_document, make_row
 from bench.measure import Case, Rates, measure
 from bench.profile import host_synchronisations, profile_step
-from bench.routes import batch_bytes, batch_settings, check_batch_size, endless
+from bench.routes import Decoded, batch_bytes, batch_settings, check_batch_size, counting, endless
 from bench.step import step_cost
 from bench.training_loops import make_state
 from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, Stem
 from tidali.console import say
-from tidali.dataset.contract import Dataset
+from tidali.dataset.contract import Dataset, Split
 from tidali.errors import TidaliError
 from tidali.hardware.device import DevicePlan, plan_device, set_numerics
 from tidali.hardware.timing import WaitTimer
 from tidali.loading.data import Data
-from tidali.loading.stream import decoded_forever
+from tidali.loading.route import Route
 from tidali.training import engine
 from tidali.training.metrics import Meter
 
@@ -59,12 +59,13 @@ def bench_train(
     if batch_size is None:
         batch_size = 256 if plan.device.type == "cuda" else 32
     check_batch_size(dataset, batch_size)
-    data = Data(dataset, ("train",), plan.device, cache=cache, max_res=max(resolutions))
-    say(f"cache {'on' if data.route.cached else 'off'}: {data.route.reason}")
-    limits = ceiling_cases(plan, jpegs=sample_jpegs(data.dataset))
+    data = Data(dataset, plan.device, cache=cache)
+    limits = ceiling_cases(plan, jpegs=sample_jpegs(dataset))
     rows, ceilings, diagnoses = [], [], []
     for res in resolutions:
         try:
+            route = data.batches("train", **batch_settings(dataset, res, batch_size)).route
+            say(f"pixels {route.describe()}")
             cases = train_cases(data, plan, res=res, stem=stem, batch_size=batch_size)
             rates = measure({**cases, **limits}, repeats=repeats, title=f"training at {res}")
             synchronisations = host_synchronisations(cases[STEP].step, plan.device)
@@ -72,7 +73,7 @@ def bench_train(
             raise TidaliError(
                 f"bench train: {batch_size} images of {res} px do not fit the GPU's memory; give a smaller --batch-size"
             ) from None
-        allowed = train_ceilings(rates, data, plan, stem=stem, res=res)
+        allowed = train_ceilings(rates, route, dataset.split("train"), plan, stem=stem, res=res)
         for case in CASES:
             shares = {"data_wait_share": rates[case].wait_share, "idle_share": rates[case].idle_share}
             shares = {name: share for name, share in shares.items() if share is not None}
@@ -98,7 +99,7 @@ def bench_train(
         "train",
         plan,
         dataset,
-        cached=data.route.cached,
+        cached=route.cached,
         stem=stem,
         batch_size=batch_size,
         repeats=repeats,
@@ -112,7 +113,6 @@ def train_cases(data: Data, plan: DevicePlan, *, res: int, stem: Stem, batch_siz
     """The four cases at one resolution. The two that train share one model; its weights do not matter here."""
     dataset = data.dataset
     classes, epoch_steps = len(dataset.manifest.classes), dataset.split("train").samples // batch_size
-    decoded = decoded_forever(dataset, "train", batch_size=batch_size, device=plan.device)
     settings = batch_settings(dataset, res, batch_size)
     alone, fed = (endless(data.batches("train", **settings)) for _ in range(2))
     state = make_state(classes, plan, stem, averaged=True)
@@ -131,22 +131,24 @@ def train_cases(data: Data, plan: DevicePlan, *, res: int, stem: Stem, batch_siz
         return len(real_labels)
 
     return {
-        DECODED: Case(step=lambda: len(next(decoded)[0]), device=plan.device),
+        DECODED: Case(step=counting(Decoded(data, settings)), device=plan.device),
         LOADER: Case(step=lambda: len(next(alone)[1]), device=plan.device, cycle_steps=epoch_steps),
         STEP: Case(step=step_synthetic, device=plan.device),
         END_TO_END: Case(step=step_end_to_end, device=plan.device, wait=wait),
     }
 
 
-def train_ceilings(rates: dict[str, Rates], data: Data, plan: DevicePlan, *, stem: Stem, res: int) -> dict[str, Ceiling | None]:
+def train_ceilings(
+    rates: dict[str, Rates], route: Route, split: Split, plan: DevicePlan, *, stem: Stem, res: int
+) -> dict[str, Ceiling | None]:
     """The lowest ceiling of each case; for end to end, of all that the loader and the step do.
 
     A GPU may decode by itself, and copies within its own memory. Certain is only that the files' bytes are copied to it.
     """
-    on_gpu, split = plan.device.type == "cuda", data.dataset.split("train")
+    on_gpu = plan.device.type == "cuda"
     decoding = {} if on_gpu else {DECODE: 1.0}
-    loading = {} if on_gpu else {COPY: batch_bytes(data, res)}
-    if not data.route.cached:
+    loading = {} if on_gpu else {COPY: batch_bytes(route, split.samples, res)}
+    if not route.cached:
         loading |= {UPLOAD: split.size_bytes / split.samples} if on_gpu else decoding
     step = step_cost(plan.amp_dtype, res=res, stem=stem)
     costs = {DECODED: decoding, LOADER: loading, STEP: step, END_TO_END: {**loading, **step}}

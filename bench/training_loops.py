@@ -18,11 +18,11 @@ from torchvision import datasets, models, transforms
 
 from bench.case_worker import DataJob, Job, Stream
 from bench.peer_loaders import torchvision_v1
-from tidali.config import AmpChoice, CompileChoice, DeviceChoice, Stem, make_recipe
+from tidali.config import AmpChoice, Augment, CompileChoice, DeviceChoice, Preprocess, Stem, make_recipe
 from tidali.dataset.contract import open_dataset
 from tidali.hardware.device import DevicePlan, plan_device, set_numerics
 from tidali.hardware.timing import Stopwatch
-from tidali.loading.augment import Augment
+from tidali.loading import batches as loading
 from tidali.loading.data import Data
 from tidali.model.resnet import build_resnet18
 from tidali.training import engine
@@ -249,11 +249,9 @@ def _tidali_train_on(num_classes: int, plan: DevicePlan, stem: Stem, *, averaged
 
 
 def _tidali_loader(job: DataJob, device: torch.device) -> Any:
-    data = Data(open_dataset(Path(job.root)), ("train",), device, max_res=job.res)
-    settings: dict[str, Any] = dict(
-        res=job.res, batch_size=job.batch_size, mean=job.mean, std=job.std, train=True, augment=Augment(flip="random")
-    )
-    return data.batches("train", **settings)
+    preprocess = Preprocess(res=job.res, mean=job.mean, std=job.std)
+    training = loading.Training(augment=Augment(flip="random"))
+    return Data(open_dataset(Path(job.root)), device).batches("train", preprocess, job.batch_size, training=training)
 
 
 tidali_step, tidali_loop = _step_and_loop(

@@ -12,7 +12,6 @@ import torch
 from tidali.config import CacheChoice, DecoderChoice, Preprocess
 from tidali.console import progress_bar
 from tidali.dataset.contract import Dataset
-from tidali.errors import UsageError
 from tidali.hardware.device import ranks_on_machine
 from tidali.hardware.ranks import Ranks
 from tidali.loading.batches import Batches, Training
@@ -103,17 +102,10 @@ class Data:
             num_threads=num_threads,
         )
 
-    def stored(self, split: str, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """A split's images as they are stored, all of one size: pixels (n, H, W, 3) uint8 and labels (n,) int64, in order.
-
-        Raises:
-            UsageError: images of several sizes.
-        """
-        table, _ = self._table(split)
-        if table.info.single_image_size is None:
-            raise UsageError(f"{self.dataset.root}: the images of {split!r} are of several sizes")
-        source = self.streamed(split, Preprocess(res=0), batch_size)
-        for _, found in source.read(stored_order(source, 0, 1.0, batch_size)):
+    def decoded(self, split: str, preprocess: Preprocess, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A split's images in stored order, as the cache keeps them: pixels (n, H, W, 3) uint8 and labels (n,) int64."""
+        source = self.streamed(split, preprocess, batch_size)
+        for _, found in source.read(stored_order(source, preprocess.res, preprocess.crop_fraction, batch_size)):
             yield found.stored, source.labels.index_select(0, found.samples)
 
     def corrupt(self, split: str) -> frozenset[int]:

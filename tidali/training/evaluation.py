@@ -88,7 +88,7 @@ def evaluate_served(given: str, dataset: Dataset, *, split: str = "val", device:
         raise UsageError(f"{dataset.root}: images of several sizes, and a served network takes one")
     served = ServedModel(model, card, size).to(plan.device)
     meter = Meter(plan.device)
-    for pixels, labels in Data(dataset, plan.device).stored(split, _SERVED_BATCH):
+    for pixels, labels in Data(dataset, plan.device).decoded(split, card.preprocess(), _SERVED_BATCH):
         meter.update(served(pixels).log(), labels)
     return meter.read()
 
