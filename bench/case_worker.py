@@ -63,8 +63,8 @@ class DataJob(Job):
     """The packed data set."""
     folder: str
     """Its train split as files, CLASS/KEY.jpg, where CLASS is a number."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     samples: int
     as_stored: bool
     """Every stored image has the requested size, so none needs a resize."""

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tidali.loading.corrupt_images import drop_corrupt
 
 from tidali.dataset.contract import Dataset
 from tidali.dataset.source import open_data
 from tidali.errors import DatasetError
 from tidali.files import temporary_path
-from tidali.loading.corrupt_images import drop_corrupt
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from tidali import console
+from tidali.config import Preprocess
 from tidali.dataset.contract import Dataset, open_dataset
 from tidali.doctor import checks
 from tidali.errors import TidaliError
 from tidali.hardware.device import DevicePlan
-from tidali.loading.stream import StreamBatches
+from tidali.loading.batches import Batches
+from tidali.loading.data import Data
 
 CPU = torch.device("cpu")
 
@@ -38,8 +40,9 @@ def test_the_routes_agree(dataset: Dataset) -> None:
     ],
 )
 def test_other_batches_are_noticed(monkeypatch: pytest.MonkeyPatch, dataset: Dataset, changed: dict, says: str) -> None:
-    def stream(dataset: Dataset, res: int, device: torch.device) -> StreamBatches:
-        return StreamBatches(dataset, "val", **{"res": res, "batch_size": 20, **changed})
+    def stream(dataset: Dataset, res: int, device: torch.device) -> Batches:
+        preprocess = Preprocess(res=res, mean=changed.get("mean", (0.0, 0.0, 0.0)))
+        return Data(dataset, CPU, cache="off").batches("val", preprocess, changed.get("batch_size", 20))
 
     monkeypatch.setattr(checks, "_other_routes", lambda data, res, device: [("another", stream(data, res, device))])
     # 32 images make two batches of 21 too, of other lengths.

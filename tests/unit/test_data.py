@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tidali.loading.corrupt_images import find_corrupt
 
 from shards.pack import pack
 from shards.scan import FileSource
@@ -17,7 +18,6 @@ from tidali.errors import DatasetError, UsageError
 from tidali.hardware import device as device_module
 from tidali.loading import data as data_module
 from tidali.loading.augment import Augment
-from tidali.loading.corrupt_images import find_corrupt
 from tidali.loading.data import Data, free_memory_bytes
 from tidali.loading.route import choose_route
 from tidali.loading.sizes import SizePlan

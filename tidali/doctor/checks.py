@@ -57,7 +57,7 @@ def routes_agree(dataset: Dataset, device: torch.device) -> str:
     """
     largest: dict[str, float] = {}
     for res in PIXEL_RESOLUTIONS:
-        expected = list(_val(dataset, res, CPU, "off"))
+        expected = list(_batches(dataset, CPU, "off", res, 20))
         for route, batches in _other_routes(dataset, res, device):
             where, got = f"{route} at {res} px", list(batches)
             _require(len(got) == len(expected), f"{where}: {len(got)} batches, the stream on the CPU has {len(expected)}")
@@ -74,21 +74,25 @@ def routes_agree(dataset: Dataset, device: torch.device) -> str:
 def _other_routes(dataset: Dataset, res: int, device: torch.device) -> Iterator[tuple[str, Batches]]:
     if device.type != "cpu":
         for decoder in get_args(DecoderChoice):
-            yield f"the stream on {device}, --decoder {decoder}", _val(dataset, res, device, "off", decoder)
-    yield f"the cache on {device}", _val(dataset, res, device, "device")
+            yield f"the stream on {device}, --decoder {decoder}", _batches(dataset, device, "off", res, 20, decoder=decoder)
+    yield f"the cache on {device}", _batches(dataset, device, "device", res, 20)
 
 
-def _val(
+def _batches(
     dataset: Dataset,
-    res: int,
     device: torch.device,
     cache: CacheChoice,
+    res: int,
+    batch_size: int,
+    *,
+    training: Training | None = None,
     decoder: DecoderChoice = "auto",
-    batch_size: int = 20,
 ) -> Batches:
-    """Evaluation batches with pixels in 0..1."""
+    """Of train or, without ``training``, of val; with pixels in 0..1."""
+    split = "val" if training is None else "train"
     with silenced():
-        return Data(dataset, device, cache=cache, decoder=decoder).batches("val", Preprocess(res=res), batch_size)
+        data = Data(dataset, device, cache=cache, decoder=decoder)
+        return data.batches(split, Preprocess(res=res), batch_size, training=training)
 
 
 def _require_close(images: Tensor, expected: Tensor, where: str) -> float:
@@ -114,10 +118,7 @@ def epochs_are_complete(dataset: Dataset, device: torch.device) -> str:
     batch_size = next(size for size in range(min(40, split.samples), 0, -1) if split.samples % size == 0)
     routes: tuple[CacheChoice, ...] = ("off", "device")
     for cache in routes:
-        with silenced():
-            data = Data(dataset, device, cache=cache)
-            training = Training(augment=Augment(flip="random"))
-            batches = data.batches("train", Preprocess(res=64), batch_size, training=training)
+        batches = _batches(dataset, device, cache, 64, batch_size, training=Training(augment=Augment(flip="random")))
         for epoch in range(2):
             batches.set_epoch(epoch)
             counts = torch.bincount(torch.cat([labels for _, labels in batches]), minlength=len(expected)).tolist()
@@ -204,7 +205,7 @@ def evaluation_counts_once(dataset: Dataset, device: torch.device) -> str:
     scores = [
         evaluate(
             state.model,
-            _val(dataset, 32, device, "auto", batch_size=batch_size),
+            _batches(dataset, device, "auto", 32, batch_size),
             state.plan,
             expected_samples=samples,
         )
