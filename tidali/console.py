@@ -1,7 +1,7 @@
-"""What people see: messages and progress on standard error, results on standard output.
+"""Output for people: messages and progress on standard error, results on standard output.
 
-``tidali --quiet`` leaves out all messages but warnings, ``tidali --verbose`` adds details and the time that each line came at.
-Under torchrun one rank alone gives them; errors are each rank's own.
+``tidali --quiet`` prints only the warnings among the messages; ``tidali --verbose`` adds details, and the time of each line.
+Under torchrun only rank 0 prints messages, but each rank prints its own errors, and warnings that only it can know of.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _start_s = now_s()
 
 
 def set_verbosity(verbosity: Verbosity) -> None:
-    """For the rest of this process."""
+    """Set how much is printed, for the rest of this process."""
     global _verbosity
     _verbosity = verbosity
 
@@ -41,7 +41,7 @@ def is_verbose() -> bool:
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """As ``--quiet``, for as long as it is entered."""
+    """Print only what ``--quiet`` does, inside this context."""
     before = _verbosity
     set_verbosity("quiet")
     try:
@@ -51,27 +51,27 @@ def silenced() -> Iterator[None]:
 
 
 def is_main_rank() -> bool:
-    """Whether this process is the one of torchrun's that talks."""
+    """Whether this process is rank 0 of torchrun, which prints messages, or there is no torchrun."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def say(text: str) -> None:
-    """One line on standard error, as it stands; not with ``--quiet``."""
+    """Print one line on standard error, unless ``--quiet`` was given."""
     if _verbosity != "quiet":
         _print_message(text)
 
 
 def warn(text: str, *, every_rank: bool = False) -> None:
-    """One line on standard error that ``--quiet`` shows too: what is wrong, though the work goes on.
+    """Print a warning on standard error, even with ``--quiet``: something is wrong, but the work continues.
 
     Args:
-        every_rank: also where this is not the main rank, which does not know it.
+        every_rank: print it on the other ranks too, for what only this rank knows.
     """
     _print_message(f"warning: {text}", every_rank=every_rank)
 
 
 def detail(text: str) -> None:
-    """One line on standard error, with ``--verbose`` alone."""
+    """Print one line on standard error, only with ``--verbose``."""
     if is_verbose():
         _print_message(text)
 
@@ -83,19 +83,23 @@ def _print_message(text: str, *, every_rank: bool = False) -> None:
 
 
 def progress_bar(*, note: bool = True, show: bool = True) -> Progress:
-    """A bar on standard error, shown only where that is a terminal. Its field ``note`` holds running figures."""
+    """A progress bar on standard error, shown only on a terminal.
+
+    Args:
+        note: show the task's field ``note`` beside the bar, for figures such as the current loss.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     if note:
         columns.append(TextColumn("{task.fields[note]}"))
-    # Asked of the file: rich takes anything for a terminal where FORCE_COLOR is set, as build servers do.
+    # Ask the file and not rich, which takes everything for a terminal if FORCE_COLOR is set, as it is on build servers.
     show = show and is_main_rank() and _verbosity != "quiet" and sys.stderr.isatty()
     return Progress(*columns, console=messages, transient=True, disable=not show)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> None:
-    """A table on standard output: the first ``left`` columns to the left, figures to the right."""
+    """Print a table on standard output. The first ``left`` columns are aligned to the left, the others to the right."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -103,6 +107,6 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.add_column(column, justify="left" if number < left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    # Where no terminal sets the width, rich takes 80 columns and cuts cells off.
+    # Without a terminal, rich assumes 80 columns and would cut cells off.
     console = results if sys.stdout.isatty() else Console(highlight=False, soft_wrap=True, width=_UNLIMITED_COLUMNS)
     console.print(table)

@@ -1,4 +1,4 @@
-"""``tidali doctor`` on this machine, and against staged faults."""
+"""``tidali doctor`` on this machine, and with faults that the tests stage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PARTS = {
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks that train, which have tests of their own, are left out."""
+    """Skip the checks that train: they have tests of their own."""
     monkeypatch.setattr(doctor, "_checks", lambda *_: ())
 
 
@@ -59,7 +59,7 @@ def test_a_machine_that_can_do_the_job(tidali, demo_data: Path, trained, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_line_each_and_the_table_computed_once(
+def test_each_finding_is_a_line_and_the_table_is_computed_once(
     tidali, no_work: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     table, calls = doctor.parity_table, []
@@ -81,7 +81,7 @@ def damage_size(folder: Path) -> str:
 
 
 def damage_a_byte(folder: Path) -> str:
-    """Inside an image: nothing but a hash can tell."""
+    """Inside an image, where only a hash can detect it."""
     shard = next(folder.glob("val-*.tar"))
     content = bytearray(shard.read_bytes())
     content[1000] ^= 1
@@ -120,7 +120,7 @@ def test_data_that_cannot_be_evaluated_on(no_work: None, write_photos, tmp_path:
 def test_data_behind_a_url_with_quarantined_files(
     no_work: None, write_photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The copy that training reads is without them."""
+    """The local copy that training reads does not have them."""
     from shards.pack import pack
     from shards.scan import FileSource
 
@@ -208,7 +208,7 @@ def test_a_checkpoint_of_other_data(no_work: None, trained, tmp_path: Path) -> N
 
 
 def test_a_run_folder_that_cannot_be_written(no_work: None, tmp_path: Path) -> None:
-    finding = found(tmp_path, out=Path("/proc/runs"))["run folder"]  # not even root may make files there
+    finding = found(tmp_path, out=Path("/proc/runs"))["run folder"]  # where not even root may create files
     assert finding.status == "failure"
     assert "/proc: cannot be written" in finding.text
     assert "--out" in finding.fix
@@ -263,7 +263,7 @@ def test_a_gpu_that_cannot_be_used(
     assert says in findings["GPU"].text
     assert fix in findings["GPU"].fix
     assert findings["device"].fix.startswith("use --device cpu")
-    assert findings["several ranks"].text.startswith("gloo")  # the rest is looked at, on the CPU
+    assert findings["several ranks"].text.startswith("gloo")  # the other checks run, on the CPU
 
 
 def test_no_driver_is_no_failure_where_no_gpu_is_asked_for(
@@ -312,7 +312,7 @@ def test_staged_faults(
     assert fix in finding.fix
 
 
-def test_work_that_fails_leaves_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_check_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*_: object) -> str:
         raise RuntimeError("Triton is\nbroken")
 
@@ -354,7 +354,7 @@ def test_no_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert "TMPDIR" in finding.fix
 
 
-def test_the_way_out_is_taken_from_our_own_errors() -> None:
+def test_the_fix_is_taken_from_our_own_errors() -> None:
     def fail() -> Finding:
         raise TidaliError("shard 3 is gone; pack it again; or not")
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong: an exit code, one line on standard error, and nothing written."""
+"""A user's mistakes end in the right exit code, with one line on standard error, and nothing is written."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 WRONG_USE, FAILED = 2, 1
 TRAIN = ["train", "--data", "{demo}", "--res", "32", "--batch-size", "32", "--device", "cpu", "--out", "new"]
 
-# Arguments -> what the line has to say. {demo}: a packed data set of 4 classes; {other}: one of 3; {run}: a run on {demo};
-# {damaged}: {demo} with a truncated shard; {full}: a folder that holds a file, {file}.
+# Arguments -> text that the line must contain. {demo}: a packed data set of 4 classes; {other}: one of 3; {run}: a run on
+# {demo}; {damaged}: {demo} with a truncated shard; {full}: a folder with one file in it, {file}.
 CASES = {
     WRONG_USE: [
         (["nonsense"], "nonsense"),
@@ -78,7 +78,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def places(demo_data: Path, trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The paths that the cases name."""
+    """The paths that `CASES` names."""
     from shards.demo import pack_demo
 
     root = tmp_path_factory.mktemp("places")
@@ -106,7 +106,7 @@ def flattened() -> Iterator[pytest.param]:
 
 
 def snapshot(folders: list[Path]) -> dict[Path, int]:
-    """Every file under the folders, with when it was written."""
+    """Every file under the folders, with its modification time."""
     return {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
 
 

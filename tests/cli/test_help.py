@@ -1,4 +1,4 @@
-"""The command line explains itself, and the README names every command."""
+"""Every command and option has help, and the README names every command."""
 
 from __future__ import annotations
 

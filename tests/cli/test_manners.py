@@ -1,4 +1,4 @@
-"""How the command behaves in a shell: examples, completion, colour, quiet and verbose, and what goes where."""
+"""How the command behaves in a shell: examples, completion, colour, --quiet and --verbose, and its two outputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9]")
 
 
 def run(*argv: object, **env: str) -> subprocess.CompletedProcess[str]:
-    """As the shell runs it, by the name 'tidali'."""
+    """Run the command in a process of its own, under the name 'tidali'."""
     code = "import sys; sys.argv[0] = 'tidali'; from tidali.cli.main import main; main()"
     command = [sys.executable, "-c", code, *map(str, argv)]
     kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
@@ -83,7 +83,7 @@ def test_no_color() -> None:
 
 
 def on_a_terminal(*argv: object, **env: str) -> str:
-    """Standard error of a command that has a terminal there."""
+    """What a command prints to standard error if that is a terminal."""
     ours, theirs = pty.openpty()
     try:
         code = "import sys; sys.argv[0] = 'tidali'; from tidali.cli.main import main; main()"
@@ -97,7 +97,7 @@ def on_a_terminal(*argv: object, **env: str) -> str:
         while True:
             try:
                 text += os.read(ours, 1 << 16)
-            except OSError:  # Linux's word for: the other side has gone
+            except OSError:  # how Linux reports that the other side is closed
                 return text.decode()
     finally:
         os.close(ours)
@@ -109,7 +109,7 @@ def test_progress_is_for_terminals(tmp_path: Path) -> None:
     demo = ("demo", "--classes", 2, "--per-class", 5, "--workers", 1)
     assert "drawing" in on_a_terminal(*demo, tmp_path / "a")
     assert on_a_terminal("--quiet", *demo, tmp_path / "b") == ""
-    # Build servers set FORCE_COLOR, and are no terminals.
+    # Build servers set FORCE_COLOR, but they are not terminals.
     assert run(*demo, tmp_path / "c", FORCE_COLOR="1").stderr == ""
 
 
@@ -146,7 +146,7 @@ def test_quiet_and_verbose(tidali, normal: None, demo_data: Path, tmp_path: Path
     assert "tidali 0." in verbose.stderr
 
 
-def test_warnings_and_errors_are_said_quietly_too(tidali, normal: None, tmp_path: Path, write_photos) -> None:
+def test_warnings_and_errors_are_printed_with_quiet_too(tidali, normal: None, tmp_path: Path, write_photos) -> None:
     source = write_photos(tmp_path / "photos", {"train/cat": 3, "val/cat": 2})
     (source / "train" / "cat" / "bad.jpg").write_text("no image")
     ended = tidali("-q", "shard", source, tmp_path / "packed", "--workers", 1)
@@ -156,7 +156,7 @@ def test_warnings_and_errors_are_said_quietly_too(tidali, normal: None, tmp_path
     assert ended.stderr.startswith("tidali: ")
 
 
-def test_where_an_error_arose_with_verbose_alone(tidali, normal: None, tmp_path: Path) -> None:
+def test_a_traceback_is_printed_only_with_verbose(tidali, normal: None, tmp_path: Path) -> None:
     assert "Traceback" not in tidali("info", tmp_path / "none").stderr
     ended = tidali("--verbose", "info", tmp_path / "none")
     assert "Traceback" in ended.stderr

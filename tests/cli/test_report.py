@@ -21,7 +21,7 @@ NASTY = '<b>&"$x^$'
 
 @pytest.fixture(scope="module")
 def other_run(trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run under a name that HTML would take for more, with another learning rate, and stopped after one epoch."""
+    """The same run under a name with HTML in it, with another learning rate, and stopped after one epoch."""
     folder = tmp_path_factory.mktemp("other") / NASTY
     shutil.copytree(trained[0], folder)
     config = json.loads((folder / "config.json").read_text())
@@ -34,7 +34,7 @@ def other_run(trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def nasty_data(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data set that the runs know, with such names for its classes; a checkpoint is bound to their ids alone."""
+    """The data set of the runs, with such names for its classes; a checkpoint depends only on their ids."""
     folder = tmp_path_factory.mktemp("named") / "demo"
     shutil.copytree(demo_data, folder)
     manifest = json.loads((folder / "dataset.json").read_text())
@@ -85,7 +85,7 @@ def test_report_is_well_formed_and_needs_nothing_else(one, read_page) -> None:
     assert page.svgs == 4 + 2  # training; classes and matrix
 
 
-def test_report_tells_the_runs_own_figures(one, trained, read_page) -> None:
+def test_report_has_the_results_of_the_run(one, trained, read_page) -> None:
     page, summary = read_page(one[0]), json.loads((trained[0] / "summary.json").read_text())
     results = {row[0]: row[1] for row in page.tables[0]}
     assert results["last: top-1, %"] == f"{summary['last']['top1_percent']:.2f}"
@@ -100,7 +100,7 @@ def test_report_tells_the_runs_own_figures(one, trained, read_page) -> None:
     settings = {row[0]: row[1] for row in page.tables[1]}
     assert (settings["res"], settings["recipe"], settings["augment.flip"]) == ("32", "modern", "random")
     right = round(summary["last"]["top1_percent"] * 32 / 100)
-    assert f"{right} of 32 samples of val are right at 32 px" in page.text
+    assert f"{right} of 32 samples of val are predicted correctly at 32 px" in page.text
 
 
 def test_report_shows_the_stored_pictures(one, demo_data: Path, read_page) -> None:
@@ -113,7 +113,7 @@ def test_report_shows_the_stored_pictures(one, demo_data: Path, read_page) -> No
             file.seek(record.offset)
             stored.add(file.read(record.size_bytes))
     images = [base64.b64decode(source.partition("base64,")[2]) for source in read_page(one[0]).images]
-    assert len(images) >= 12  # the hardest ones, and those of pairs
+    assert len(images) >= 12  # the hardest samples, and those of confused pairs
     assert set(images) <= stored
     with Image.open(io.BytesIO(images[0])) as image:
         assert image.format == "JPEG"
@@ -142,7 +142,7 @@ def test_without_the_data_the_page_says_so(tidali, trained, tmp_path: Path, read
     run = shutil.copytree(trained[0], tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "data": str(tmp_path / "gone")}))
-    ended = tidali("--quiet", "report", run, "-o", tmp_path / "report.html")  # which leaves out all but warnings
+    ended = tidali("--quiet", "report", run, "-o", tmp_path / "report.html")  # which prints only warnings
     console.set_verbosity("normal")
     assert ended.code == 0
     assert "warning: run: no pictures" in ended.stderr

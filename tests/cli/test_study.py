@@ -1,4 +1,4 @@
-"""``tidali study``: what is run, what is kept, what the table says."""
+"""``tidali study``: which rows are run, which runs are kept, and what the table says."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_rows_are_the_originals() -> None:
     assert [row.stem for row in ROWS if row.name in "12345"] == ["imagenet"] * 4 + ["small"]
 
 
-def test_a_row_brings_those_it_starts_from() -> None:
+def test_the_rows_that_a_row_starts_from_are_added() -> None:
     assert [row.name for row in needed_by(("5",))] == ["3", "5"]
     assert [row.name for row in needed_by(("6", "1"))] == ["1", "3", "6"]
     assert needed_by(()) == ROWS
@@ -92,7 +92,7 @@ def test_rows_are_run_in_order_kept_and_put_into_a_table(tidali, data: Path, wei
     third, at_64, fourth, served = study["rows"]
     assert (third["from"], fourth["from"], served["from"]) == ("ImageNet weights", "row 3", "row 3")
     assert [one["res"] for one in third["at_resolution"]] == [64, 96, 128, 160, 192, 224]
-    # Row 3's last weights at 64 are measured twice, as a row and as a point of its curve.
+    # Row 3's last weights at 64 px are in the table twice: as a row, and as a point of row 3's curve.
     assert third["at_resolution"][0]["top1_percent"] == at_64["top1_percent"]["last"]["mean"]
     assert third["at_resolution"][-1]["top1_percent"] == third["top1_percent"]["last"]["mean"]
     # The original's figures: 1.814 and 0.148 GMAC at 1,000 and 200 classes; a head of two has 0.0005 fewer.
@@ -117,7 +117,7 @@ def test_rows_are_run_in_order_kept_and_put_into_a_table(tidali, data: Path, wei
     assert other.code == 2
     assert "made with other settings (recipe)" in other.stderr
 
-    # Other weights in the file of the same name: row 3 and all that follows from it would be stale.
+    # Other weights in a file of the same name: row 3 and all rows that start from it would be stale.
     torch.manual_seed(1)
     inputs = out / "runs" / "inputs.json"
     original = weights.read_bytes()
@@ -127,7 +127,7 @@ def test_rows_are_run_in_order_kept_and_put_into_a_table(tidali, data: Path, wei
     assert stale.code == 2
     assert f"3-seed0: made from other starting weights, see {inputs}" in stale.stderr
 
-    # Row 3 trained anew is another start for row 4, by a file of the same name.
+    # If row 3 was trained again, row 4 would start from other weights in a file of the same name.
     recorded = json.loads(inputs.read_text())
     recorded["4-seed0"]["val images"] = "other"
     inputs.write_text(json.dumps(recorded))
@@ -158,7 +158,7 @@ def test_an_evaluation_is_kept_for_its_weights_its_images_and_its_precision(data
     assert Study(settings, dataset).measured(checkpoint, 64) == 0
 
 
-def test_rows_that_a_stream_cannot_train_are_left_out_before_any_is(data: Path, tmp_path: Path, monkeypatch) -> None:
+def test_rows_that_a_stream_cannot_train_are_skipped_before_any_is_trained(data: Path, tmp_path: Path, monkeypatch) -> None:
     dataset = open_dataset(data)
     settings = StudySettings(data=str(data), out=str(tmp_path), rows=("1", "3", "7"), device="cpu", cache="off")
     settings = replace(settings, imagenet_weights=str(tmp_path / "w.pth"))

@@ -1,4 +1,4 @@
-"""The study's page from a made-up study: nine rows, with run folders that share one real run's weights."""
+"""The page of a made-up study of nine rows, whose run folders all have the weights of one real run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SIDES = {64: 0.148, 96: 0.333, 128: 0.592, 160: 0.926, 224: 1.814}
 
 
 def write_example(folder: Path, dataset: Dataset, run: Path, *, name: str = "photos") -> dict[str, Any]:
-    """Write the run folders, and give the document. Row 8 is the best, and its weights are the run's."""
+    """Write the run folders, and return the content of study.json. Row 8 is the best, and its weights are the run's."""
     config = json.loads((run / "config.json").read_text())
     template = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     rows = []
@@ -108,7 +108,7 @@ def write_example(folder: Path, dataset: Dataset, run: Path, *, name: str = "pho
 
 
 def without_weights(study: dict[str, Any]) -> dict[str, Any]:
-    """The same study where there were no ImageNet weights: what needs them was not run."""
+    """The same study without ImageNet weights: the rows that need them were not run."""
     reason = "needs ImageNet weights: give --imagenet-weights PATH"
     blank = {"status": "not run", "reason": reason, "top1_percent": None, "images_per_s": None, "minutes": None}
     rows = [
@@ -154,7 +154,7 @@ def test_the_table(page, study) -> None:
 def test_figures(page, study) -> None:
     text = page.text
     for row in study[0]["rows"]:
-        assert (f"Row {row['row']} {row['title']}" in text) == bool(row["runs"])  # a small multiple for each run
+        assert (f"Row {row['row']} {row['title']}" in text) == bool(row["runs"])  # a small figure for each run
     assert "What row 8 gets right and wrong" in text
     # Compute, resolution, seven rows' curves, classes, matrix.
     assert page.svgs == 2 + 7 + 2
@@ -163,7 +163,7 @@ def test_figures(page, study) -> None:
 def test_notes(page) -> None:
     assert "“ImageNet” is not ImageNet here: runs/pretrained/last.safetensors (SHA-256 0123456789abcdef…)" in page.text
     assert "0.3 times the study's epochs" in page.text
-    assert "which flatters: compare “last”" in page.text
+    assert "compare “last”" in page.text
     assert "compare the order of the rows" in page.text
     assert "one seed" in page.text
 
@@ -172,7 +172,7 @@ def test_counts_and_pictures_are_those_of_the_weights(page, study, tidali, demo_
     _, folder, _ = study
     ended = tidali("eval", folder / "runs" / "8-seed0" / "last", "--data", demo_data, "--res", 64, "--json")
     top1_percent = json.loads(ended.stdout)["scores"][0]["top1_percent"]
-    assert f"{32 * top1_percent / 100:.0f} of 32 samples of val are right at 64 px" in page.text
+    assert f"{32 * top1_percent / 100:.0f} of 32 samples of val are predicted correctly at 64 px" in page.text
     assert len(page.images) > 12
     for source in page.images:
         with Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2]))) as image:
@@ -209,7 +209,7 @@ def test_seeds_and_the_real_weights(study, read_page) -> None:
     assert "means over 2 seeds" in page.text
     assert "one seed" not in page.text
     assert "a quick look" not in page.text
-    assert "Row 1 stock stem" not in page.text  # its curves are gone, its figures are not
+    assert "Row 1 stock stem" not in page.text  # its curves are gone, its results are not
 
 
 @pytest.mark.parametrize(("sha256", "rows", "says"), [("f37072fd" + "0" * 56, 9, "If the classes are among"), (None, 1, "")])

@@ -1,5 +1,5 @@
-"""The same graph, step and evaluation on CUDA. Run where there is a GPU: ``pytest tests/gpu``, or ``tidali doctor`` where
-there is no checkout: the checks are `tidali.doctor.checks`, and both run all of them."""
+"""Loading, training and evaluation on CUDA. On a machine with a GPU run ``pytest tests/gpu``, or ``tidali doctor`` if there is
+no checkout: both run all of the checks in `tidali.doctor.checks`."""
 
 from __future__ import annotations
 

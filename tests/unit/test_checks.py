@@ -1,4 +1,4 @@
-"""The checks that `tidali doctor` and tests/gpu run: they hold on a CPU, and each one can fail."""
+"""The checks that `tidali doctor` and tests/gpu run pass on a CPU, and each one can fail."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_step_that_does_not_learn_is_noticed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_compiled_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Dynamo traces as it always does; what it hands on is run as it stands instead of a minute of Inductor's work.
+    # Dynamo traces as always, but its graph is run as it is, instead of being compiled by Inductor for a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     assert "differ from the eager model's by at most 0" in checks.compiled_matches_eager(CPU)
     monkeypatch.setattr(torch, "compile", lambda module, **_: lambda images: module(images) + 0.1)
@@ -111,7 +111,7 @@ def test_one_rank_and_two() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a usable GPU")
-def test_ranks_that_cannot() -> None:
+def test_ranks_that_cannot_communicate() -> None:
     with pytest.raises(TidaliError, match="nccl: "):
         checks.ranks_communicate("cuda", 1)
 

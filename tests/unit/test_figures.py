@@ -1,4 +1,4 @@
-"""Figures hold the numbers they are given, and come out as valid files and page parts."""
+"""Figures show the numbers they are given, and become valid files and parts of pages."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_pages_get_well_formed_svg_in_their_own_colours(name: str, recwarn) -> N
     assert root.tag == "svg"
     assert (root.get("role"), root.get("aria-label")) == ("img", "a & b")
     assert not re.search(r"https?://(?!www\.w3\.org/1999/xlink)", svg)
-    left = set(re.findall(r"#[0-9a-f]{6}", svg)) - {"#ffffff", "#000000"}  # matplotlib's own, of what is not drawn
+    left = set(re.findall(r"#[0-9a-f]{6}", svg)) - {"#ffffff", "#000000"}  # matplotlib's own colours, of invisible parts
     assert left == set()
     assert {one for one in re.findall(r"var\(--([a-z0-9-]+)\)", svg)} <= COLOURS.keys()
     assert [str(warning.message) for warning in recwarn] == []
@@ -86,7 +86,7 @@ def test_files(tmp_path: Path, suffix: str) -> None:
             assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     first = path.read_bytes()
     save_figure(DRAWN["comparison"](), path)
-    assert path.read_bytes() == first  # equal runs give equal files
+    assert path.read_bytes() == first  # equal figures are equal files
 
 
 def test_text_is_plain(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_labels_of_close_points_do_not_overlap() -> None:
     points.append(Evaluated(label="far", gmacs=0.148, top1_percent=10, series=5))
     figure = figures.accuracy_against_gmacs(points)
     figure.draw_without_rendering()
-    boxes = sorted(Text.get_window_extent(text).intervaly.tolist() for text in figure.axes[0].texts)  # without the line back
-    assert len(boxes) == 6  # each a pixel higher than its letters
+    boxes = sorted(Text.get_window_extent(text).intervaly.tolist() for text in figure.axes[0].texts)  # without the joining line
+    assert len(boxes) == 6  # each is one pixel higher than its letters
     assert all(above[0] >= below[1] - 1 for below, above in itertools.pairwise(boxes))
 
 
@@ -158,10 +158,10 @@ def test_a_matrix_of_200_classes_names_no_cell() -> None:
     assert len(axes.texts) == 0
 
 
-def test_series_are_told_apart_by_colour_and_mark() -> None:
+def test_series_differ_in_colour_or_marker() -> None:
     entries = legend_entries([str(one) for one in range(42)])
     assert len({(entry["mark"], entry["colour"]) for entry in entries}) == 42
-    assert len({light for light, _ in COLOURS.values()}) == len(COLOURS)  # each is replaced by its own variable
+    assert len({light for light, _ in COLOURS.values()}) == len(COLOURS)  # each colour is replaced by its own variable
     assert theme_css().count("--series-0:") == 2
 
 

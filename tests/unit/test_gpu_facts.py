@@ -1,4 +1,4 @@
-"""Whether a driver, a GPU and a torch go together, from described facts."""
+"""Whether a driver, a GPU and a build of torch fit together, decided from given facts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_drivers_version(tmp_path: Path, text: str, version: str | None) -> 
         ("550.54.15", "13.0", "install driver 580 or newer, or a torch built for CUDA 12"),
         ("470.82", "12.6", "install driver 525 or newer"),
         ("470.82", "13.0", "install driver 580 or newer"),
-        ("470.82", "11.8", "install driver 525 or newer"),  # torch would work, DALI would not
+        ("470.82", "11.8", "install driver 525 or newer"),  # torch would work, but DALI would not
         (None, "13.0", None),
         ("470.82", None, None),
     ],
@@ -53,14 +53,14 @@ def test_pairing(driver: str | None, cuda: str | None, fix: str | None) -> None:
     ("capability", "built_for", "runs"),
     [
         ((8, 0), CU130, True),
-        ((8, 9), CU130, True),  # by 8.6's code
+        ((8, 9), CU130, True),  # with the code for 8.6
         ((12, 0), CU130, True),
-        ((13, 0), CU130, True),  # by compute_120, compiled when it is loaded
+        ((13, 0), CU130, True),  # with compute_120, which is compiled when it is loaded
         ((7, 0), CU130, False),  # Volta: code for 7.5 is newer
         ((6, 1), CU130, False),
         ((8, 0), ["sm_86"], False),
         ((9, 0), ["sm_90a"], True),
-        ((9, 1), ["sm_90a"], False),  # a: for that capability alone
+        ((9, 1), ["sm_90a"], False),  # a: only for that capability
         ((10, 0), ["sm_80", "compute_80"], True),
         ((8, 0), [], False),
     ],
@@ -69,7 +69,7 @@ def test_code_for_a_gpu(capability: tuple[int, int], built_for: list[str], runs:
     assert (gpu_fault(capability, built_for) is None) == runs
 
 
-def test_which_way_to_go() -> None:
+def test_whether_an_older_or_a_newer_torch_helps() -> None:
     old = gpu_fault((7, 0), CU130)
     new = gpu_fault((12, 0), ["sm_80", "sm_90"])
     assert old is not None

@@ -18,7 +18,7 @@ from tidali.training.history import differing_settings, labels, read_runs
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> Callable[..., str]:
-    """``write_run("a", ["lr=0.1"], stem="small")`` writes a run folder of three epochs and gives its path."""
+    """``write_run("a", ["lr=0.1"], stem="small")`` writes a run folder of three epochs and returns its path."""
 
     def write(name: str, changes: list[str] | None = None, **settings: Any) -> str:
         folder = tmp_path / name
@@ -69,7 +69,7 @@ def test_long_lists_of_differences_are_cut(write_run) -> None:
     assert labels(runs)[1] == "b (res 64, stem small, lr 0.1, …)"
 
 
-def test_folders_of_one_name_are_told_apart(write_run) -> None:
+def test_folders_of_the_same_name_are_distinguished(write_run) -> None:
     one, other = write_run("x/a"), write_run("y/a")
     assert [run.name for run in read_runs([one, other])] == [one, other]
 

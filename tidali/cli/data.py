@@ -208,8 +208,7 @@ def download(
     url: Annotated[str | None, typer.Option(help="URL to download from.", show_default="Tiny-ImageNet's public home")] = None,
     md5: Annotated[str | None, typer.Option(help="Expected MD5 of the file.", show_default="Tiny-ImageNet's")] = None,
 ) -> None:
-    """Download the real Tiny-ImageNet (237 MB). Resumes an interrupted download. The file appears when it is complete and
-    checked."""
+    """Download the real Tiny-ImageNet (237 MB). An interrupted download is resumed, and the file appears once it is checked."""
     from shards import download as fetch
 
     with progress_bar(note=False) as bar:
@@ -301,7 +300,7 @@ def _print_info(data: str, manifest: Manifest) -> None:
         ("settings", ", ".join(f"{key} {value}" for key, value in manifest.settings.items() if value is not None)),
         ("mean of train", ", ".join(f"{value:.4f}" for value in manifest.mean)),
         ("std of train", ", ".join(f"{value:.4f}" for value in manifest.std)),
-        ("seen", ", ".join(f"{count:,} {name}" for name, count in manifest.counts.items()) or "nothing unusual"),
+        ("noticed", ", ".join(f"{count:,} {name}" for name, count in manifest.counts.items()) or "nothing unusual"),
         ("packed with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         ("format", manifest.version),
         ("quarantined", len(manifest.quarantine)),

@@ -40,8 +40,8 @@ _RANKS_TIMEOUT_S = 60
 CPU = torch.device("cpu")
 
 
-def _require(holds: bool, text: str) -> None:
-    if not holds:
+def _require(condition: bool, text: str) -> None:
+    if not condition:
         raise TidaliError(text)
 
 

@@ -145,7 +145,7 @@ def _dali(version: str) -> Finding:
 
 def _resampling() -> Finding:
     rows = tuple(parity_table())
-    wrong = next((row for row in rows if not row.holds), None)
+    wrong = next((row for row in rows if not row.within_tolerance), None)
     if wrong is None:
         worst = max((row for row in rows if row.comparison.route == "matrix"), key=lambda row: row.largest)
         text = f"tidali's resize is at most {worst.largest:.2f} of 255 grey levels from DALI's, at {worst.res} px"

@@ -54,7 +54,7 @@ class Row:
     mean: float
 
     @property
-    def holds(self) -> bool:
+    def within_tolerance(self) -> bool:
         return self.largest <= self.comparison.largest_allowed and self.mean <= self.comparison.mean_allowed
 
 

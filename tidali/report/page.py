@@ -19,8 +19,8 @@ _PAIRS, _PICTURES_OF_A_PAIR, _HARDEST = 10, 4, 12
 MATRIX_CLASSES = 250
 """With more classes, the cells of a confusion matrix would be smaller than two pixels, so it is left out."""
 
-BEST_FLATTERS = (
-    "“Best” is the epoch chosen by its accuracy on the samples that it is reported on, which flatters: compare “last”."
+BEST_IS_BIASED = (
+    "“Best” is the epoch with the highest accuracy on these same samples, so it looks better than it is: compare “last”."
 )
 
 
@@ -70,8 +70,8 @@ def insight_part(insight: Insight) -> dict[str, Any]:
 
     def prediction(index: int) -> list[str]:
         true, predicted = names[int(insight.labels[index])], names[int(insight.predicted[index])]
-        sure = f"{100 * float(insight.confidences[index]):.0f} % sure"
-        return [true, f"→ {predicted}, {sure}" if true != predicted else f"right, {sure}"]
+        probability = f"{100 * float(insight.confidences[index]):.0f} %"
+        return [true, f"→ {predicted}, {probability}" if true != predicted else f"correct, {probability}"]
 
     return {
         "split": insight.split,

@@ -16,7 +16,7 @@ from tidali.model.checkpoint import SUFFIX
 from tidali.report.drawing import legend_entries
 from tidali.report.figures import accuracy, by_epoch, loss, throughput, waiting
 from tidali.report.insight import inspect_checkpoint
-from tidali.report.page import BEST_FLATTERS, drawn, insight_part, render
+from tidali.report.page import BEST_IS_BIASED, drawn, insight_part, render
 from tidali.training.history import Run, differing_settings
 
 
@@ -79,7 +79,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         if run.summary is None
     ]
     if any(run.split == "val" for run in runs):
-        notes.append(BEST_FLATTERS)
+        notes.append(BEST_IS_BIASED)
     if len({run.split for run in runs}) > 1:
         notes.append("These runs were evaluated on different splits.")
     return notes

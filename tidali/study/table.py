@@ -7,7 +7,7 @@ from typing import Any
 
 from tidali.config import Recipe
 from tidali.model.pretrained import IMAGENET_NAME
-from tidali.report.page import BEST_FLATTERS
+from tidali.report.page import BEST_IS_BIASED
 from tidali.study.rows import IMAGENET, Row
 
 COLUMNS = ("row", "setting", "published %", "last %", "best %", "flip TTA %", "GMACs", "images/s", "minutes")
@@ -88,7 +88,7 @@ def notes(study: Mapping[str, Any]) -> list[str]:
     out = ["Published: the original study on Tiny-ImageNet, best epoch."]
     if data["classes"] != 200 or data["train_samples"] != 100_000:
         out[0] += " These are other data: compare the order of the rows, not the values."
-    out.append(BEST_FLATTERS if data["evaluated_on"] == "val" else f"“Best” is the best epoch on {data['evaluated_on']}.")
+    out.append(BEST_IS_BIASED if data["evaluated_on"] == "val" else f"“Best” is the best epoch on {data['evaluated_on']}.")
     if weights is not None:
         name = f"{weights['name']} (SHA-256 {weights['sha256'][:16]}…)"
         if weights["name"] == IMAGENET_NAME or weights["sha256"].startswith(_TORCHVISIONS_SHA256):
