@@ -70,8 +70,9 @@ def test_the_sdist_can_be_tested_and_its_site_built(sdist: Path) -> None:
         "Dockerfile",
         "tidali/loading/resample.c",
     } <= held
-    for folder, pattern in (("tests", "*.py"), ("docs", "*.md"), ("bench/results", "*.json"), ("examples", "*")):
-        ours = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(pattern)}
+    for folder, pattern in (("tests", "*"), ("docs", "*.md"), ("bench/results", "*.json"), ("examples", "*")):
+        paths = [path for path in (ROOT / folder).rglob(pattern) if path.is_file() and path.suffix != ".pyc"]
+        ours = {str(path.relative_to(ROOT)) for path in paths}
         assert ours
         assert ours <= held
     assert not [name for name in held if "__pycache__" in name or name.startswith(("data/", "runs/"))]
