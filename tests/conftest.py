@@ -1,13 +1,16 @@
-"""What several test modules share: small data sets made here, and the command run in this process."""
+"""What several test modules share: which tests are slow, small data sets made here, and the command run in this process."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import NamedTuple
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -19,6 +22,94 @@ wait_briefly()  # before anything imports torch
 
 settings.register_profile("tidali", deadline=None)  # no test asserts a time, so neither does hypothesis
 settings.load_profile("tidali")
+
+SLOW = ("wheel", "cli/test_kills.py", "unit/test_case_process.py")
+"""Folders and files below this one whose tests are all slow."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` chooses
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark as slow what SLOW names, and every test that starts another Python: importing torch alone takes seconds there."""
+    slow = [Path(__file__).parent / name for name in SLOW]
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in slow) or _starts_python(item.function, set()):
+            item.add_marker(pytest.mark.slow)
+
+
+def _starts_python(function: Callable[..., Any], seen: set[CodeType]) -> bool:
+    """Whether it refers to `sys.executable`, itself or by a function or list of its module."""
+    function = inspect.unwrap(function)
+    names = _names(function.__code__)
+    seen.add(function.__code__)
+    if "executable" in names:
+        return True
+    values = [function.__globals__[name] for name in names if name in function.__globals__]
+    return any(isinstance(value, list) and sys.executable in value for value in values) or any(
+        _starts_python(value, seen)
+        for value in values
+        if isinstance(value, FunctionType) and value.__module__ == function.__module__ and value.__code__ not in seen
+    )
+
+
+def _names(code: CodeType) -> set[str]:
+    """The globals and attributes that a function refers to, and those that functions inside it do."""
+    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow-limit", type=float, metavar="SECONDS", help="fail where a test not marked slow takes more processor time"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    limit_s = config.getoption("--slow-limit")
+    if limit_s is not None:
+        config.pluginmanager.register(UnmarkedSlowTests(limit_s))
+
+
+class UnmarkedSlowTests:
+    """Fails the run where a test without the mark ``slow`` took too long.
+
+    Measured in processor time of this process and of those that it started and waited for, because on a shared machine the
+    wall clock measures the neighbours too. Setup counts, and the first test of a process that uses a session's fixture or
+    torch pays for it, so the limit must be generous.
+    """
+
+    STARTED_S = pytest.StashKey[float]()
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self.found: dict[str, float] = {}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        item.stash[self.STARTED_S] = self._processor_s()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+        report = yield
+        if call.when == "teardown":  # xdist sends user_properties from its workers to the process that counts
+            report.user_properties.append(("processor_s", self._processor_s() - item.stash[self.STARTED_S]))
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        taken_s = dict(report.user_properties).get("processor_s")
+        if taken_s is not None and taken_s > self.limit_s and "slow" not in report.keywords:
+            self.found[report.nodeid] = taken_s
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.found and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for nodeid, taken_s in sorted(self.found.items(), key=lambda one: -one[1]):
+            terminalreporter.write_line(f"{nodeid}: {taken_s:.1f} s of processor time; mark it with pytest.mark.slow", red=True)
+
+    @staticmethod
+    def _processor_s() -> float:
+        taken = os.times()
+        return taken.user + taken.system + taken.children_user + taken.children_system
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Files that an earlier tidali wrote can still be read: a packed data set, a checkpoint, a run folder and a stopped run's state.
+"""Files that an earlier tidali wrote can still be read: a packed data set, a checkpoint, a run folder, a run's state.
 
 They are in ``tests/data/old_formats``. Its ``make.py`` made them with the code of that time, and recorded that code's results.
 """

@@ -8,12 +8,12 @@ It does not run with the present code, which must read what it made.
 - ``packed/``: a demo data set of 3 classes, 18 train and 15 val images of 64 x 64.
 - ``stopped.tar.xz``: the folder of a run of two epochs that a SIGTERM stopped within the second one.
 - ``finished.tar.xz``: the same run, resumed to its end.
-- ``expected.json``: results of the old code: the labels and mean values of the images, and of the finished run's best checkpoint
-  the evaluation and the predictions.
+- ``expected.json``: results of the old code: the labels and mean values of the images, and the evaluation and predictions
+  of the finished run's best checkpoint.
 
 The state of a ResNet-18 has 134 MB, and trained weights do not compress. So the weights, moving averages and momentum are
-overwritten by a periodic pattern whenever a file is saved, and training continues from those. Everything else is as the old code
-writes it.
+overwritten by a periodic pattern whenever a file is saved, and training continues from those. Everything else is as the old
+code writes it.
 """
 
 from __future__ import annotations
