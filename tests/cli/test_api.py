@@ -78,6 +78,7 @@ def newcomer(demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
+@pytest.mark.slow
 def test_examples_run(newcomer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In order: the first trains the run that the others load."""
     ran = set()
@@ -90,6 +91,7 @@ def test_examples_run(newcomer: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert ran == {"tidali", "tidali.api.make_loader", "tidali.model.predict.load_model"}
 
 
+@pytest.mark.slow
 def test_loader_in_a_plain_loop_learns(demo_data: Path) -> None:
     """Nothing of tidali but the loader."""
     import torchvision

@@ -154,6 +154,7 @@ def _tiny(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["normalisation", "kernel", "weights"])
 def test_a_wrong_file_is_not_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str) -> None:
     model, path = _classifier(_tiny()), tmp_path / "x.pt2"

@@ -118,6 +118,7 @@ def test_eval_with_mirrored_images_is_the_runs_own_figure(tidali, trained, demo_
     assert document["scores"][0]["loss"] != summary["last"]["loss"]
 
 
+@pytest.mark.slow
 def test_mixed_sizes_pieces_and_tensorboard(tidali, demo_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -159,6 +160,7 @@ def test_init_lists_what_was_loaded_and_what_not(tidali, trained, demo_data: Pat
         assert json.loads(file.metadata()["tidali"])["mean"] == [0, 0, 0]  # that recipe does not normalise
 
 
+@pytest.mark.slow
 def test_demo_then_default_resolution_and_folder(tidali, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert tidali("demo", "data/own", "--classes", 2, "--per-class", 8).code == 0

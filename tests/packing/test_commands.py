@@ -154,6 +154,7 @@ def test_info(tidali: Any, packed: Path, tmp_path: Path) -> None:
     assert len(document["classes"]) == 4
 
 
+@pytest.mark.slow
 def test_contact_sheet(tidali: Any, packed: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert tidali("info", packed, "--sheet", tmp_path / f"{name}.png").code == 0
@@ -185,6 +186,7 @@ def test_a_contact_sheet_on_a_full_disk(tidali: Any, packed: Path, tmp_path: Pat
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == {sheet: before}
 
 
+@pytest.mark.slow
 def test_contact_sheet_of_what_the_network_sees(tidali: Any, packed: Path, tmp_path: Path) -> None:
     def sheet(name: str, *options: object) -> Image.Image:
         path = tmp_path / f"{name}.png"

@@ -200,6 +200,7 @@ def damageable(make: Any, kind: str) -> bytes:
     return make.encode(image, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["GIF", "TIFF"])
 def test_each_byte_of_several_frames_may_be_damaged(make: Any, kind: str) -> None:
     """What `hypothesis` would find on a lucky day: every cut, and every byte's worst values."""

@@ -41,6 +41,7 @@ def test_same_as_zipfile(tmp_path_factory: pytest.TempPathFactory, entries: dict
     assert zip_directory._read_plain(path) == read_directory(path) == by_zipfile(path)
 
 
+@pytest.mark.slow
 def test_more_members_than_16_bits_count(tmp_path: Path) -> None:
     path = tmp_path / "a.zip"
     write(path, {f"{number}": b"" for number in range(66_000)})

@@ -54,6 +54,7 @@ LOSS_TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2**-8}
 IMAGES = {"float64": (4, 64), "float32": (2, 100), "bfloat16": (1, 100)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["float64", "float32", "bfloat16"])
 def test_twenty_steps_are_a_plain_loops(name: str) -> None:
     """One batch again and again, whose loss falls smoothly: with new random labels each step, batch norm over a few values

@@ -40,6 +40,7 @@ def test_imagenet_stem_is_torchvisions_model() -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pooling_before_the_relu_changes_no_bit(dtype: torch.dtype) -> None:
     torch.manual_seed(2)

@@ -81,6 +81,7 @@ def test_the_run_folder_has_a_report(tidali, folder: Path, tmp_path: Path, monke
     assert "striped triangle" in text
 
 
+@pytest.mark.slow
 def test_the_stopped_run_is_resumed_to_its_end(tidali, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was stopped within its second epoch, after step 4 of 6."""
     monkeypatch.chdir(folder)

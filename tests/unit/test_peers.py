@@ -204,6 +204,7 @@ def write_wheel(folder: Path) -> Path:
     return wheel
 
 
+@pytest.mark.slow
 def test_an_environment_has_the_peer_and_this_torch_and_is_kept(peers_home: Path, monkeypatch, tmp_path: Path) -> None:
     wheel = write_wheel(tmp_path)
     monkeypatch.setitem(peer_env.ENVIRONMENTS, "a", Environment(requirements=(str(wheel),)))
