@@ -23,16 +23,29 @@ wait_briefly()  # before anything imports torch
 settings.register_profile("tidali", deadline=None)  # no test asserts a time, so neither does hypothesis
 settings.load_profile("tidali")
 
-SLOW = ("wheel", "cli/test_kills.py", "unit/test_case_process.py")
+SLOW = (
+    "wheel",
+    "cli/test_kills.py",
+    "unit/test_case_process.py",
+    "unit/test_checks.py",
+    "unit/test_insight.py",
+    "unit/test_resume.py",
+)
 """Folders and files below this one whose tests are all slow."""
+SLOW_FIXTURES = {"trained", "s3"}
+"""A whole training run, and an S3 server."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before ``-m`` chooses
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Mark as slow what SLOW names, and every test that starts another Python: importing torch alone takes seconds there."""
+    """Mark as slow what SLOW and SLOW_FIXTURES name, and every test that starts another Python, which imports torch anew."""
     slow = [Path(__file__).parent / name for name in SLOW]
     for item in items:
-        if any(item.path.is_relative_to(path) for path in slow) or _starts_python(item.function, set()):
+        if (
+            any(item.path.is_relative_to(path) for path in slow)
+            or not SLOW_FIXTURES.isdisjoint(item.fixturenames)
+            or _starts_python(item.function, set())
+        ):
             item.add_marker(pytest.mark.slow)
 
 

@@ -78,6 +78,11 @@ def newcomer(demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
+def test_no_other_module_has_examples() -> None:
+    paths = {path for path in Path(tidali.__file__).parent.rglob("*.py") if ">>> " in path.read_text()}
+    assert paths == {Path(str(importlib.import_module(module).__file__)) for module in DOCUMENTED}
+
+
 @pytest.mark.slow
 def test_examples_run(newcomer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In order: the first trains the run that the others load."""

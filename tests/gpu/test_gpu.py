@@ -12,7 +12,10 @@ import torch
 from tidali.dataset.contract import Dataset, open_dataset
 from tidali.doctor import checks
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch"),
+    pytest.mark.xdist_group("gpu"),  # one process at a time: the memory that is free decides what is cached
+]
 
 CUDA = torch.device("cuda", 0)
 

@@ -14,7 +14,7 @@ import pytest
 
 from tidali.errors import TidaliError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]  # one of them kills any worker of Ray on this machine
 
 
 @pytest.fixture(scope="module")

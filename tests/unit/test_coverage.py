@@ -76,7 +76,7 @@ def cached(samples: int, **keys: Any) -> CachedBatches:
     return CachedBatches(PixelCache(pixels=pixels, labels=torch.arange(samples), identity="numbered"), res=1, **keys)
 
 
-ROUTES = pytest.mark.parametrize("route", [cached, stream])
+ROUTES = pytest.mark.parametrize("route", [cached, pytest.param(stream, marks=pytest.mark.slow)])
 # One example is up to sixteen DALI pipelines; ten of them find an off-by-one at the ends of ranks and batches that was put in.
 COVERED = settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
