@@ -18,6 +18,7 @@ HEAVY = (
     "fsspec",
     "ray",
     "matplotlib",
+    "jinja2",
     "webdataset",
     "rich.progress",
 )

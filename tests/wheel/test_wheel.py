@@ -37,12 +37,11 @@ def test_every_module_is_inside(names: list[str], package: str) -> None:
 
 def test_types_data_entry_point_and_licence(wheel: Path, names: list[str]) -> None:
     assert "tidali/py.typed" in names
-    packages = {"tidali": ("*.c", "*.html"), "bench": ("*.json", "*.html")}
     data = {
         str(path.relative_to(ROOT))
-        for package, patterns in packages.items()
-        for pattern in patterns
-        for path in (ROOT / package).rglob(pattern)
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
     }
     assert {"tidali/report/page.html", "tidali/loading/resample.c", "bench/schema.json", "bench/bench.html"} <= data
     assert data <= set(names)
