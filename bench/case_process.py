@@ -82,7 +82,7 @@ class CaseProcess:
         return Rates(**{**answer, "per_s": tuple(answer["per_s"])})
 
     def profile(self, path: Path) -> list[str]:
-        """The lines of `bench.profile.profile_step`, which writes a trace to the path.
+        """Write a trace to the path, and return the lines of `bench.profile.profile_step`.
 
         Raises:
             CaseFailed: it failed, or the trace cannot be written.

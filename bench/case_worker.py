@@ -17,12 +17,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
+from tidali.config import AmpChoice, CompileChoice, DeviceChoice, Stem
 from tidali.hardware.timing import Stopwatch
 
 
@@ -42,6 +43,13 @@ class Job:
     classes: int
     threads: int | None = None
     """OMP_NUM_THREADS of the process; None: as in this one."""
+    stem: Stem = "imagenet"
+    """Of a training loop, as are the fields below."""
+    device: DeviceChoice = "auto"
+    amp: AmpChoice = "auto"
+    compile: CompileChoice = "auto"
+    averaged: bool = True
+    """tidali also keeps averaged weights, as ``tidali train`` does."""
 
     @staticmethod
     def from_json(text: str) -> Job:
@@ -218,11 +226,8 @@ def _named(words: str) -> Any:
 
 
 def _open(job: Job) -> Subject:
-    function: Callable[[Job], Any] = _named(job.target)
-    found = function(job)
-    if isinstance(job, DataJob) and not hasattr(found, "step"):
-        return Stream(found, job)
-    subject: Subject = found
+    found: Any = _named(job.target)(job)
+    subject: Subject = Stream(found, job) if isinstance(job, DataJob) and not hasattr(found, "step") else found
     return subject
 
 

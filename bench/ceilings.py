@@ -6,7 +6,8 @@ with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from bench.measure import Case, Rates
-from tidali.dataset.contract import Dataset, iter_records
+from tidali.dataset.contract import Dataset, SampleRecord, iter_records
 from tidali.hardware.device import DevicePlan, choose_amp, cpu_count, describe_device
 
 DECODE, COPY, UPLOAD = "JPEG decoding", "memory copy", "host-to-GPU copy"
@@ -59,15 +60,16 @@ def _product_dtypes(plan: DevicePlan) -> list[torch.dtype]:
 
 def sample_jpegs(dataset: Dataset, *, most: int = _DECODE_IMAGES) -> list[bytes]:
     """The stored bytes of the train split's first images, without those that are no JPEGs."""
-    found: list[bytes] = []
+    jpegs = (content for record, content in stored_images(dataset) if record.extension == "jpg")
+    return list(itertools.islice(jpegs, most))
+
+
+def stored_images(dataset: Dataset) -> Iterator[tuple[SampleRecord, bytes]]:
+    """The train split's records and stored bytes, in the order of the shards."""
     for shard, record in iter_records(dataset, "train"):
-        if record.extension == "jpg":
-            with (dataset.root / shard.name).open("rb") as tar:
-                tar.seek(record.offset)
-                found.append(tar.read(record.size_bytes))
-        if len(found) == most:
-            break
-    return found
+        with (dataset.root / shard.name).open("rb") as tar:
+            tar.seek(record.offset)
+            yield record, tar.read(record.size_bytes)
 
 
 def _decode(jpegs: Sequence[bytes]) -> Callable[[], float]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from bench.ceilings import Ceiling
 from bench.measure import Rates
@@ -30,9 +30,6 @@ class Diagnosis:
     host_synchronisations: int | None
     """How often a step makes the host wait for the GPU; None on a CPU."""
     line: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def diagnose(

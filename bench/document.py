@@ -100,8 +100,8 @@ def _machine(plan: DevicePlan) -> dict[str, Any]:
         from tidali.doctor.gpu import driver_version
 
         properties = torch.cuda.get_device_properties(plan.device)
-        found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
-        found |= {"driver": driver_version()}
+        memory_gib = round(properties.total_memory / 2**30, 1)
+        found |= {"gpu": properties.name, "gpu_memory_gib": memory_gib, "driver": driver_version()}
     return found
 
 

@@ -56,14 +56,6 @@ class Rates:
     def median(self) -> float:
         return statistics.median(self.per_s)
 
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        """The first and the third, by linear interpolation; for a single measurement, that measurement."""
-        if len(self.per_s) == 1:
-            return self.per_s[0], self.per_s[0]
-        first, _, third = statistics.quantiles(self.per_s, n=4, method="inclusive")
-        return first, third
-
     @staticmethod
     def combined(parts: Sequence[Rates]) -> Rates:
         """Several measurements of one case, in the order in which they were made, as one."""
@@ -85,7 +77,8 @@ class Rates:
         )
 
     def to_dict(self) -> dict[str, float]:
-        first, third = self.quartiles
+        """Median, extremes, and quartiles by linear interpolation; of a single measurement, all are that measurement."""
+        first, _, third = statistics.quantiles(self.per_s * (2 if len(self.per_s) == 1 else 1), n=4, method="inclusive")
         return {"median": self.median, "min": min(self.per_s), "max": max(self.per_s), "q1": first, "q3": third}
 
     def measured(self) -> dict[str, float | int]:
@@ -135,12 +128,15 @@ class Case:
         warmup_s = warm_up.elapsed_s()
 
         waited_s = self.wait.total_s if self.wait is not None else 0.0
-        idle, watch = IdleTimer(), Stopwatch(self.device)
+        idle_before_s, watch = idle_s(), Stopwatch(self.device)
         images, steps = 0.0, 0
         while not self._may_end(steps, watch.peek_s(), min_seconds):
             images += self.step()
             steps += 1
-        seconds, idle_s = watch.elapsed_s(), idle.elapsed_s()
+        seconds, idle_after_s = watch.elapsed_s(), idle_s()
+        idle_share = None
+        if idle_before_s is not None and idle_after_s is not None:
+            idle_share = min((idle_after_s - idle_before_s) / (seconds * cpu_count()), 1.0)
         return Rates(
             per_s=(images / seconds,),
             first_step_s=first_step_s,
@@ -149,7 +145,7 @@ class Case:
             steps=steps,
             seconds=seconds,
             wait_share=(self.wait.total_s - waited_s) / seconds if self.wait is not None else None,
-            idle_share=min(idle_s / (seconds * cpu_count()), 1.0) if idle_s is not None else None,
+            idle_share=idle_share,
         )
 
     def _may_end(self, steps: int, seconds: float, min_seconds: float) -> bool:
@@ -203,24 +199,13 @@ def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
         yield begin
 
 
-class IdleTimer:
-    """Seconds since construction that the cores of this process were idle, summed over the cores.
+def idle_s() -> float | None:
+    """Seconds that the cores of this process were idle since the machine was started, summed over the cores; None if the kernel
+    does not report it.
 
     Shows what a step loses to waiting, as opposed to other work on the machine: the kernel's count (``idle`` and ``iowait`` of
     /proc/stat) covers all processes, so a step that another process displaces leaves no core idle, and a step that sleeps does.
     """
-
-    def __init__(self) -> None:
-        self._start_s = _idle_s()
-
-    def elapsed_s(self) -> float | None:
-        """None if the kernel does not report it."""
-        now_s = _idle_s()
-        return None if now_s is None or self._start_s is None else now_s - self._start_s
-
-
-def _idle_s() -> float | None:
-    """Idle seconds since the machine was started."""
     try:
         cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
         lines = [line.split() for line in _STAT.read_text().splitlines()]

@@ -19,10 +19,6 @@ Sample = tuple[Path, int]
 _SHARD_SAMPLES = 1000
 
 
-def list_samples(folder: Path) -> list[Sample]:
-    return [(path, int(path.parent.name)) for path in sorted(folder.glob("*/*.jpg"))]
-
-
 class Images:
     """FFCV's 'indexed dataset': (PIL image, label)."""
 
@@ -69,7 +65,7 @@ def _write_shards(samples: list[Sample], pattern: str, decode: bool) -> None:
 
 
 def main(case: str, folder: str, dest: str, workers: str) -> None:
-    samples = list_samples(Path(folder))
+    samples = [(path, int(path.parent.name)) for path in sorted(Path(folder).glob("*/*.jpg"))]
     if case.startswith("webdataset"):
         pack_webdataset(samples, Path(dest), int(workers), decode=case == "webdataset")
     else:

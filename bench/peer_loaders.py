@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,16 +198,8 @@ def _dali_pipeline(job: DataJob, read: Callable[[], Any]) -> Any:
 # ----------------------------------------------------------------------------------------------------------------------- FFCV
 
 
-def ffcv_raw(job: DataJob) -> Batches:
-    return _ffcv(job, "raw")
-
-
-def ffcv_jpg(job: DataJob) -> Batches:
-    """FFCV encodes the decoded pixels as JPEG again."""
-    return _ffcv(job, "jpg")
-
-
 def _ffcv(job: DataJob, mode: str) -> Batches:
+    """As jpg, FFCV encodes the decoded pixels as JPEG again."""
     import numpy as np
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder, SimpleRGBImageDecoder
@@ -238,6 +231,8 @@ def _ffcv(job: DataJob, mode: str) -> Batches:
         },
     )
 
+
+ffcv_raw, ffcv_jpg = partial(_ffcv, mode="raw"), partial(_ffcv, mode="jpg")
 
 # ------------------------------------------------------------------------------------------------ LitData, MosaicML, SPDL
 
@@ -337,20 +332,8 @@ def spdl(job: DataJob) -> Batches:
 # --------------------------------------------------------------------------------------------------------------------- tidali
 
 
-def tidali_streaming(job: DataJob) -> Batches:
-    return _tidali(job, "off", "float32")
-
-
-def tidali_cached(job: DataJob) -> Batches:
-    return _tidali(job, "device", "float32")
-
-
-def tidali_cached_bf16(job: DataJob) -> Batches:
-    """In bfloat16, the input of a training step under bf16 autocast."""
-    return _tidali(job, "device", "bfloat16")
-
-
 def _tidali(job: DataJob, cache: CacheChoice, dtype: str) -> Batches:
+    """In bfloat16, the input of a training step under bf16 autocast, or in float32."""
     import torch
 
     from tidali.dataset.contract import open_dataset
@@ -364,3 +347,8 @@ def _tidali(job: DataJob, cache: CacheChoice, dtype: str) -> Batches:
         training=Training(augment=Augment(flip="random")),
         dtype=getattr(torch, dtype),
     )
+
+
+tidali_streaming = partial(_tidali, cache="off", dtype="float32")
+tidali_cached = partial(_tidali, cache="device", dtype="float32")
+tidali_cached_bf16 = partial(_tidali, cache="device", dtype="bfloat16")

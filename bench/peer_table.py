@@ -58,14 +58,6 @@ def _training(loop: str, name: str, package: str, **fields: Any) -> list[Peer]:
     ]
 
 
-def _fp16_on_a_gpu(plan: DevicePlan) -> torch.dtype | None:
-    return torch.float16 if plan.device.type == "cuda" else None
-
-
-def _as_tidali(plan: DevicePlan) -> torch.dtype | None:
-    return plan.amp_dtype
-
-
 LOADERS = (
     _loader("torchvision-v1", "torchvision v1", "torchvision"),
     _loader("torchvision-v2", "torchvision v2", "torchvision"),
@@ -83,9 +75,14 @@ LOADERS = (
 )
 TRAINING = (
     *_training("study", "original study", "torch"),
-    *_training("torchvision", "torchvision reference", "torchvision", product_dtype=_fp16_on_a_gpu),
-    *_training("timm", "timm", "timm", env="timm", product_dtype=_as_tidali),
-    *_training("tidali", "tidali", "tidali", product_dtype=_as_tidali),
+    *_training(
+        "torchvision",
+        "torchvision reference",
+        "torchvision",
+        product_dtype=lambda plan: torch.float16 if plan.device.type == "cuda" else None,
+    ),
+    *_training("timm", "timm", "timm", env="timm", product_dtype=lambda plan: plan.amp_dtype),
+    *_training("tidali", "tidali", "tidali", product_dtype=lambda plan: plan.amp_dtype),
 )
 REFERENCE = _loader("reference", "the reference", "torchvision")
 """What the loaders are checked against."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.case_process import CaseProcess
 from bench.case_worker import DataJob
-from bench.ceilings import COPY, DECODE, ceiling_cases, ceiling_rows, lowest_ceiling, sample_jpegs
+from bench.ceilings import COPY, DECODE, ceiling_cases, ceiling_rows, lowest_ceiling, sample_jpegs, stored_images
 from bench.document import make_document, make_row
 from bench.measure import CaseFailed, Measurable, Rates, measure, progress
 from bench.peer_check import CHECK_SAMPLES, why_wrong_loader, why_wrong_training
@@ -24,7 +24,7 @@ from bench.peer_table import LOADERS, REFERENCE, TRAINING, Peer, chosen
 from bench.routes import check_batch_size
 from bench.step import step_cost
 from tidali.console import say
-from tidali.dataset.contract import Dataset, iter_records, parse_image_size
+from tidali.dataset.contract import Dataset, parse_image_size
 from tidali.errors import UsageError
 from tidali.hardware.device import DevicePlan, cpu_count, plan_device
 
@@ -200,9 +200,7 @@ def extract(dataset: Dataset, folder: Path) -> Path:
     folders = [folder / f"{label:0{dataset.manifest.label_digits}d}" for label in range(len(dataset.manifest.classes))]
     for of_class in folders:
         of_class.mkdir(parents=True)
-    for shard, record in iter_records(dataset, "train"):
+    for record, content in stored_images(dataset):
         assert record.label is not None
-        with (dataset.root / shard.name).open("rb") as tar:
-            tar.seek(record.offset)
-            (folders[record.label] / f"{record.key}.{record.extension}").write_bytes(tar.read(record.size_bytes))
+        (folders[record.label] / f"{record.key}.{record.extension}").write_bytes(content)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -111,9 +112,10 @@ def _bars(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     logarithmic = highest > LOG_ABOVE * lowest
     if logarithmic:
         ax.set_xscale("log")
-        ax.set_xlim(10 ** _floor_log10(lowest), highest * 1.5)
+        ax.set_xlim(10 ** math.floor(math.log10(lowest)), highest * 1.5)
     else:
         ax.set_xlim(0, highest * 1.05)
+    with_peers = any(row["case"].startswith("tidali") for row in rows)  # without peers, names do not say whose the cases are
     for place, row in enumerate(rows):
         if "images_per_s" not in row:
             ax.text(
@@ -121,7 +123,7 @@ def _bars(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             )
             continue
         rate = row["images_per_s"]
-        colour = OURS if is_ours(row["case"], rows) else THEIRS
+        colour = OURS if row["case"].startswith("tidali") or not with_peers else THEIRS
         ax.barh(place, rate["median"], color=colour, height=0.7)
         ax.plot([rate["min"], rate["max"]], [place, place], color=INK, linewidth=1.2, marker="|")
         text = number(rate["median"])
@@ -158,13 +160,3 @@ def _curves(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     ax.set_xlabel(axis(varied))
     ax.set_ylabel("images/s")
     ax.legend()
-
-
-def is_ours(case: str, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether it is a case of tidali. Their names say so in a document that has peers; in others all cases are tidali's."""
-    named = [row["case"] for row in rows if row["case"].startswith("tidali")]
-    return case in named or not named
-
-
-def _floor_log10(value: float) -> int:
-    return len(str(int(value))) - 1 if value >= 1 else -1

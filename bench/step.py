@@ -16,11 +16,11 @@ from typing import Any, get_args
 import torch
 
 from bench.case_process import CaseProcess
+from bench.case_worker import Job
 from bench.ceilings import ceiling_cases, ceiling_rows, lowest_ceiling, matrix_product
 from bench.document import make_document, make_row
 from bench.measure import CaseFailed, Measurable, Rates, measure
 from bench.peer_check import why_wrong_training
-from bench.training_loops import StepJob
 from tidali.config import AmpChoice, CompileChoice, DeviceChoice, Stem
 from tidali.console import say
 from tidali.errors import TidaliError
@@ -58,11 +58,10 @@ def bench_step(
     limits, stems = ceiling_cases(plan), get_args(Stem)
     rows, ceilings = [], []
     for res, stem in ((res, stem) for stem in stems for res in resolutions if stem == "imagenet" or res <= SMALL_STEM_MAX_PX):
-        settings: dict[str, Any] = dict(res=res, stem=stem, batch_size=batch_size, classes=CLASSES)
-        settings |= dict(device=device, amp=amp, compile=compile)
+        shape: dict[str, Any] = dict(res=res, stem=stem, batch_size=batch_size, classes=CLASSES)
         trace = profile.with_name(f"{profile.stem}-{res}-{stem}.json") if profile is not None else None
         try:
-            rates = _measure(settings, limits, repeats, trace)
+            rates = _measure({**shape, "device": device, "amp": amp, "compile": compile}, limits, repeats, trace)
         except CaseFailed as error:
             hint = "; give a smaller --batch-size" if "out of memory" in str(error) else ""
             raise TidaliError(f"bench step: {batch_size} images of {res} px: {error}{hint}") from None
@@ -88,13 +87,13 @@ def bench_step(
 def _measure(
     settings: Mapping[str, Any], limits: Mapping[str, Measurable], repeats: int, trace: Path | None
 ) -> dict[str, Rates]:
-    """Both loops at one resolution and stem, and the ceilings."""
-    cases = {ORIGINAL: ("study_step_of", "torch"), TIDALI: ("tidali_step_of", "tidali")}
+    """Both loops at one resolution and stem, and the ceilings. Without averaged weights: the study's loop has none."""
+    cases = {ORIGINAL: ("study_step", "torch"), TIDALI: ("tidali_step", "tidali")}
     processes: dict[str, CaseProcess] = {}
     with tempfile.TemporaryDirectory(prefix="tidali-step-", ignore_cleanup_errors=True) as scratch, ExitStack() as stack:
         for case, (function, package) in cases.items():
             target = f"bench.training_loops:{function}"
-            job = StepJob(target=target, package=package, scratch=f"{scratch}/{package}", **settings)
+            job = Job(target=target, package=package, scratch=f"{scratch}/{package}", averaged=False, **settings)
             processes[case] = stack.enter_context(CaseProcess(Path(sys.executable), job))
             wrong = why_wrong_training(processes[case].check(1), job)
             if wrong is not None:

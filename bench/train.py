@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def bench_train(
             step_on_host=plan.device.type == "cpu",
             synchronisations=synchronisations,
         )
-        diagnoses.append(diagnosis.to_dict())
+        diagnoses.append(asdict(diagnosis))
         say(diagnosis.line)
         if profile is not None:
             path = profile.with_name(f"{profile.stem}-{res}-{stem}.json")
@@ -114,7 +115,7 @@ def train_cases(data: Data, plan: DevicePlan, *, res: int, stem: Stem, batch_siz
     dataset = data.dataset
     classes, epoch_steps = len(dataset.manifest.classes), dataset.split("train").samples // batch_size
     settings = batch_settings(dataset, res, batch_size)
-    alone, fed = (endless(data.batches("train", **settings)) for _ in range(2))
+    alone, fed = counting(data.batches("train", **settings)), endless(data.batches("train", **settings))
     state = make_state(classes, plan, stem, averaged=True)
     images = torch.randn(batch_size, 3, res, res, device=plan.device).to(memory_format=torch.channels_last)
     labels = torch.randint(classes, (batch_size,), device=plan.device)
@@ -132,7 +133,7 @@ def train_cases(data: Data, plan: DevicePlan, *, res: int, stem: Stem, batch_siz
 
     return {
         DECODED: Case(step=counting(Decoded(data, settings)), device=plan.device),
-        LOADER: Case(step=lambda: len(next(alone)[1]), device=plan.device, cycle_steps=epoch_steps),
+        LOADER: Case(step=alone, device=plan.device, cycle_steps=epoch_steps),
         STEP: Case(step=step_synthetic, device=plan.device),
         END_TO_END: Case(step=step_end_to_end, device=plan.device, wait=wait),
     }

@@ -1,14 +1,13 @@
 """Training loops as cases: the original study's, torchvision's reference, timm's and tidali's.
 
-For `bench.peers` each is measured twice, with ResNet-18's stock stem from random weights, on a GPU if there is one: its step
-alone, on one batch that stays in memory, and end to end, fed by the loader that it comes with. For `bench.step` the steps of
-the original study and of tidali are measured alone, with either stem. Each case runs in a process of its own.
+Each is two cases, with a ResNet-18 with random weights: its step alone, on one batch that stays in memory, and end to end, fed
+by the loader that it comes with. `bench.peers` measures all with the stock stem; `bench.step` measures the steps of the
+original study and of tidali with either stem. Each case runs in a process of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torchvision import datasets, models, transforms
 
 from bench.case_worker import DataJob, Job, Stream
 from bench.peer_loaders import torchvision_v1
-from tidali.config import AmpChoice, Augment, CompileChoice, DeviceChoice, Preprocess, Stem, make_recipe
+from tidali.config import Augment, Preprocess, Stem, make_recipe
 from tidali.dataset.contract import open_dataset
 from tidali.hardware.device import DevicePlan, plan_device, set_numerics
 from tidali.hardware.timing import Stopwatch
@@ -65,20 +64,21 @@ def _in_memory(job: Job, device: torch.device, *, channels_last: bool) -> Callab
 
 
 def _step_and_loop(
-    make_train_on: Callable[[DataJob, torch.device], TrainOn],
+    make_train_on: Callable[[Job, DevicePlan], TrainOn],
     make_loader: Callable[[DataJob, torch.device], Any],
     *,
     channels_last: bool,
-) -> tuple[Callable[[DataJob], Training], Callable[[DataJob], Training]]:
+) -> tuple[Callable[[Job], Training], Callable[[DataJob], Training]]:
     """The two cases of a training loop: its step alone, and the step with its loader."""
 
-    def step(job: DataJob) -> Training:
-        device = plan_device("auto", "auto", "auto").device
-        return Training(make_train_on(job, device), _in_memory(job, device, channels_last=channels_last), device)
+    def step(job: Job) -> Training:
+        plan = plan_device(job.device, job.amp, job.compile)
+        train_on = make_train_on(job, plan)
+        return Training(train_on, _in_memory(job, plan.device, channels_last=channels_last), plan.device)
 
     def loop(job: DataJob) -> Training:
-        device = plan_device("auto", "auto", "auto").device
-        return Training(make_train_on(job, device), Stream(make_loader(job, device), job).next, device)
+        plan = plan_device(job.device, job.amp, job.compile)
+        return Training(make_train_on(job, plan), Stream(make_loader(job, plan.device), job).next, plan.device)
 
     return step, loop
 
@@ -86,10 +86,11 @@ def _step_and_loop(
 # ---------------------------------------------------------------------------------------------------------- the original study
 
 
-def _study_train_on(num_classes: int, stem: Stem, device: torch.device) -> TrainOn:
+def _study_train_on(job: Job, plan: DevicePlan) -> TrainOn:
     """The original study's step: float32, NCHW, eager, torch's default optimizer implementation, with the running loss and
     accuracy that its loop reads after each step."""
-    model = build_resnet18(num_classes, stem).to(device)
+    device = plan.device
+    model = build_resnet18(job.classes, job.stem).to(device)
     model.train()
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -116,16 +117,15 @@ def _study_loader(job: DataJob, device: torch.device) -> Any:
     return torch.utils.data.DataLoader(images, batch_size=job.batch_size, shuffle=True, num_workers=job.cores, drop_last=True)
 
 
-study_step, study_loop = _step_and_loop(
-    lambda job, device: _study_train_on(job.classes, "imagenet", device), _study_loader, channels_last=False
-)
+study_step, study_loop = _step_and_loop(_study_train_on, _study_loader, channels_last=False)
 
 # ------------------------------------------------------------------------------------------------------ torchvision's reference
 
 
-def _torchvision_train_on(job: DataJob, device: torch.device) -> TrainOn:
+def _torchvision_train_on(job: Job, plan: DevicePlan) -> TrainOn:
     """references/classification/train.py with ``--amp``: SGD 0.1, momentum 0.9, decay 1e-4, NCHW; loss, top-1 and top-5 are
     read after each step. Its ``--amp`` is CUDA's autocast and scaler: on a CPU the step is float32."""
+    device = plan.device
     model = models.resnet18(num_classes=job.classes).to(device).train()
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -157,14 +157,14 @@ torchvision_step, torchvision_loop = _step_and_loop(
 # ------------------------------------------------------------------------------------------------------------------------ timm
 
 
-def _timm_train_on(job: DataJob, device: torch.device) -> TrainOn:
+def _timm_train_on(job: Job, plan: DevicePlan) -> TrainOn:
     """train.py with ``--amp --amp-dtype bfloat16 --channels-last``: timm's model, its SGD with Nesterov momentum 0.9 and decay
     2e-5, label smoothing 0.1. Without ``--amp`` if the device has to emulate bfloat16, and with float16 on an older GPU."""
     import timm
     from timm.loss import LabelSmoothingCrossEntropy
     from timm.optim import create_optimizer_v2
 
-    dtype = plan_device("auto", "auto", "auto").amp_dtype
+    device, dtype = plan.device, plan.amp_dtype
     model = timm.create_model("resnet18", num_classes=job.classes)
     model = model.to(device).to(memory_format=torch.channels_last).train()
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, momentum=0.9, weight_decay=2e-5)
@@ -235,11 +235,11 @@ def make_state(num_classes: int, plan: DevicePlan, stem: Stem, *, averaged: bool
     return state
 
 
-def _tidali_train_on(num_classes: int, plan: DevicePlan, stem: Stem, *, averaged: bool) -> TrainOn:
+def _tidali_train_on(job: Job, plan: DevicePlan) -> TrainOn:
     """tidali's step on channels-last images, with the running loss and accuracy that ``tidali train`` keeps on the device.
     Returns the running mean loss, a scalar on the device."""
     set_numerics()
-    state, meter = make_state(num_classes, plan, stem, averaged=averaged), Meter(plan.device)
+    state, meter = make_state(job.classes, plan, job.stem, averaged=job.averaged), Meter(plan.device)
 
     def train_on(images: Tensor, labels: Tensor) -> Tensor:
         meter.update(engine.train_step(state, images, labels), labels)
@@ -254,33 +254,4 @@ def _tidali_loader(job: DataJob, device: torch.device) -> Any:
     return Data(open_dataset(Path(job.root)), device).batches("train", preprocess, job.batch_size, training=training)
 
 
-tidali_step, tidali_loop = _step_and_loop(
-    lambda job, device: _tidali_train_on(job.classes, plan_device("auto", "auto", "auto"), "imagenet", averaged=True),
-    _tidali_loader,
-    channels_last=True,
-)
-
-# ------------------------------------------------------------------------------------------------------- cases of `bench.step`
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepJob(Job):
-    """A step on one batch in memory."""
-
-    stem: Stem
-    device: DeviceChoice
-    amp: AmpChoice
-    compile: CompileChoice
-
-
-def study_step_of(job: StepJob) -> Training:
-    """The original study's step, in a process in which tidali has changed no setting."""
-    device = plan_device(job.device, "off", "off").device
-    return Training(_study_train_on(job.classes, job.stem, device), _in_memory(job, device, channels_last=False), device)
-
-
-def tidali_step_of(job: StepJob) -> Training:
-    """tidali's step, without averaged weights: the study's loop has none."""
-    plan = plan_device(job.device, job.amp, job.compile)
-    train_on = _tidali_train_on(job.classes, plan, job.stem, averaged=False)
-    return Training(train_on, _in_memory(job, plan.device, channels_last=True), plan.device)
+tidali_step, tidali_loop = _step_and_loop(_tidali_train_on, _tidali_loader, channels_last=True)

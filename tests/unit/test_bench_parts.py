@@ -227,7 +227,7 @@ def test_the_line_reports_that_a_step_makes_the_host_wait() -> None:
     busy = found(loader=5000, step=87, both=86, wait=0.004, on_host=False, synchronisations=3)
     assert busy.culprit == "the step"
     assert "makes the host wait for the GPU 3 times" in busy.line
-    assert busy.to_dict()["host_synchronisations"] == 3
+    assert busy.host_synchronisations == 3
     assert "wait for the GPU" not in found(loader=5000, step=87, both=86, wait=0.004, on_host=False, synchronisations=0).line
 
 
