@@ -21,7 +21,7 @@ from bench.routes import ROUTES
 from bench.train import CASES
 from tidali.dataset.contract import open_dataset
 from tidali.hardware.device import cpu_count, plan_device
-from tidali.loading import cache
+from tidali.loading import batches
 from tidali.training import engine
 
 SCHEMA = json.loads((Path(measure.__file__).parent / "schema.json").read_text())
@@ -245,7 +245,7 @@ def slowed(function: Any, before: Path | None = None) -> Any:
 def test_a_sleep_in_the_loader_is_found(tidali, quick, small, monkeypatch, tmp_path: Path) -> None:
     before, after = tmp_path / "before.json", tmp_path / "after.json"
     assert tidali("bench", *small, "--repeats", 3, "--json", before).code == 0
-    monkeypatch.setattr(cache.CachedBatches, "_images", slowed(cache.CachedBatches._images, before))
+    monkeypatch.setattr(batches.Batches, "_images", slowed(batches.Batches._images, before))
     ended = tidali("bench", *small, "--repeats", 3, "--json", after, "--compare", before, "--tolerance", 60)
     assert ended.code == 1
     (found,) = json.loads(after.read_text())["diagnosis"]
@@ -264,7 +264,7 @@ def test_a_wait_in_the_step_is_found(tidali, quick, small, monkeypatch, tmp_path
     assert tidali("bench", *small, "--repeats", 3, "--json", before).code == 0
     monkeypatch.setattr(engine, "train_step", slowed(engine.train_step, before))
     # What the cores would have idle if this process had them alone: another process must not use up the time that is lost here.
-    monkeypatch.setattr(measure, "_idle_s", lambda: cpu_count() * time.perf_counter() - time.process_time())
+    monkeypatch.setattr(measure, "idle_s", lambda: cpu_count() * time.perf_counter() - time.process_time())
     ended = tidali("bench", *small, "--repeats", 3, "--json", after, "--compare", before, "--tolerance", 60)
     assert ended.code == 1
     (found,) = json.loads(after.read_text())["diagnosis"]
