@@ -25,9 +25,12 @@ settings.load_profile("tidali")
 
 SLOW = (
     "wheel",
+    "cli/test_doctor.py",
     "cli/test_kills.py",
+    "packing/test_resume.py",
     "unit/test_case_process.py",
     "unit/test_checks.py",
+    "unit/test_figures.py",
     "unit/test_insight.py",
     "unit/test_resume.py",
 )

@@ -66,6 +66,7 @@ def conv1_macs(stem: str, res: int) -> int:
     return 7 * 7 * 3 * 64 * (res // 2) ** 2 if stem == "imagenet" else 3 * 3 * 3 * 64 * res**2
 
 
+@pytest.mark.slow
 def test_train_as_a_table_and_a_file(tidali, quick, small, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     ended = tidali("bench", *small, "--repeats", 1, "--json", out)

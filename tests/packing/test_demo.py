@@ -28,6 +28,7 @@ def test_drawings_are_pinned() -> None:
 PINNED = "c0ac0a44ad498f80635ee805af962366f5d9acb03016ff0b4532a1c5dcba3e86"
 
 
+@pytest.mark.slow
 def test_packs_the_same_twice_and_by_workers(tmp_path: Path, contents: Any) -> None:
     for name, workers in (("a", 1), ("b", 2)):
         pack_demo(tmp_path / name, classes=3, per_class=400, workers=workers)
@@ -89,6 +90,7 @@ def nearest_class_accuracy(see: Any) -> float:
     return float((distance.argmin(axis=1) == test_labels).mean())
 
 
+@pytest.mark.slow
 def test_colour_does_not_tell_the_classes_apart_but_structure_does() -> None:
     def colour(image: np.ndarray) -> np.ndarray:
         return image.reshape(-1, 3).mean(axis=0)

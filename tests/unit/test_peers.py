@@ -222,6 +222,7 @@ def test_an_environment_has_the_peer_and_this_torch_and_is_kept(peers_home: Path
         python_of("a")
 
 
+@pytest.mark.slow
 def test_a_failed_installation_has_its_reason_and_the_way_out(peers_home: Path, monkeypatch, tmp_path: Path) -> None:
     gone = tmp_path / "gone-1.0-py3-none-any.whl"
     monkeypatch.setitem(peer_env.ENVIRONMENTS, "b", Environment(requirements=(str(gone),), hint="get it from the shelf"))
