@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, check_res
+from tidali.config import AmpChoice, CacheChoice, CompileChoice, DecoderChoice, DeviceChoice, check_res
 from tidali.errors import UsageError
 
-RecipeName = Literal["seed", "modern"]
+RecipeName = Literal["seed", "modern", "photos"]
 """The names of `tidali.config.RECIPES`."""
 
 # One for each group of options in the help. Called as typer.Option.
@@ -38,6 +38,12 @@ CacheOption = Annotated[
     CacheChoice,
     machine_option(
         help="device: decode once into the device's memory; off: stream; auto: cache what takes less than half of what is free."
+    ),
+]
+DecoderOption = Annotated[
+    DecoderChoice,
+    machine_option(
+        help="Where a GPU's images are decoded: cpu, by libjpeg-turbo; mixed, by DALI on the GPU; auto chooses by their size."
     ),
 ]
 FlipOption = Annotated[

@@ -15,6 +15,7 @@ from tidali.cli.options import (
     CheckpointArgument,
     CompileOption,
     DataOption,
+    DecoderOption,
     DeviceOption,
     FlipOption,
     JsonOption,
@@ -28,7 +29,7 @@ from tidali.cli.options import (
     recipe_option,
     run_option,
 )
-from tidali.config import Stem, StemInit, TrainSettings, change, check_res, make_recipe
+from tidali.config import Recipe, Stem, StemInit, TrainSettings, change, check_res, default_recipe, make_recipe
 from tidali.errors import UsageError
 
 
@@ -56,11 +57,13 @@ def train(
         ),
     ] = "fresh",
     recipe: Annotated[
-        RecipeName,
+        RecipeName | None,
         recipe_option(
-            help="seed: as in the original study; modern: normalised, label smoothing, Nesterov, warm-up and cosine schedule."
+            help="seed: as in the original study; modern: normalised, label smoothing, Nesterov, warm-up and cosine schedule; "
+            "photos: modern with random crops and mild colour changes.",
+            show_default="photos if the images are of unequal size and larger than the input, else modern",
         ),
-    ] = "modern",
+    ] = None,
     epochs: Annotated[int | None, recipe_option(help="Training epochs.", show_default="the recipe's")] = None,
     batch_size: Annotated[
         int | None, recipe_option(help="Images per step, over all GPUs.", show_default="the recipe's")
@@ -85,6 +88,7 @@ def train(
     amp: AmpOption = "auto",
     compile: CompileOption = "auto",
     cache: CacheOption = "auto",
+    decoder: DecoderOption = "auto",
     max_bad: MaxBadOption = None,
     deterministic: Annotated[
         bool, machine_option("--deterministic", help="Two runs give the same weights, bit for bit.")
@@ -119,18 +123,26 @@ def train(
         _run(replace(settings, out=folder, recipe=change(settings.recipe, set_ or ())))
         return
 
-    chosen = change(make_recipe(recipe, epochs=epochs, batch_size=batch_size, lr=lr), set_ or ())
+    def made(name: RecipeName) -> Recipe:
+        return change(make_recipe(name, epochs=epochs, batch_size=batch_size, lr=lr), set_ or ())
+
+    chosen = made(recipe or "modern")  # refused before the data is opened
     if res is not None:
         check_res(res)
     folder = data if data is not None else str(demo_data())
 
-    if res is None:
+    if res is None or recipe is None:
+        from tidali.console import say
         from tidali.dataset.source import open_data
 
-        res = open_data(folder).default_res
+        dataset = open_data(folder)
+        res = res or dataset.default_res
+        if recipe is None and default_recipe(dataset.split("train").image_sizes, res) == "photos":
+            chosen = made("photos")
+            say(f"recipe photos: images of unequal size, larger than {res} px; --recipe modern takes their centres, uncropped")
     settings = TrainSettings(
         data=folder,
-        out=out if out is not None else _run_folder(Path(folder).name, res, recipe),
+        out=out if out is not None else _run_folder(Path(folder).name, res, chosen.name),
         res=res,
         stem=stem,
         init=init,
@@ -141,6 +153,7 @@ def train(
         amp=amp,
         compile=compile,
         cache=cache,
+        decoder=decoder,
         max_bad=max_bad,
         deterministic=deterministic,
         sync_bn=sync_bn,
