@@ -162,7 +162,7 @@ def test_a_wrong_file_is_not_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     check_on = np.random.default_rng(0).integers(0, 256, (8, 20, 20, 3), np.uint8)
     if fault == "normalisation":
         right = served.make_affine
-        monkeypatch.setattr(served, "make_affine", lambda mean, std, res, device: right(mean[::-1], std, res, device))
+        monkeypatch.setattr(served, "make_affine", lambda mean, std, device: right(mean[::-1], std, device))
     elif fault == "kernel":
         right = served.bicubic_taps
         monkeypatch.setattr(served, "bicubic_taps", lambda *a, kernel, **k: right(*a, kernel="opencv", **k))

@@ -89,7 +89,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 def test_a_stream_that_is_resumed_says_why_it_streams(demo_data: Path) -> None:
     """Nobody asked for ``--cache off``: memory was short when the run began, and may no longer be."""
     settings = TrainSettings(data=str(demo_data), out="", res=32, recipe=make_recipe("seed", epochs=1), device="cpu")
-    route = wire(settings, open_dataset(demo_data), plan_device("cpu", "off", "off"), Ranks(), cache="off").route
+    route = wire(settings, open_dataset(demo_data), plan_device("cpu", "off", "off"), Ranks(), cache="off").train_batches.route
     assert (route.cached, route.reason) == (False, "as the run began")
 
 

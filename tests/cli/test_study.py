@@ -158,28 +158,6 @@ def test_an_evaluation_is_kept_for_its_weights_its_images_and_its_precision(data
     assert Study(settings, dataset).measured(checkpoint, 64) == 0
 
 
-def test_rows_that_a_stream_cannot_train_are_skipped_before_any_is_trained(data: Path, tmp_path: Path, monkeypatch) -> None:
-    dataset = open_dataset(data)
-    settings = StudySettings(data=str(data), out=str(tmp_path), rows=("1", "3", "7"), device="cpu", cache="off")
-    settings = replace(settings, imagenet_weights=str(tmp_path / "w.pth"))
-    torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "w.pth")
-    study = Study(settings, dataset)
-    assert study.not_trainable.keys() == {"7"}  # row 1 flips at random, and this CPU's stream has row 3's kernel
-    assert "random flips alone" in study.row(row("7"))["reason"]
-    assert study.not_run == {"7"}
-    assert not Study(replace(settings, cache="device"), dataset).not_trainable
-    gpu = replace(study.plan, device=torch.device("cuda", 0))
-    monkeypatch.setattr(study_module, "plan_device", lambda *choices: gpu)
-    monkeypatch.setattr(study_module, "free_memory_bytes", lambda device: 1)
-    for cache in ("off", "auto"):
-        found = Study(replace(settings, cache=cache), dataset).not_trainable
-        assert found.keys() == {"3", "7"}
-        assert "kernel 'opencv': a stream that DALI resizes" in found["3"]
-    (tmp_path / "runs" / "7-seed0").mkdir(parents=True)
-    (tmp_path / "runs" / "7-seed0" / "summary.json").touch()
-    assert Study(settings, dataset).not_trainable.keys() == {"3"}  # a finished row is kept
-
-
 def test_a_served_rows_input_is_what_is_stored() -> None:
     assert describe(row("6"), None, stored_px=96)["input_px"] == 96
     assert describe(row("6"), None)["input_px"] is None

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from tidali.config import Preprocess
 from tidali.errors import UsageError
 from tidali.model.image_files import ImageError, find_images, read_pixels
 
@@ -61,12 +63,15 @@ def _encode(name: str) -> bytes:
 
 
 def test_pixels_are_those_of_the_packed_data_set(tmp_path: Path) -> None:
-    """Packed, and decoded by DALI as for training."""
+    """Packed, and decoded by both decoders as for training."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     from shards.pack import pack
     from shards.scan import FileSource
     from tidali.dataset.contract import iter_records, open_dataset
-    from tidali.loading.stream import decoded_once
+    from tidali.loading.cache import stored_order
+    from tidali.loading.dali import DaliDecoder
+    from tidali.loading.data import Data
+    from tidali.loading.thread_decoder import ThreadDecoder
 
     source = tmp_path / "source"
     for split in ("train", "val"):
@@ -78,9 +83,14 @@ def test_pixels_are_those_of_the_packed_data_set(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path / "packed")
     assert dataset.split("train").samples == len(IMAGES)
 
-    (batch,) = decoded_once(dataset, "train", square=None)
-    for (_, record), packed in zip(iter_records(dataset, "train"), batch[0].numpy(), strict=True):
-        assert np.array_equal(read_pixels(source / record.source), packed), record.source
+    for decoder in (ThreadDecoder, DaliDecoder):
+        data = Data(dataset, torch.device("cpu"))
+        stream = data.streamed("train", Preprocess(res=64), len(IMAGES))
+        if decoder is DaliDecoder:
+            stream._decoder = DaliDecoder(stream._decoder, torch.device("cpu"), batch_size=len(IMAGES), num_threads=1)
+        ((_, found),) = stream.read(stored_order(stream, 64, 1.0))
+        for (_, record), packed in zip(iter_records(dataset, "train"), found.stored.numpy(), strict=True):
+            assert np.array_equal(read_pixels(source / record.source), packed), (record.source, decoder)
 
 
 @pytest.mark.parametrize("name", ["png grey 16 bit", "tiff 16 bit"])

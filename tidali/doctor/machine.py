@@ -135,7 +135,7 @@ def _compiler() -> Finding:
 
 def _dali(version: str) -> Finding:
     if not dali_is_installed():
-        text = "not installed: images are decoded by PIL, and large data sets cannot be streamed"
+        text = "not installed: photographs are decoded whole, by libjpeg-turbo and PIL, not a crop's part alone"
         fix = "on Linux: pip install nvidia-dali-cuda120"
         return failure(text, fix) if sys.platform.startswith("linux") else warning(text, fix)
     import tidali.loading.dali  # noqa: F401  is the import that can fail

@@ -10,6 +10,7 @@ from PIL import Image
 
 _JPEG_START = b"\xff\xd8"
 _EXIF_HEADER = b"Exif\0\0"
+_FOUR_INKS = ("CMYK", "YCCK")  # libjpeg-turbo's RGB of them is a grey level off PIL's and DALI's
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -23,22 +24,23 @@ _UPRIGHT = {
 """What undoes each EXIF orientation (TIFF 6.0, tag 274)."""
 
 
-def decode_rgb(data: memoryview, *, may_be_turned: bool, out: np.ndarray | None = None) -> np.ndarray:
+def decode_rgb(data: memoryview, *, plain: bool, out: np.ndarray | None = None) -> np.ndarray:
     """(H, W, 3) uint8 RGB, upright by its EXIF orientation; the pixels that DALI's decoder gives on a CPU.
 
     JPEG by libjpeg-turbo, which releases the interpreter's lock: two threads decode 64 px images twice as fast as DALI's
-    operator that is handed bytes. Whatever it refuses (CMYK, say), and other formats, by PIL.
+    operator that is handed bytes. CMYK, turned images, what it refuses, and other formats by PIL.
 
     Args:
-        may_be_turned: some image of the data set has an EXIF orientation, so this one's has to be looked for.
+        plain: no JPEG of the data set is CMYK or has an EXIF orientation, so that neither has to be looked for.
         out: (H, W, 3) uint8, where the pixels go.
 
     Raises:
         OSError, SyntaxError, ValueError, ...: it cannot be decoded, or ``out`` is of another size.
     """
-    if data[:2] == _JPEG_START and not (may_be_turned and _EXIF_HEADER in bytes(data)):
+    if data[:2] == _JPEG_START:
         try:
-            return simplejpeg.decode_jpeg(data, buffer=out)
+            if plain or (_EXIF_HEADER not in bytes(data) and simplejpeg.decode_jpeg_header(data)[2] not in _FOUR_INKS):
+                return simplejpeg.decode_jpeg(data, buffer=out)
         except ValueError:
             pass
     pixels = np.asarray(upright_rgb(Image.open(io.BytesIO(data))))

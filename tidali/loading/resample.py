@@ -377,4 +377,4 @@ def squares_of(images: Sequence[Any], boxes: Sequence[Sequence[float]], res: int
             index = taps.first[0][:, None] + torch.arange(taps.weights.shape[2])
             picked = x.index_select(axis, index.clamp(0, x.shape[axis] - 1).flatten()).unflatten(axis, index.shape)
             x = torch.einsum("hokc,ok->hoc" if axis else "okwc,ok->owc", picked.float(), taps.weights[0])
-        square.copy_(x.clamp_(0, 255).round_())
+        square.numpy()[:] = x.clamp_(0, 255).round_().numpy()

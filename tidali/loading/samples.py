@@ -57,17 +57,19 @@ class SampleTable:
         self.shards = [shard for shard in info.shards if shard.samples]
         self._starts = np.array([0, *accumulate(shard.samples for shard in self.shards)])
         self._tars: dict[int, _Mapped] = {}
-        self.labels = torch.empty(info.samples, dtype=torch.int64)
-        """(N,) int64."""
-        self.sizes = torch.empty(info.samples, 2, dtype=torch.int32)
-        """(N, 2) int32: height and width in pixels, as displayed."""
+        # numpy's: other threads must not write tensors that were made in torch's inference mode.
+        self._labels, self._image_sizes = np.empty(info.samples, np.int64), np.empty((info.samples, 2), np.int32)
         self._offsets, self._sizes_bytes = np.empty(info.samples, np.int64), np.empty(info.samples, np.uint32)
         self._crc32s = np.empty(info.samples, np.uint32)
         with ThreadPoolExecutor(rank_threads()) as pool:  # reading, hashing and scanning let go of the interpreter's lock
             list(pool.map(self._read_record, range(len(self.shards))))
+        self.labels = torch.from_numpy(self._labels)
+        """(N,) int64."""
+        self.sizes = torch.from_numpy(self._image_sizes)
+        """(N, 2) int32: height and width in pixels, as displayed."""
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._labels)
 
     @property
     def identity(self) -> str:
@@ -85,8 +87,7 @@ class SampleTable:
             raise DatasetError(f"{path}: not the record that the manifest names (SHA-256 differs); {self.dataset.fix}")
         values = _integers(text, shard.samples)
         part = slice(*self._starts[number : number + 2])
-        self.labels[part] = torch.from_numpy(values[:, 0])
-        self.sizes[part] = torch.from_numpy(values[:, 4:].astype(np.int32))
+        self._labels[part], self._image_sizes[part] = values[:, 0], values[:, 4:]
         self._offsets[part], self._sizes_bytes[part], self._crc32s[part] = values[:, 1:4].T
 
     def places(self, positions: Sequence[int]) -> list[Place]:

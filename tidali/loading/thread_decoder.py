@@ -38,7 +38,8 @@ class ThreadDecoder:
         self.table, self.kernel = table, kernel
         self._threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tidali-decode")
-        self._may_be_turned = table.dataset.manifest.counts.get("exif_rotated", 0) > 0
+        counts = table.dataset.manifest.counts
+        self._plain = not (counts.get("exif_rotated", 0) or counts.get("cmyk", 0))
 
     def start(self, job: Job) -> Any:
         """The batch's pixels (n, H, W, 3) uint8, not yet written, and the work that writes them."""
@@ -66,7 +67,7 @@ class ThreadDecoder:
         if data is None:
             return WRONG_CRC
         try:
-            return decode_rgb(data, may_be_turned=self._may_be_turned, out=out)
+            return decode_rgb(data, plain=self._plain, out=out)
         except Exception as error:  # PIL's decoders raise whatever damaged bytes lead them to
             return first_line(error)
 

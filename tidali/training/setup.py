@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -67,6 +67,9 @@ def wire(
     training = Training(augment=recipe.augment, seed=settings.seed, sizes=sizes)
     train_batches = data.batches("train", preprocess, share, training=training)
     eval_batches = data.batches(select_on, preprocess, EVAL_BATCH_SIZE)
+    if cache not in (None, settings.cache):
+        for batches in (train_batches, eval_batches):
+            batches.route = replace(batches.route, reason="as the run began")
     schedule = make_schedule(
         recipe.schedule,
         lr=recipe.lr,
