@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tidali.config import TrainSettings, make_recipe
+from tidali.config import Augment, CacheChoice, TrainSettings, make_recipe
 
 KILLS = int(os.environ.get("TIDALI_KILLS", "2"))
 """Of one process, a start and a resumption each; two ranks are killed once."""
@@ -58,14 +58,18 @@ def run(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "kills"), [(1, KILLS), (2, 1)])
-def test_killed_at_random_steps_and_resumed(demo_data: Path, tmp_path: Path, ranks: int, kills: int) -> None:
+@pytest.mark.parametrize(("ranks", "cache", "kills"), [(1, "device", KILLS), (1, "off", KILLS), (2, "off", 1)])
+def test_killed_at_random_steps_and_resumed(
+    demo_data: Path, tmp_path: Path, ranks: int, cache: CacheChoice, kills: int
+) -> None:
+    augment = Augment(flip="alternating", shift_px=4, crop_scale=(0.5, 1.0), brightness=0.2, hue=0.1, erase=0.25)
     settings = TrainSettings(
         data=str(demo_data),
         out="",
         res=32,
-        recipe=make_recipe("modern", epochs=3, batch_size=40),
+        recipe=make_recipe("modern", epochs=3, batch_size=40, augment=augment),
         device="cpu",
+        cache=cache,
         deterministic=True,
         checkpoint_minutes=1e-9,  # after each step
     )
