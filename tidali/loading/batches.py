@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tidali.config import Augment, Preprocess
-from tidali.errors import UsageError
+from tidali.errors import TidaliError, UsageError
 from tidali.hardware.ranks import Ranks
 from tidali.loading.augment import (
     colour_matrices,
@@ -167,6 +167,11 @@ class Batches:
         self._left_out = 0
         for request, pixels in self.source.read(self._requests(epoch, first_step)):
             self._left_out += len(request.samples) - len(pixels.samples)
+            if self._train and len(pixels.samples) < min(2, len(request.samples)):
+                raise TidaliError(
+                    f"{len(pixels.samples)} of a batch's {len(request.samples)} samples are not corrupt, and batch norm needs two; "
+                    f"give a larger --batch-size, or repair the data set"
+                )
             yield self._images(pixels, epoch, request.side), self.source.labels.index_select(0, pixels.samples)
 
     def _requests(self, epoch: int, first_step: int) -> Iterator[Request]:

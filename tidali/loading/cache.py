@@ -67,7 +67,7 @@ def fill_cache(
     Raises:
         DatasetError: more samples are corrupt than may be left out.
     """
-    count = len(source.labels)
+    count, source.reads_all = len(source.labels), True
     pixels = {}
     for done, side in enumerate(sides if source.size is None else (ANY_SIDE,)):
         pixels[side] = torch.zeros(count, *(source.size or (side, side)), 3, dtype=torch.uint8, device=source.device)

@@ -32,8 +32,11 @@ class CorruptSamples:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def add(self, position: int, reason: str) -> None:
+    def add(self, position: int, reason: str, *, every_rank: bool = True) -> None:
         """Name a sample, once.
+
+        Args:
+            every_rank: other ranks do not read it, so this one has to name it.
 
         Raises:
             DatasetError: more are corrupt than may be left out.
@@ -41,7 +44,7 @@ class CorruptSamples:
         if position in self.positions:
             return
         self.positions.add(position)
-        warn(f"left out, corrupt: {self._table.describe(position)} ({reason})", every_rank=True)
+        warn(f"left out, corrupt: {self._table.describe(position)} ({reason})", every_rank=every_rank)
         self._check()
 
     def merge(self, found: Iterable[Iterable[int]]) -> None:

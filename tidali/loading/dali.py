@@ -8,7 +8,9 @@ and `tidali.loading.resample` makes the square, several times as fast as DALI's 
 from __future__ import annotations
 
 import io
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,6 +87,20 @@ def define_graph(placement: Placement, work: Work, *, batch_size: int, num_threa
     return define()
 
 
+@dataclass(eq=False)
+class Queued:
+    """A batch that DALI has in hand, or had."""
+
+    part: Job
+    """Its sound samples."""
+    bad: dict[int, str]
+    """Why the others are not, by their number in the batch."""
+    starts: NDArray[np.int32] | None = None
+    """(n, 2): top and left of each image's decoded part; None where that is all of it."""
+    pixels: Any = None
+    """DALI's list of tensors; None until it is taken, and where DALI failed."""
+
+
 class DaliDecoder:
     """Batches decoded by DALI, which works on the next ones while one is used."""
 
@@ -103,6 +119,7 @@ class DaliDecoder:
         self._work: Work = "decode"
         if threads.table.info.single_image_size is None:
             self._work = "decode boxes" if device.type == "cpu" else "resize boxes"
+        self._queue: deque[Queued] = deque()
         self._pipe = define_graph(Placement.on(device), self._work, batch_size=batch_size, num_threads=num_threads)
         try:
             self._pipe.build()
@@ -137,12 +154,8 @@ class DaliDecoder:
             self._pipe.feed_input(name, list(values))
         return starts
 
-    def start(self, job: Job) -> Any:
-        """Check a batch's bytes and queue it. Every `start` is followed by its `finish`, in the same order.
-
-        Returns:
-            The batch's sound samples, why the others are not, and where each one's pixels start in its image.
-        """
+    def start(self, job: Job) -> Queued:
+        """Check a batch's bytes and queue it; `finish` gives its pixels."""
         data: dict[int, memoryview] = {}
 
         def check(chunk: range) -> dict[int, str]:
@@ -154,27 +167,36 @@ class DaliDecoder:
         bad = {number: why for chunk in checked for number, why in chunk.result().items()}
         sound = sorted(data)
         part = Job([job.places[number] for number in sound], None if job.boxes is None else job.boxes[sound], job.side)
-        if not sound:
-            return part, bad, None
-        sizes = self._sizes[[place.position for place in part.places]]
-        starts = self._feed([data[number] for number in sound], part, sizes)
-        self._pipe.schedule_run()
-        return part, bad, starts
+        queued = Queued(part, bad)
+        if sound:
+            if len(self._queue) == QUEUE_DEPTH:
+                self._take_oldest()
+            sizes = self._sizes[[place.position for place in part.places]]
+            queued.starts = self._feed([data[number] for number in sound], part, sizes)
+            self._pipe.schedule_run()
+            self._queue.append(queued)
+        return queued
 
-    def finish(self, job: Job, decoding: Any) -> tuple[Tensor, dict[int, str]]:
+    def _take_oldest(self) -> None:
+        """DALI gives batches in their order; whoever asks for a later one first leaves them here for the others."""
+        queued = self._queue.popleft()
+        with suppress(RuntimeError):  # it names one sample at best, and loses the batch
+            (queued.pixels,) = self._pipe.outputs()
+
+    def finish(self, job: Job, queued: Queued) -> tuple[Tensor, dict[int, str]]:
         """As `ThreadDecoder.finish`; the pixels are on DALI's device."""
-        part, bad, starts = decoding
-        if not part.places:
-            return self._threads.finish(part, self._threads.start(part))[0].to(self._device), bad
-        try:
-            (pixels,) = self._pipe.outputs()
-        except RuntimeError:  # it names one sample at best, and loses the batch; the threads find out which are at fault
+        while queued in self._queue:
+            self._take_oldest()
+        part, bad, starts, pixels = queued.part, queued.bad, queued.starts, queued.pixels
+        if pixels is None:  # the threads find out which samples are at fault, if there are any
             decoded, worse = self._threads.finish(part, self._threads.start(part))
             number_of = {place.position: number for number, place in enumerate(job.places)}
             return decoded.to(self._device), bad | {number_of[part.places[n].position]: why for n, why in worse.items()}
         if self._work != "decode boxes":
             return torch.from_dlpack(pixels.as_tensor()), bad  # a view, valid as long as it is held
         out = torch.empty(len(part.places), job.side, job.side, 3, dtype=torch.uint8)
+        assert part.boxes is not None
+        assert starts is not None
         boxes = part.boxes - np.pad(starts, ((0, 0), (0, 2)))  # of the decoded part of each image
 
         def resize(chunk: range) -> dict[int, str]:

@@ -124,6 +124,8 @@ class ShardSource:
         self.size = table.info.single_image_size
         self.identity = table.identity
         self.takes_boxes = self.size is None
+        self.reads_all = False
+        """Every rank reads every sample, so that one of them names what is corrupt."""
         threads = num_threads or rank_threads()
         self._decoder: Any = ThreadDecoder(table, kernel, threads)
         if choose_decoder(decoder, device, self.size) == "dali":
@@ -137,17 +139,13 @@ class ShardSource:
 
     def read(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Pixels]]:
         started: deque[tuple[Request, Job, Any]] = deque()
-        try:
-            for request in requests:
-                job = self._job(request)
-                started.append((request, job, self._decoder.start(job)))
-                if len(started) > _AHEAD:
-                    yield self._finish(*started.popleft())
-            while started:
+        for request in requests:
+            job = self._job(request)
+            started.append((request, job, self._decoder.start(job)))
+            if len(started) > _AHEAD:
                 yield self._finish(*started.popleft())
-        finally:
-            for _, job, decoding in started:  # left early: what was started has to be taken
-                self._decoder.finish(job, decoding)
+        while started:
+            yield self._finish(*started.popleft())
 
     def _job(self, request: Request) -> Job:
         places = self.table.places(request.samples.tolist())
@@ -160,7 +158,7 @@ class ShardSource:
     def _finish(self, request: Request, job: Job, decoding: Any) -> tuple[Request, Pixels]:
         stored, bad = self._decoder.finish(job, decoding)
         for number, reason in sorted(bad.items()):
-            self.corrupt.add(job.places[number].position, reason)
+            self.corrupt.add(job.places[number].position, reason, every_rank=not self.reads_all)
         samples = torch.tensor(
             [place.position for number, place in enumerate(job.places) if number not in bad], dtype=torch.int64
         )
