@@ -169,7 +169,7 @@ class Batches:
             self._left_out += len(request.samples) - len(pixels.samples)
             if self._train and len(pixels.samples) < min(2, len(request.samples)):
                 raise TidaliError(
-                    f"{len(pixels.samples)} of a batch's {len(request.samples)} samples are not corrupt, and batch norm needs two; "
+                    f"{len(pixels.samples)} of a batch's {len(request.samples)} samples are sound, and batch norm needs two; "
                     f"give a larger --batch-size, or repair the data set"
                 )
             yield self._images(pixels, epoch, request.side), self.source.labels.index_select(0, pixels.samples)
