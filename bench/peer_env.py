@@ -6,23 +6,21 @@ that tidali runs in, whose packages come after its own on the import path. So a 
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
-import os
 import shutil
 import site
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from bench.measure import CaseFailed
 from tidali.console import say
+from tidali.files import cache_folder, lock
 
 INSTALL_TIMEOUT_S = 1800.0
 _SHARED = ("torch", "torchvision")
@@ -55,8 +53,8 @@ ENVIRONMENTS = {
 
 
 def home() -> Path:
-    """Where the environments are kept: ``$XDG_CACHE_HOME/tidali/peers``, by default under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tidali" / "peers"
+    """The folder in which the environments are kept."""
+    return cache_folder() / "peers"
 
 
 def python_of(name: str) -> Path:
@@ -79,7 +77,9 @@ def python_of(name: str) -> Path:
     }
     try:
         home().mkdir(parents=True, exist_ok=True)
-        with _alone(home() / f"{name}.lock"):
+        turn = home() / f"{name}.lock"
+        turn.touch()
+        with lock(turn, wait=True):
             if not (stamp.is_file() and json.loads(stamp.read_text()) == wanted):
                 say(f"installing {name} into {folder}")
                 shutil.rmtree(folder, ignore_errors=True)
@@ -173,11 +173,3 @@ def _constraints() -> list[str]:
         except PackageNotFoundError:
             continue
     return lines
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.case_worker import DataJob
 from tidali.config import Augment, CacheChoice, Preprocess
+from tidali.files import replacing
 
 Batches = Iterable[Any]
 
@@ -210,12 +211,10 @@ def _ffcv(job: DataJob, mode: str) -> Batches:
 
     path = Path(job.scratch) / f"{mode}.beton"
     if not path.exists():
-        unfinished = path.with_suffix(".part")
-        writer = DatasetWriter(
-            str(unfinished), {"image": RGBImageField(write_mode=mode), "label": IntField()}, num_workers=job.cores
-        )
-        writer.from_indexed_dataset(datasets.ImageFolder(job.folder))
-        unfinished.rename(path)
+        fields = {"image": RGBImageField(write_mode=mode), "label": IntField()}
+        with replacing(path) as temporary:
+            writer = DatasetWriter(str(temporary), fields, num_workers=job.cores)
+            writer.from_indexed_dataset(datasets.ImageFolder(job.folder))
     decoder = SimpleRGBImageDecoder() if job.as_stored else CenterCropRGBImageDecoder((job.res, job.res), 1.0)
     normalise = NormalizeImage(255 * np.array(job.mean), 255 * np.array(job.std), np.float32)
     return Loader(

@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from tidali.errors import TidaliError
-from tidali.files import temporary_path
+from tidali.files import replacing
 
 STEPS = 3
 _TOP = 8
@@ -44,12 +44,10 @@ def profile_step(step: Callable[[], object], device: torch.device, path: Path) -
             step()
         if on_gpu:
             torch.cuda.synchronize(device)
-    temporary = temporary_path(path)
     try:
-        found.export_chrome_trace(str(temporary))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            found.export_chrome_trace(str(temporary))
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise TidaliError(f"{path}: the trace cannot be written ({error})") from None
     return [*summary(found.key_averages(), on_gpu=on_gpu, title=path.stem), f"  trace: {path}"]
 

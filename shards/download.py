@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import http.client
-import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 from tidali.errors import TidaliError, UsageError
+from tidali.files import lock, sync_and_rename
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -59,14 +57,14 @@ def download(
                 return path
             raise UsageError(f"{path}: there is another file already (its MD5 is not {md5}); remove it, or choose another DEST")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(partial) as file:
+        # Not `replacing`: what has arrived is kept if the process is killed or the network fails.
+        with open(partial, "ab") as file, lock(partial, wait=False):
             _fetch(url, file, progress, pause_s)
             there = _md5(partial)
             if there != md5:
                 partial.unlink()
                 raise TidaliError(f"{url}: what arrived has MD5 {there}, not {md5}; removed it. Try again, or another --url")
-            os.fsync(file.fileno())
-            os.replace(partial, path)
+            sync_and_rename(partial, path)
     except OSError as error:
         raise TidaliError(
             f"{error.filename or dest}: {error.strerror or error}; fix that and run the same command again to go on"
@@ -78,16 +76,6 @@ def _target(dest: str | Path, url: str) -> Path:
     path = Path(dest)
     is_folder = path.is_dir() or str(dest).endswith("/") or not (path.suffix or path.exists())
     return path / (url.rpartition("/")[2] or "download") if is_folder else path
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[BinaryIO]:
-    with open(partial, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TidaliError(f"{partial}: another tidali is downloading it") from None
-        yield file
 
 
 def _fetch(url: str, file: BinaryIO, progress: Progress | None, pause_s: float) -> None:

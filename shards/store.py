@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from tidali.dataset.remote import filesystem, is_remote
 from tidali.errors import TidaliError, UsageError
+from tidali.files import lock, replacing, sync_folder
 
 PARTIAL_SUFFIX = ".part"
 
@@ -97,21 +97,15 @@ class LocalStore:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """The lock is on the folder itself, so nothing is left behind when the process dies."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise UsageError(f"{self.root}: {error.strerror}; choose another DEST") from None
-        try:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TidaliError(f"{self.root}: another tidali is packing into it; wait for it to end") from None
+                self.root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock(self.root, wait=False))
+            except OSError as error:
+                raise UsageError(f"{self.root}: {error.strerror}; choose another DEST") from None
             if not os.access(self.root, os.W_OK | os.X_OK):
                 raise UsageError(f"{self.root}: Permission denied; choose another DEST")
             yield
-        finally:
-            os.close(descriptor)
 
     def names(self) -> list[str]:
         return sorted(os.listdir(self.root))
@@ -145,39 +139,19 @@ class LocalStore:
 
 
 def partial_path(path: Path) -> Path:
-    """A file's name while it is written. With the process's id: a worker that outlives its killed packer for a moment must not
-    write into the file of its successor."""
+    """A shard's file name while it is written.
+
+    Unlike `tidali.files.temporary_path` it does not contain the machine: the next run, which holds the lock, removes all of
+    them, also those of Ray's workers on other machines. It contains the process's id: a worker that outlives its killed packer
+    for a moment must not write into the file of its successor.
+    """
     return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
 
 
-@contextmanager
-def publishing(path: Path, *, buffering: int = -1) -> Iterator[BinaryIO]:
-    """Write a file that appears whole or not at all. Syncing the folder is left to the caller, once for several files."""
-    partial = partial_path(path)
-    try:
-        with open(partial, "wb", buffering=buffering) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def publish_bytes(path: Path, data: bytes) -> None:
-    """`publishing` for content that is at hand."""
-    with publishing(path) as file:
-        file.write(data)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Write a file that appears whole or not at all. `sync_folder` is left to the caller, once for several files."""
+    with replacing(path, partial_path(path)) as partial:
+        partial.write_bytes(data)
 
 
 # --------------------------------------------------------------------------------------------------------------------- remote

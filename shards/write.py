@@ -14,7 +14,7 @@ from shards.pixels import ChannelSums
 from shards.plan import ShardTask
 from shards.record import ShardSummary, seal, summarise, unseal
 from shards.source import Item, Reader, Unreadable
-from shards.store import Store, publish_bytes, publishing, sync_folder
+from shards.store import Store, partial_path, publish_bytes
 from tidali.dataset.contract import Quarantined, file_sha256
 from tidali.dataset.shard_bytes import (
     BLOCK_BYTES,
@@ -28,7 +28,7 @@ from tidali.dataset.shard_bytes import (
     safe_key,
 )
 from tidali.errors import TidaliError
-from tidali.files import printable
+from tidali.files import printable, replacing, sync_folder
 
 QUARANTINE = "quarantine"
 
@@ -102,7 +102,8 @@ def record_name(task: ShardTask) -> str:
 
 
 def _write(task: ShardTask, folder: Path, reader: Reader, options: ImageOptions, plan_id: str, digits: int) -> dict[str, Any]:
-    with reader.open() as read, publishing(folder / tar_name(task), buffering=1 << 20) as tar:
+    path = folder / tar_name(task)
+    with reader.open() as read, replacing(path, partial_path(path)) as partial, open(partial, "wb", buffering=1 << 20) as tar:
         shard = _OpenShard(task, folder, digits, tar)
         for ordinal, item in task.samples:
             key = safe_key(ordinal, item.name)

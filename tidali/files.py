@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, locks between processes, and the cache folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import glob
 import os
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,43 +14,85 @@ from pathlib import Path
 from tidali.errors import TidaliError
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that after a kill or a full disk either the old content or the new is there, whole.
-
-    Raises:
-        TidaliError: it cannot be written.
-    """
-    temporary = temporary_path(path)
-    try:
-        remove_left_over(path.parent, glob.escape(path.name))
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        with suppress(OSError):  # on a read-only disk, or where the name is too long, removing fails as writing did
-            temporary.unlink()
-        raise TidaliError(f"{path}: cannot be written ({error.strerror}); the previous file is untouched") from None
+def cache_folder() -> Path:
+    """Where everything is kept that can be downloaded or built again: ``$TIDALI_CACHE``, else ``$XDG_CACHE_HOME/tidali``, else
+    ``~/.cache/tidali``."""
+    if own := os.environ.get("TIDALI_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tidali"
 
 
 def printable(name: str) -> str:
-    """Bytes of a file name that are no UTF-8 become ``\\udc..`` escapes; other names stay as they are."""
+    """A file name with ``\\udc..`` escapes for bytes that are not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+# -------------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that after a kill, a power cut or a full disk either the old content or the new is there, whole.
+
+    Raises:
+        TidaliError: the file cannot be written.
+    """
+    try:
+        remove_left_over(path.parent, glob.escape(path.name))
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise TidaliError(f"{path}: cannot be written ({error.strerror}); the previous file is untouched") from None
+
+
+@contextmanager
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path to write to. After the block the file is flushed to the disk and renamed to ``path``; if the block
+    fails it is removed, and what was at ``path`` stays.
+
+    The rename survives a power cut only once `sync_folder` has been called, which one call does for several files.
+
+    Args:
+        path: the final name.
+        temporary: another temporary path than `temporary_path`'s, in the same folder.
+    """
+    temporary = temporary or temporary_path(path)
+    try:
+        yield temporary
+        sync_and_rename(temporary, path)
+    except BaseException:
+        with suppress(OSError):  # on a read-only disk, or if the name is too long, removing fails as writing did
+            temporary.unlink()
+        raise
+
+
+def sync_and_rename(temporary: Path, path: Path) -> None:
+    """Flush a file's content to the disk, then rename it. The order matters: after a power cut a renamed file must be whole."""
+    _sync(temporary, os.O_RDONLY)
+    os.replace(temporary, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def temporary_path(path: Path) -> Path:
-    """A file's name while it is written. With machine and process: two that write one file do not share it."""
-    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    """A file's name while it is written. It contains the machine, the thread and the process, so that two writers of the same
+    file never share a temporary file."""
+    return path.with_name(f".{path.name}.{platform.node()}.{threading.get_native_id()}.{os.getpid()}.tmp")
 
 
 def remove_left_over(folder: Path, pattern: str = "*") -> None:
-    """Remove what processes of this machine that were killed have left of files: a run's state takes 134 MB each time."""
+    """Remove the temporary files of killed processes of this machine: each saved state of a training run takes 134 MB."""
     for left in folder.glob(f".{pattern}.{glob.escape(platform.node())}.*.tmp"):
         process = left.name.removesuffix(".tmp").rpartition(".")[2]
         if process.isdecimal() and not _runs(int(process)):
@@ -66,16 +109,27 @@ def _runs(process: int) -> bool:
     return True
 
 
+# -------------------------------------------------------------------------------------------------------------------- locking
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder that is there: one process works in it, the others wait here. The kernel lets go when a process dies.
+def lock(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold an existing file or folder: one process at a time does. The kernel releases it when the process dies.
+
+    Args:
+        path: the file or folder. Its content is not touched.
+        wait: whether to wait for a process that holds it.
 
     Raises:
         OSError: it cannot be opened.
+        TidaliError: another process holds it, and ``wait`` is false.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise TidaliError(f"{path}: another tidali process is writing it; wait for it to end") from None
         yield
     finally:
         os.close(descriptor)

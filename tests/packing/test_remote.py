@@ -15,8 +15,9 @@ from shards.store import local_copy
 from shards.verify import verify
 from tidali.dataset.contract import MANIFEST_NAME
 from tidali.dataset.remote import filesystem
-from tidali.dataset.source import cache_folder, open_data, read_manifest
+from tidali.dataset.source import open_data, read_manifest
 from tidali.errors import DatasetError, TidaliError, UsageError
+from tidali.files import cache_folder
 
 SERVER = "moto.server"
 ENVIRONMENT = {

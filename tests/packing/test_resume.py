@@ -394,7 +394,7 @@ def test_a_damaged_manifest_is_refused_without_overwrite(
 
 
 def test_two_packers_on_one_dest(make: Any, source: Path, tmp_path: Path) -> None:
-    with LocalStore(tmp_path / "data").locked(), pytest.raises(TidaliError, match="another tidali is packing into it"):
+    with LocalStore(tmp_path / "data").locked(), pytest.raises(TidaliError, match=rf"{tmp_path}/data: another tidali"):
         make.pack(source, tmp_path / "data")
     make.pack(source, tmp_path / "data")
 

@@ -130,7 +130,7 @@ def test_full_disk_leaves_the_old_file(monkeypatch, tmp_path: Path, failing: str
     path = tmp_path / "last.safetensors"
     write_atomically(path, b"old")
 
-    def full(*args: object) -> None:
+    def full(*args: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if failing == "write":  # a full disk may show as early as the first write
@@ -138,7 +138,7 @@ def test_full_disk_leaves_the_old_file(monkeypatch, tmp_path: Path, failing: str
     elif failing == "fsync":
         monkeypatch.setattr(os, "fsync", full)
     else:
-        monkeypatch.setattr(Path, "replace", full)
+        monkeypatch.setattr(os, "replace", full)
     with pytest.raises(TidaliError, match=r"last\.safetensors: cannot be written \(No space left on device\)"):
         write_atomically(path, b"new")
     monkeypatch.undo()

@@ -1,4 +1,5 @@
-"""Files that appear whole or not at all, and what a killed writer leaves. The full disk is in test_checkpoint.py."""
+"""Files that appear whole or not at all, what a killed writer leaves, locks, the cache folder. The full disk is in
+test_checkpoint.py."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tidali.errors import TidaliError
-from tidali.files import temporary_path, write_atomically
+from tidali.files import cache_folder, lock, replacing, temporary_path, write_atomically
 
 DIES = """
 import os, signal, sys
@@ -59,3 +60,42 @@ def test_two_writers_of_one_file_do_not_share_a_temporary(tmp_path: Path, monkey
     monkeypatch.undo()
     write_atomically(path, b"new")
     assert (path.read_bytes(), theirs.read_bytes()) == (b"new", b"half")
+
+
+def test_a_failed_block_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+
+    def write_half() -> None:
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert [(left, left.read_bytes()) for left in tmp_path.iterdir()] == [(path, b"old")]
+
+
+def test_a_lock_is_held_by_one_process_and_released_when_it_dies(tmp_path: Path) -> None:
+    program = "import sys, time; from pathlib import Path; from tidali.files import lock\n"
+    program += "with lock(Path(sys.argv[1]), wait=True): print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(TidaliError, match=f"{tmp_path}: another tidali process"), lock(tmp_path, wait=False):
+            pass
+        holder.kill()
+        with lock(tmp_path, wait=True):
+            pass
+    with lock(tmp_path, wait=False):
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("TIDALI_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert cache_folder() == Path.home() / ".cache" / "tidali"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "tidali"
+    monkeypatch.setenv("TIDALI_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"

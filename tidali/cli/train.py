@@ -265,7 +265,7 @@ def demo_data() -> Path:
         UsageError: the folder cannot be created.
     """
     from tidali.dataset.contract import MANIFEST_NAME
-    from tidali.files import locked
+    from tidali.files import lock
 
     folder = Path("data") / "demo"
     manifest = folder / MANIFEST_NAME
@@ -273,7 +273,7 @@ def demo_data() -> Path:
         return folder
     try:
         folder.parent.mkdir(exist_ok=True)
-        with locked(folder.parent):
+        with lock(folder.parent, wait=True):
             if not manifest.exists():
                 from shards.demo import pack_demo
                 from tidali.console import say

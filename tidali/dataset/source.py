@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from tidali.dataset.contract import MANIFEST_NAME, Dataset, Manifest, open_dataset
 from tidali.dataset.remote import filesystem, is_remote
 from tidali.errors import DatasetError, TidaliError
-from tidali.files import locked, remove_left_over, temporary_path, write_atomically
+from tidali.files import cache_folder, lock, remove_left_over, replacing, write_atomically
 
 _PARALLEL_DOWNLOADS = 8  # a shard of 1,000 small images is 3 MB: requests wait for the network, not for a core
 _BLOCK_BYTES = 1 << 20
@@ -21,7 +20,7 @@ def open_data(location: str) -> Dataset:
     """The data set in a folder or behind an fsspec URL, checked as `tidali.dataset.contract.open_dataset` does.
 
     DALI reads a tar over a network one member after another, so each shard is copied once into the cache folder
-    (``$TIDALI_CACHE``, else ``~/.cache/tidali``), its SHA-256 checked on the way. Processes that start together share one copy:
+    (`tidali.files.cache_folder`), its SHA-256 checked on the way. Processes that start together share one copy:
     one fetches, the others wait. The copy is bound to the manifest's content, so a data set packed anew is fetched anew.
 
     Raises:
@@ -67,7 +66,7 @@ def stage(url: str) -> Path:
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        with lock(folder, wait=True):
             remove_left_over(folder)
             missing = [(name, sha256) for name, sha256, size_bytes in wanted if not _is_there(folder / name, size_bytes)]
             with ThreadPoolExecutor(_PARALLEL_DOWNLOADS) as pool:
@@ -78,11 +77,6 @@ def stage(url: str) -> Path:
     except OSError as error:
         raise TidaliError(f"{error.filename or folder}: {error.strerror or error}; TIDALI_CACHE names another folder") from None
     return folder
-
-
-def cache_folder() -> Path:
-    override = os.environ.get("TIDALI_CACHE")
-    return Path(override) if override else Path.home() / ".cache" / "tidali"
 
 
 def _is_there(path: Path, size_bytes: int | None) -> bool:
@@ -104,19 +98,16 @@ def _remote_manifest(url: str) -> bytes:
 def _fetch(url: str, folder: Path, name: str, sha256: str) -> None:
     """Copy one file, hashing it on the way; it gets its name only if it is right, and on the disk."""
     fs, root = filesystem(url)
-    partial = temporary_path(folder / name)
     digest = hashlib.sha256()
     fix = f"'tidali verify {url}' shows all damage, packing again repairs it"
     try:
-        with fs.open(f"{root}/{name}", "rb", cache_type="readahead") as remote, open(partial, "wb") as local:
-            while block := remote.read(_BLOCK_BYTES):
-                digest.update(block)
-                local.write(block)
-            local.flush()
-            os.fsync(local.fileno())
-        if digest.hexdigest() != sha256:
-            raise DatasetError(f"{url}/{name}: damaged there or on the way (its SHA-256 is not the manifest's); {fix}")
-        os.replace(partial, folder / name)
+        with replacing(folder / name) as temporary:
+            with fs.open(f"{root}/{name}", "rb", cache_type="readahead") as remote, open(temporary, "wb") as local:
+                while block := remote.read(_BLOCK_BYTES):
+                    digest.update(block)
+                    local.write(block)
+            if digest.hexdigest() != sha256:
+                raise DatasetError(f"{url}/{name}: damaged there or on the way (its SHA-256 is not the manifest's); {fix}")
     except TidaliError:
         raise
     except FileNotFoundError:
@@ -127,5 +118,3 @@ def _fetch(url: str, folder: Path, name: str, sha256: str) -> None:
         raise TidaliError(f"{url}/{name}: {error}") from None
     except Exception as error:  # every kind of remote has exceptions of its own
         raise TidaliError(f"{url}/{name}: {type(error).__name__}: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)

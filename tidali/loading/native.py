@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -24,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
+
+from tidali.files import cache_folder, remove_left_over, replacing
 
 _SOURCE = Path(__file__).with_name("resample.c")
 # What of -ffast-math helps here. All of it would also have GCC's start-up code change how the whole process rounds denormals.
@@ -282,7 +283,7 @@ def load() -> Any | None:
     try:
         built_from = (_SOURCE.read_text(), *_FLAGS, compiler, _processor())
         digest = hashlib.sha256("\n".join(built_from).encode()).hexdigest()
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tidali"
+        folder = cache_folder()
         path = folder / f"resample-{digest[:16]}.so"
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -294,14 +295,10 @@ def load() -> Any | None:
 
 def _compile(compiler: str, path: Path) -> None:
     """Under another name first: processes that start together must not load half a file."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".so")
-    os.close(handle)
-    try:
-        command = [compiler, *_FLAGS, "-o", partial, str(_SOURCE)]
+    remove_left_over(path.parent)
+    with replacing(path) as temporary:
+        command = [compiler, *_FLAGS, "-o", str(temporary), str(_SOURCE)]
         subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 def _processor() -> str:
