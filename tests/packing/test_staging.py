@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tidali.loading.corrupt_images import drop_corrupt
+import torch
 
+from tidali.config import Preprocess
 from tidali.dataset.contract import Dataset
 from tidali.dataset.source import open_data
 from tidali.errors import DatasetError
 from tidali.files import temporary_path
+from tidali.loading.data import Data
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,9 @@ def test_damaged_images_name_the_folder_too(url: str, staged: Dataset) -> None:
     data = bytearray(tar.read_bytes())
     data[600] ^= 1  # in the first image, behind its header
     tar.write_bytes(data)
-    with pytest.raises(DatasetError, match=f"1 of the 48 images .*; delete {staged.root}, which is a copy of {url}"):
-        drop_corrupt(open_data(url), "train")
+    data = Data(open_data(url), torch.device("cpu"), max_bad=0)
+    with pytest.raises(DatasetError, match=f"1 of the 48 samples .*; delete {staged.root}, which is a copy of {url}"):
+        list(data.decoded("train", Preprocess(res=staged.default_res), 48))
 
 
 def test_each_file_is_on_the_disk_before_it_has_its_name(
