@@ -24,6 +24,7 @@ from bench.routes import (
     route_cases,
 )
 from tidali.dataset.contract import Dataset
+from tidali.hardware.cpu_memory import keep_freed_memory
 from tidali.hardware.device import plan_device
 from tidali.loading.data import Data
 
@@ -38,6 +39,7 @@ def bench_loader(dataset: Dataset, *, resolutions: Sequence[int], batch_size: in
     check_batch_size(dataset, batch_size)
     plan = plan_device("cpu", "off", "off")
     cached, streamed = Data(dataset, plan.device, cache="device"), Data(dataset, plan.device, cache="off")
+    keep_freed_memory()  # as `tidali train` does
     limits = ceiling_cases(plan, jpegs=sample_jpegs(streamed.dataset))
     rows, ceilings = [], []
     for res in resolutions:

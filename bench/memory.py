@@ -49,11 +49,13 @@ def _measure(root: str, res: int, batch_size: int) -> dict[str, float]:
     import tidali.loading.dali  # noqa: F401  DALI's libraries are among the imports
     from bench.routes import batch_settings
     from tidali.dataset.contract import open_dataset
+    from tidali.hardware.cpu_memory import keep_freed_memory
     from tidali.loading.data import Data
 
     idle_rss_mib = memory_mib("VmRSS")
     dataset = open_dataset(Path(root))
     batches = Data(dataset, torch.device("cpu"), cache="device").batches("train", **batch_settings(dataset, res, batch_size))
+    keep_freed_memory()  # as `tidali train` does
     iterator = iter(batches)
     for _ in range(min(BATCHES, len(batches))):
         batch = next(iterator)

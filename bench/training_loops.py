@@ -19,6 +19,7 @@ from bench.case_worker import DataJob, Job, Stream
 from bench.peer_loaders import torchvision_v1
 from tidali.config import Augment, Preprocess, Stem, make_recipe
 from tidali.dataset.contract import open_dataset
+from tidali.hardware.cpu_memory import keep_freed_memory
 from tidali.hardware.device import DevicePlan, plan_device, set_numerics
 from tidali.hardware.timing import Stopwatch
 from tidali.loading import batches as loading
@@ -219,18 +220,10 @@ def make_state(num_classes: int, plan: DevicePlan, stem: Stem, *, averaged: bool
         averaged: also keep the recipe's averaged weights, as ``tidali train`` does. The original study's loop has none, so the
             case that it is compared with has none either.
     """
-    recipe = make_recipe("modern")
-    state = make_train_state(
-        build_resnet18(num_classes, stem),
-        plan,
-        lambda step: 1e-3,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-        label_smoothing=recipe.label_smoothing,
-        grad_clip_norm=recipe.grad_clip_norm,
-        ema_decay=recipe.ema_decay if averaged else 0.0,
-    )
+    recipe = make_recipe("modern") if averaged else make_recipe("modern", ema_decay=0.0)
+    state = make_train_state(build_resnet18(num_classes, stem), plan, lambda step: 1e-3, recipe)
+    if plan.device.type == "cpu":
+        keep_freed_memory()  # as `tidali train` does
     state.model.train()
     return state
 

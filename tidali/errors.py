@@ -4,13 +4,13 @@ from __future__ import annotations
 
 
 class TidaliError(Exception):
-    """Work that failed: a damaged shard, a full disk, a device that is not there. The command exits with 1."""
+    """Work that failed: a damaged shard, a full disk, a missing device. The command exits with 1."""
 
     exit_code = 1
 
 
 class UsageError(TidaliError):
-    """A request that cannot be right: a wrong flag, path or combination. The command exits with 2."""
+    """Wrong use: a wrong flag, path or combination. The command exits with 2."""
 
     exit_code = 2
 
@@ -20,7 +20,7 @@ class DatasetError(TidaliError):
 
 
 class Interrupted(TidaliError):
-    """The run was asked to stop, and has saved its state."""
+    """The run was asked to stop, and its state is saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -28,5 +28,5 @@ class Interrupted(TidaliError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line; its kind where it says nothing."""
+    """The first line of another library's error message; its type's name where the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

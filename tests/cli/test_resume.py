@@ -17,7 +17,7 @@ from tidali.config import TrainSettings, make_recipe
 from tidali.dataset.contract import open_dataset
 from tidali.hardware.device import plan_device
 from tidali.hardware.ranks import Ranks
-from tidali.training.setup import wire
+from tidali.training.setup import set_up
 
 TIDALI = [sys.executable, "-m", "tidali"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -89,7 +89,8 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 def test_a_stream_that_is_resumed_says_why_it_streams(demo_data: Path) -> None:
     """Nobody asked for ``--cache off``: memory was short when the run began, and may no longer be."""
     settings = TrainSettings(data=str(demo_data), out="", res=32, recipe=make_recipe("seed", epochs=1), device="cpu")
-    route = wire(settings, open_dataset(demo_data), plan_device("cpu", "off", "off"), Ranks(), cache="off").train_batches.route
+    prepared = set_up(settings, open_dataset(demo_data), plan_device("cpu", "off", "off"), Ranks(), cache="off")
+    route = prepared.train_batches.route
     assert (route.cached, route.reason) == (False, "as the run began")
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+from tidali.config import make_recipe
 from tidali.hardware.cpu_convolution import MAX_SIDE, as_matrix, kernels_grad, speed_up_tiny_images
 from tidali.hardware.device import plan_device
 from tidali.model.resnet import build_resnet18
@@ -111,5 +112,5 @@ def test_the_engine_takes_it_where_nothing_is_compiled(compile) -> None:
     """A compiler sees torch's own convolution."""
     plan = plan_device("cpu", "off", compile)
     model = build_resnet18(3, "imagenet")
-    make_train_state(model, plan, lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0, label_smoothing=0.0)
+    make_train_state(model, plan, lambda step: 0.1, make_recipe("seed"))
     assert (type(model.layer4[1].conv2) is nn.Conv2d) == (compile == "on")

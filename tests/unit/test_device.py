@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tidali.dataset.contract import open_dataset
 from tidali.errors import TidaliError, UsageError
 from tidali.hardware import device
-from tidali.hardware.device import DeviceFacts, choose_amp, choose_compile, describe_device, plan_device, set_numerics
+from tidali.hardware.device import DeviceInfo, choose_amp, choose_compile, describe_device, numerics, plan_device, set_numerics
 from tidali.model.checkpoint import ModelCard, save_checkpoint
 from tidali.model.predict import load_model
 from tidali.report.insight import inspect_checkpoint
 from tidali.training.evaluation import evaluate_checkpoint, evaluate_served
 
-H100 = DeviceFacts(type="cuda", name="H100", capability=(9, 0), has_compiler=True)
-A100 = DeviceFacts(type="cuda", name="A100", capability=(8, 0), has_compiler=True)
-T4 = DeviceFacts(type="cuda", name="T4", capability=(7, 5), has_compiler=True)
-P100 = DeviceFacts(type="cuda", name="P100", capability=(6, 0), has_compiler=True)
-BARE_A100 = DeviceFacts(type="cuda", name="A100 without a compiler", capability=(8, 0))
-OLD_CPU = DeviceFacts(type="cpu", name="AVX2", cpu_flags=frozenset({"avx2", "avx512f"}), has_compiler=True)
-ZEN4 = DeviceFacts(type="cpu", name="Zen 4", cpu_flags=frozenset({"avx2", "avx512_bf16"}), has_compiler=True)
-SAPPHIRE = DeviceFacts(type="cpu", name="Sapphire Rapids", cpu_flags=frozenset({"amx_bf16", "avx512_bf16"}))
+H100 = DeviceInfo(type="cuda", name="H100", capability=(9, 0), has_compiler=True)
+A100 = DeviceInfo(type="cuda", name="A100", capability=(8, 0), has_compiler=True)
+T4 = DeviceInfo(type="cuda", name="T4", capability=(7, 5), has_compiler=True)
+P100 = DeviceInfo(type="cuda", name="P100", capability=(6, 0), has_compiler=True)
+BARE_A100 = DeviceInfo(type="cuda", name="A100 without a compiler", capability=(8, 0))
+OLD_CPU = DeviceInfo(type="cpu", name="AVX2", cpu_flags=frozenset({"avx2", "avx512f"}), has_compiler=True)
+ZEN4 = DeviceInfo(type="cpu", name="Zen 4", cpu_flags=frozenset({"avx2", "avx512_bf16"}), has_compiler=True)
+SAPPHIRE = DeviceInfo(type="cpu", name="Sapphire Rapids", cpu_flags=frozenset({"amx_bf16", "avx512_bf16"}))
 
 
 @pytest.mark.parametrize(
-    ("facts", "dtype", "compiled"),
+    ("info", "dtype", "compiled"),
     [
         (H100, torch.bfloat16, True),
         (A100, torch.bfloat16, True),
@@ -39,52 +42,52 @@ SAPPHIRE = DeviceFacts(type="cpu", name="Sapphire Rapids", cpu_flags=frozenset({
         (ZEN4, torch.bfloat16, False),
         (SAPPHIRE, torch.bfloat16, False),
     ],
-    ids=lambda value: value.name if isinstance(value, DeviceFacts) else "",
+    ids=lambda value: value.name if isinstance(value, DeviceInfo) else "",
 )
-def test_auto(facts: DeviceFacts, dtype: torch.dtype | None, compiled: bool) -> None:
-    chosen, amp_reason = choose_amp(facts, "auto")
-    assert (chosen, choose_compile(facts, "auto")[0]) == (dtype, compiled)
+def test_auto(info: DeviceInfo, dtype: torch.dtype | None, compiled: bool) -> None:
+    chosen, amp_reason = choose_amp(info, "auto")
+    assert (chosen, choose_compile(info, "auto")[0]) == (dtype, compiled)
     assert amp_reason
-    assert choose_compile(facts, "auto")[1]
+    assert choose_compile(info, "auto")[1]
 
 
-@pytest.mark.parametrize("facts", [H100, P100, OLD_CPU], ids=lambda facts: facts.name)
-def test_a_wish_is_obeyed_and_named_as_the_reason(facts: DeviceFacts) -> None:
-    assert choose_amp(facts, "off") == (None, "--amp off")
-    assert choose_amp(facts, "bf16") == (torch.bfloat16, "--amp bf16")
-    assert choose_amp(facts, "fp16") == (torch.float16, "--amp fp16")
-    assert choose_compile(facts, "off") == (False, "--compile off")
+@pytest.mark.parametrize("info", [H100, P100, OLD_CPU], ids=lambda info: info.name)
+def test_an_explicit_choice_is_kept_and_is_the_reason(info: DeviceInfo) -> None:
+    assert choose_amp(info, "off") == (None, "--amp off")
+    assert choose_amp(info, "bf16") == (torch.bfloat16, "--amp bf16")
+    assert choose_amp(info, "fp16") == (torch.float16, "--amp fp16")
+    assert choose_compile(info, "off") == (False, "--compile off")
 
 
-@pytest.mark.parametrize("facts", [H100, T4, OLD_CPU], ids=lambda facts: facts.name)
-def test_compilation_is_had_where_it_is_asked_for(facts: DeviceFacts) -> None:
-    assert choose_compile(facts, "on") == (True, "--compile on")
+@pytest.mark.parametrize("info", [H100, T4, OLD_CPU], ids=lambda info: info.name)
+def test_compilation_is_on_where_it_is_asked_for(info: DeviceInfo) -> None:
+    assert choose_compile(info, "on") == (True, "--compile on")
 
 
 @pytest.mark.parametrize(
-    ("facts", "cause"),
+    ("info", "cause"),
     [(P100, "compute capability 7.0, P100 has 6.0"), (BARE_A100, "no C compiler on PATH"), (SAPPHIRE, "no C compiler on PATH")],
-    ids=lambda value: value.name if isinstance(value, DeviceFacts) else "",
+    ids=lambda value: value.name if isinstance(value, DeviceInfo) else "",
 )
-def test_compilation_that_cannot_work_is_refused(facts: DeviceFacts, cause: str) -> None:
-    assert choose_compile(facts, "off") == (False, "--compile off")
-    for wish in ("on", "max-autotune"):
-        with pytest.raises(TidaliError, match=f"--compile {wish}: .*{cause}.*--compile off"):
-            choose_compile(facts, wish)
-    if facts.type == "cuda":
-        assert cause in choose_compile(facts, "auto")[1]
+def test_compilation_that_cannot_work_is_refused(info: DeviceInfo, cause: str) -> None:
+    assert choose_compile(info, "off") == (False, "--compile off")
+    for choice in ("on", "max-autotune"):
+        with pytest.raises(TidaliError, match=f"--compile {choice}: .*{cause}.*--compile off"):
+            choose_compile(info, choice)
+    if info.type == "cuda":
+        assert cause in choose_compile(info, "auto")[1]
 
 
 @pytest.mark.parametrize(
-    ("facts", "amp", "dtype_name", "needs_scaler", "autocasts"),
+    ("info", "amp", "dtype_name", "needs_scaler", "autocasts"),
     [(T4, "auto", "float16", True, True), (A100, "auto", "bfloat16", False, True), (P100, "auto", "float32", False, False)],
-    ids=lambda value: value.name if isinstance(value, DeviceFacts) else "",
+    ids=lambda value: value.name if isinstance(value, DeviceInfo) else "",
 )
-def test_plan_of_a_gpu(monkeypatch, facts: DeviceFacts, amp: str, dtype_name: str, needs_scaler: bool, autocasts: bool) -> None:
-    monkeypatch.setattr(device, "describe_device", lambda wish: facts)
+def test_plan_of_a_gpu(monkeypatch, info: DeviceInfo, amp: str, dtype_name: str, needs_scaler: bool, autocasts: bool) -> None:
+    monkeypatch.setattr(device, "describe_device", lambda choice: info)
     monkeypatch.setenv("LOCAL_RANK", "3")
     plan = plan_device("auto", amp, "auto")
-    assert (plan.device, plan.name) == (torch.device("cuda", 3), facts.name)
+    assert (plan.device, plan.name) == (torch.device("cuda", 3), info.name)
     assert (plan.dtype_name, plan.needs_scaler, plan.amp_dtype is not None) == (dtype_name, needs_scaler, autocasts)
 
 
@@ -118,8 +121,8 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch) -> None:
 
 
 @pytest.fixture
-def numerics() -> Iterator[None]:
-    """torch's own switches, and what they were afterwards."""
+def torchs_numerics() -> Iterator[None]:
+    """torch's own switches; afterwards they are as they were before."""
     cudnn, deterministic = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
     before = cudnn.allow_tf32, cudnn.benchmark
     cudnn.allow_tf32, cudnn.benchmark = True, False
@@ -128,7 +131,7 @@ def numerics() -> Iterator[None]:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def test_numerics_are_those_of_training_and_determinism_is_kept(numerics: None, monkeypatch) -> None:
+def test_numerics_are_those_of_training_and_determinism_is_kept(torchs_numerics: None, monkeypatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     set_numerics()
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == (False, True)
@@ -140,14 +143,20 @@ def test_numerics_are_those_of_training_and_determinism_is_kept(numerics: None, 
 
 
 @pytest.mark.parametrize("command", ["evaluate", "evaluate served", "report", "predict"])
-def test_figures_are_measured_with_the_numerics_of_training(
-    numerics: None, command: str, demo_data: Path, tmp_path: Path
+def test_a_checkpoint_runs_with_the_numerics_of_training_and_leaves_the_programs(
+    torchs_numerics: None, command: str, demo_data: Path, tmp_path: Path
 ) -> None:
     dataset = open_dataset(demo_data)
     mean, std, classes = dataset.manifest.mean, dataset.manifest.std, dataset.manifest.classes
     card = ModelCard(classes=classes, stem="imagenet", stem_bias=False, res=32, mean=mean, std=std)
     path = str(tmp_path / "x.safetensors")
     save_checkpoint(tmp_path / "x.safetensors", card.build_model(), card)
+    seen = set()
+
+    def record(*_: object) -> None:
+        seen.add((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark))
+
+    handle = nn.modules.module.register_module_forward_hook(record)
     if command == "evaluate":
         evaluate_checkpoint(path, dataset, device="cpu")
     elif command == "evaluate served":
@@ -155,15 +164,30 @@ def test_figures_are_measured_with_the_numerics_of_training(
     elif command == "report":
         inspect_checkpoint(path, dataset, device="cpu")
     else:
-        load_model(path, device="cpu")
-    assert not torch.backends.cudnn.allow_tf32
-    assert torch.backends.cudnn.benchmark
+        load_model(path, device="cpu").predict(np.zeros((32, 32, 3), np.uint8))
+    handle.remove()
+    assert seen == {(False, True)}
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == (True, False)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_numerics_are_restored(torchs_numerics: None, monkeypatch, before: bool) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(before, warn_only=before)
+    for deterministic in (None, True, False):
+        with contextlib.suppress(KeyError), numerics(deterministic):
+            assert torch.are_deterministic_algorithms_enabled() is (before if deterministic is None else deterministic)
+            assert not torch.backends.cudnn.allow_tf32
+            raise KeyError
+        assert torch.are_deterministic_algorithms_enabled() is before
+        assert torch.is_deterministic_algorithms_warn_only_enabled() is before
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark) == (True, False)
 
 
 def test_this_cpu_is_described() -> None:
-    facts = describe_device("cpu")
-    assert (facts.type, facts.capability) == ("cpu", None)
-    assert facts.name
+    info = describe_device("cpu")
+    assert (info.type, info.capability) == ("cpu", None)
+    assert info.name
     assert device.cpu_count() >= 1
     assert plan_device("cpu", "off", "auto").device == torch.device("cpu")
 

@@ -18,7 +18,7 @@ from tidali.errors import Interrupted, TidaliError
 from tidali.hardware import ranks as distributed_module
 from tidali.hardware.ranks import joined_ranks
 from tidali.model.resnet import build_resnet18
-from tidali.training.run import steps_between_questions
+from tidali.training.run import steps_between_agreements
 
 STEPS = 20
 HALVES = {torch.float64: (4, 64), torch.float32: (2, 100)}
@@ -48,10 +48,7 @@ with joined_ranks("cpu") as ranks:
         build_resnet18(10, "imagenet").to(dtype),
         plan_device("cpu", "off", "off"),
         lambda step: LR,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=DECAY,
-        label_smoothing=0.1,
+        make_recipe("modern", weight_decay=DECAY, ema_decay=0.0),
         ranks=ranks,
     )
     half, _ = HALVES[dtype]
@@ -124,8 +121,8 @@ def test_two_ranks_are_a_loop_that_averages_the_halves_gradients(tmp_path: Path,
 
 def test_ranks_ask_each_other_often_enough_for_torchruns_30_seconds() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert steps_between_questions(4.0, cpu) == steps_between_questions(0.01, cpu) == 1
-    assert [steps_between_questions(step_s, gpu) for step_s in (4.0, 0.5, 0.2, 0.01, 0.0)] == [1, 4, 10, 20, 20]
+    assert steps_between_agreements(4.0, cpu) == steps_between_agreements(0.01, cpu) == 1
+    assert [steps_between_agreements(step_s, gpu) for step_s in (4.0, 0.5, 0.2, 0.01, 0.0)] == [1, 4, 10, 20, 20]
 
 
 @pytest.mark.parametrize(("rank", "talks"), [("0", True), ("1", False)])

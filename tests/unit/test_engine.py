@@ -20,7 +20,7 @@ from tidali.hardware.ranks import Ranks
 from tidali.model.resnet import build_resnet18
 from tidali.training.engine import Ema, TrainState, all_finite, compiled, evaluate, make_train_state, train_epoch, train_step
 from tidali.training.metrics import Meter
-from tidali.training.setup import wire
+from tidali.training.setup import set_up
 
 STEPS = 20
 
@@ -40,8 +40,7 @@ def batches(count: int, size: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
 def linear_state(plan: DevicePlan, **changes: float) -> TrainState:
     """A state around one linear layer: what a step does to weights can be written down."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
-    settings = dict(momentum=0.0, nesterov=False, weight_decay=0.0, label_smoothing=0.0)
-    return make_train_state(model, plan, lambda step: 0.1, **{**settings, **changes})
+    return make_train_state(model, plan, lambda step: 0.1, make_recipe("seed", **{"momentum": 0.0, **changes}))
 
 
 # How far the losses of a plain loop and the engine may be apart, relative. The optimizer, fused in the engine, rounds once
@@ -73,7 +72,7 @@ def test_twenty_steps_are_a_plain_loops(name: str) -> None:
 
     plan = plan_device("cpu", amp, "off")
     settings = dict(momentum=0.9, nesterov=True)
-    state = make_train_state(model, plan, schedule, weight_decay=0.01, label_smoothing=0.1, **settings)
+    state = make_train_state(model, plan, schedule, make_recipe("seed", weight_decay=0.01, label_smoothing=0.1, **settings))
     state.model.train()
     smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
     batch = images.to(memory_format=torch.channels_last)
@@ -129,11 +128,7 @@ def test_batch_norm_sees_each_piece_by_itself(plan: DevicePlan) -> None:
         nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 32 * 32, 5)),
         plan,
         lambda step: 0.1,
-        momentum=0.0,
-        nesterov=False,
-        weight_decay=0.0,
-        label_smoothing=0.0,
-        accumulate=2,
+        make_recipe("seed", accumulate=2),
     )
     train_step(state, images, labels)
     assert state.model[0].num_batches_tracked.item() == 2
@@ -143,17 +138,17 @@ def test_no_piece_is_left_with_a_single_sample(plan: DevicePlan) -> None:
     """Batch norm over one value a channel raises: 10 samples in 4 pieces are 3, 3, 2 and 2."""
     images, labels = next(batches(1, size=10))
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5), nn.BatchNorm1d(5))
-    settings = dict(momentum=0.0, nesterov=False, weight_decay=0.0, label_smoothing=0.0)
-    assert len(train_step(make_train_state(model, plan, lambda step: 0.1, accumulate=4, **settings), images, labels)) == 10
+    state = make_train_state(model, plan, lambda step: 0.1, make_recipe("seed", accumulate=4))
+    assert len(train_step(state, images, labels)) == 10
 
 
 def test_a_rank_needs_two_samples_for_each_piece(plan: DevicePlan, demo_data: Path) -> None:
     settings = TrainSettings(data="", out="", recipe=make_recipe("seed", batch_size=40, accumulate=6))
     with pytest.raises(UsageError, match="accumulate 6: a rank has 10 images a step"):
-        wire(settings, open_dataset(demo_data), plan, Ranks(world_size=4))
+        set_up(settings, open_dataset(demo_data), plan, Ranks(world_size=4))
 
 
-def test_mirrored_images_are_averaged_in(plan: DevicePlan) -> None:
+def test_flip_tta_averages_the_logits_of_flipped_images(plan: DevicePlan) -> None:
     model = linear_state(plan).model
     data = list(batches(2))
     score = evaluate(model, data, plan, expected_samples=16, flip=True)
@@ -168,8 +163,8 @@ def test_each_size_is_compiled_once_and_its_seconds_are_told_apart() -> None:
     plan = plan_device("cpu", "off", "on")
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     eager = copy.deepcopy(model)
-    settings = dict(momentum=0.0, nesterov=False, weight_decay=0.0, label_smoothing=0.0)
-    state = make_train_state(model, plan, lambda step: 0.1, **settings)
+    recipe = make_recipe("seed", momentum=0.0)
+    state = make_train_state(model, plan, lambda step: 0.1, recipe)
     images, labels = next(batches(1))
     data = [(images, labels), (images[..., :16, :16], labels), (images, labels), (images[..., :16, :16], labels)]
     torch._dynamo.utils.counters.clear()
@@ -181,7 +176,7 @@ def test_each_size_is_compiled_once_and_its_seconds_are_told_apart() -> None:
     assert report.images_per_s == pytest.approx(16 / (report.seconds - report.compile_s))
     again = train_epoch(state, data, Meter(plan.device))
     assert again.compile_s == 0
-    uncompiled = make_train_state(eager, plan_device("cpu", "off", "off"), lambda step: 0.1, **settings)
+    uncompiled = make_train_state(eager, plan_device("cpu", "off", "off"), lambda step: 0.1, recipe)
     for _ in range(2):
         train_epoch(uncompiled, data, Meter(plan.device))
     for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
@@ -200,9 +195,7 @@ def test_a_deterministic_run_compiles_deterministically(monkeypatch: pytest.Monk
 
 
 def test_the_model_stays_channels_last(plan: DevicePlan) -> None:
-    state = make_train_state(
-        build_resnet18(5, "small"), plan, lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0, label_smoothing=0.0
-    )
+    state = make_train_state(build_resnet18(5, "small"), plan, lambda step: 0.1, make_recipe("seed"))
     train_step(state, *next(batches(1, size=2)))
     convolutions = [parameter for parameter in state.model.parameters() if parameter.ndim == 4]
     assert len(convolutions) == 20

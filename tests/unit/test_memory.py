@@ -29,7 +29,8 @@ def test_a_view_holds_it(hold) -> None:
     address, view = tensor.data_ptr(), hold(tensor)
     del tensor
     gc.collect()
-    assert memory.empty((4, 8), torch.float32).data_ptr() != address
+    other = memory.empty((4, 8), torch.float32)
+    assert other.data_ptr() != address
     del view
     gc.collect()
     assert memory.empty((4, 8), torch.float32).data_ptr() == address
@@ -42,7 +43,19 @@ def test_held_tensors_keep_their_values(plan: list[tuple[int, int]]) -> None:
         held.pop(place, None)
         held[place] = (memory.empty((count,), torch.int64).fill_(value), value)
         assert all((tensor == expected).all() for tensor, expected in held.values())
-    assert len(memory._blocks) <= 6 * 50
+    held.clear()
+    assert len(memory._free) <= 6 * 50
+
+
+def test_a_tensor_that_autograd_saved_keeps_its_memory() -> None:
+    memory, weight = ReusedMemory(), torch.ones(8, requires_grad=True)
+    images = memory.empty((8,), torch.float32).fill_(3.0)
+    loss = (images * weight).sum()
+    del images
+    memory.empty((8,), torch.float32).fill_(-1.0)
+    loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [3.0] * 8
 
 
 def test_another_dtype_and_shape() -> None:

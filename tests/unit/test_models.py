@@ -10,8 +10,9 @@ import torch
 import torchvision
 
 from tidali.errors import TidaliError, UsageError
+from tidali.hardware.cpu_pooling import pool_before_relu
 from tidali.model.pretrained import file_weights
-from tidali.model.resnet import build_resnet18, load_matching, pool_before_relu, shrink_kernels, weights_only
+from tidali.model.resnet import build_resnet18, load_matching, shrink_kernels, weights_only
 
 
 @pytest.mark.parametrize("res", [32, 64])

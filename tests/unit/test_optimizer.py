@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tidali.config import make_recipe
 from tidali.hardware.cpu_optimizer import ChannelsLastSGD
 from tidali.hardware.device import plan_device
 from tidali.training.engine import make_train_state
@@ -47,10 +48,9 @@ def test_ten_steps_are_torchs(settings: dict[str, float], grad_order: torch.memo
 
 
 def test_its_state_is_torchs() -> None:
-    """What is saved by one can be gone on with by the other."""
+    """The state that one saves can be loaded by the other."""
     plan = plan_device("cpu", "off", "off")
-    settings = dict(momentum=0.9, nesterov=True, weight_decay=1e-2)
-    state = make_train_state(model(), plan, lambda step: 0.1, label_smoothing=0.0, **settings)
+    state = make_train_state(model(), plan, lambda step: 0.1, make_recipe("seed", nesterov=True, weight_decay=1e-2))
     assert isinstance(state.optimizer, ChannelsLastSGD)
     sum(parameter.square().sum() for parameter in state.model.parameters()).backward()
     state.optimizer.step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tidali.errors import UsageError
+from tidali.config import make_recipe
 from tidali.training.schedule import make_schedule, step_decay, warmup_cosine
 
 
@@ -56,13 +56,8 @@ def test_warmup_leaves_room_for_the_cosine(total_steps: int, warmup_steps: int, 
 
 
 def test_make_schedule_counts_epochs_in_steps() -> None:
-    common = dict(lr=0.1, epochs=4, steps_per_epoch=2, warmup_epochs=1.0, step_epochs=3, step_gamma=0.5)
-    by_step, by_cosine = make_schedule("step", **common), make_schedule("cosine", **common)
+    common = dict(lr=0.1, epochs=4, warmup_epochs=1.0, step_epochs=3, step_gamma=0.5)
+    by_step, by_cosine = (make_schedule(make_recipe("seed", schedule=kind, **common), 2) for kind in ("step", "cosine"))
     assert [by_step(step) for step in (0, 5, 6, 7)] == pytest.approx([0.1, 0.1, 0.05, 0.05], rel=1e-12)
     reference = warmup_cosine(0.1, total_steps=8, warmup_steps=2)
     assert [by_cosine(step) for step in range(8)] == [reference(step) for step in range(8)]
-
-
-def test_unknown_kind() -> None:
-    with pytest.raises(UsageError, match="choose step or cosine"):
-        make_schedule("linear", lr=1, epochs=1, steps_per_epoch=1, warmup_epochs=0, step_epochs=1, step_gamma=1)

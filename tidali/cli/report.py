@@ -55,7 +55,9 @@ def report(
     found = read_runs(runs)
 
     from tidali.console import say
+    from tidali.hardware.cpu_memory import keep_freed_memory
     from tidali.report.run_report import write_report
 
+    keep_freed_memory()
     write_report(found, path, data=data)
     say(f"{path}: report of {', '.join(run.name for run in found)}")

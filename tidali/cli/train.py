@@ -222,8 +222,10 @@ def eval_(
 
     from tidali.console import is_main_rank, print_table
     from tidali.dataset.source import open_data
+    from tidali.hardware.cpu_memory import keep_freed_memory
     from tidali.training.evaluation import evaluate_checkpoint
 
+    keep_freed_memory()
     _, rows = evaluate_checkpoint(
         checkpoint,
         open_data(data),

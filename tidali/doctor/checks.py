@@ -20,7 +20,7 @@ from tidali.console import silenced
 from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError
 from tidali.hardware.device import plan_device
-from tidali.hardware.ranks import add_up
+from tidali.hardware.ranks import check_all_reduce
 from tidali.hardware.timing import Stopwatch
 from tidali.loading.batches import Batches, Training
 from tidali.loading.data import Data
@@ -181,10 +181,7 @@ def _tiny_state(device: torch.device, amp: AmpChoice, *, compile: bool = False) 
         model,
         plan_device("cpu" if device.type == "cpu" else "cuda", amp, "on" if compile else "off"),
         lambda step: 0.01,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=5e-4,
-        label_smoothing=0.1,
+        make_recipe("modern", ema_decay=0.0),
     )
 
 
@@ -258,18 +255,18 @@ def ranks_communicate(device_type: str, ranks: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         try:
             if ranks == 1:
-                add_up(0, backend, 1, folder)
+                check_all_reduce(0, backend, 1, folder)
             else:
-                _add_up_in_processes(backend, ranks, folder)
+                _check_all_reduce_in_processes(backend, ranks, folder)
         except Exception as error:
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1:]
             raise TidaliError(f"{backend}: {(reason or [type(error).__name__])[0][:200]}") from None
     return f"{backend}: all-reduce over {ranks} rank{'s' if ranks > 1 else ''} works"
 
 
-def _add_up_in_processes(backend: str, ranks: int, folder: str) -> None:
+def _check_all_reduce_in_processes(backend: str, ranks: int, folder: str) -> None:
     context: Any = multiprocessing.start_processes(
-        add_up, (backend, ranks, folder), nprocs=ranks, join=False, start_method="spawn"
+        check_all_reduce, (backend, ranks, folder), nprocs=ranks, join=False, start_method="spawn"
     )
     try:
         watch = Stopwatch()

@@ -17,8 +17,7 @@ from tidali.hardware.device import DevicePlan
 from tidali.hardware.timing import Stopwatch
 from tidali.loading.data import free_memory_bytes
 from tidali.loading.route import choose_route
-from tidali.model.checkpoint import find_checkpoint, load_model
-from tidali.training.evaluation import check_classes
+from tidali.model.checkpoint import check_classes, find_checkpoint, load_model
 
 MIN_FREE_DISK_MIB = 1024
 """For a run folder: two sets of weights of 45 MB and a state of 134 MB. A new file is written before the old one is removed."""

@@ -1,1 +1,2 @@
-"""The device, its precision and memory, the ranks, the clock, and what is done for a CPU's sake."""
+"""The device and its precision, the ranks of a distributed run, the clock, and the ``cpu_*`` modules: workarounds that only
+training on a CPU needs, each with its reason, its measured gain, and when it can be deleted."""

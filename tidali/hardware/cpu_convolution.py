@@ -1,11 +1,13 @@
-"""3x3 convolutions on a CPU, where images have shrunk to a few pixels: matrix products without those that meet the padding.
+"""3x3 convolutions on a CPU for feature maps of a few pixels, as matrix products that leave out the padding.
 
-A ResNet-18 of 64-pixel images ends in three of 512 channels at 2x2 pixels. On batches of 100, float32, two cores with AVX2,
-oneDNN 3.12 takes 57 ms for the gradient of such kernels, as long as at 4x4 pixels; a product for each tap takes 8. The output
-and the gradient of the input take it 12.5 ms each; one product of whole images takes 9 and 7. A whole step, in turns with one
-of torch's own convolutions: 572 ms instead of 746 at 64 pixels, 174 instead of 336 at 32, 1334 instead of 1390 at 96. In bf16,
-two cores of a Zen 4, a step of 64 pixels takes 270 ms instead of 303.
-"""
+A ResNet-18 on 64-pixel images ends in three convolutions of 512 channels at 2x2 pixels. On batches of 100, float32, two cores
+with AVX2, oneDNN 3.12 takes 57 ms for the gradient of such kernels, as long as at 4x4 pixels; one matrix product for each tap
+takes 8. oneDNN takes 12.5 ms each for the output and for the gradient of the input; one matrix product over whole images takes
+9 and 7. A whole step, measured alternately with torch's own convolutions: 572 ms instead of 746 at 64 pixels, 174 instead of
+336 at 32, 1334 instead of 1390 at 96. In bf16, two cores of a Zen 4, a step at 64 pixels takes 270 ms instead of 303.
+
+This can go when oneDNN's gradient of 3x3 kernels at 2x2 pixels takes clearly less time than at 4x4, which is four times the
+work."""
 
 from __future__ import annotations
 
@@ -16,14 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 MAX_SIDE = 3
-"""In pixels. There the kernels' gradient takes half of oneDNN's time (21 ms against 42), at 4x4 two thirds, at 7x7 all."""
+"""Largest side in pixels. At 3x3 the kernels' gradient takes half of oneDNN's time (21 ms against 42), at 4x4 two thirds, at
+7x7 all of it."""
 
 
 def speed_up_tiny_images(model: nn.Module) -> None:
-    """Give the model's 3x3 convolutions of stride 1 the products below, for batches whose images are tiny when they get there.
+    """Make the model's 3x3 convolutions of stride 1 use the matrix products below whenever their input is at most `MAX_SIDE`
+    high and wide.
 
-    Only training in channels-last memory on a CPU gains. What they compute, their parameters and their names stay as they are;
-    the order of their sums does not.
+    Only training in channels-last memory on a CPU becomes faster. What the convolutions compute, their parameters and their
+    names stay the same; the order of their sums changes.
     """
     wanted = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "bias": None}
     for module in model.modules():
@@ -35,7 +39,7 @@ class _Conv3x3(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or max(input.shape[2:]) > MAX_SIDE:
             return super().forward(input)
-        # What autocast does to the operands of a convolution; it does not look into functions of one's own.
+        # Autocast converts the operands of a convolution, but not those of a custom autograd function.
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
         out: Tensor = _TinyConvolution.apply(input.to(dtype), self.weight)
         return out
@@ -50,13 +54,13 @@ class _TinyConvolution(torch.autograd.Function):
             return functional.conv2d(images, kernels, padding=1)
         matrix = as_matrix(kernels, images.shape[2], images.shape[3])
         ctx.save_for_backward(images, matrix)
-        return _times(images, matrix.T)
+        return _multiply(images, matrix.T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (grad,), (images, kernels) = grads, ctx.saved_tensors
         if kernels.ndim == 2:
-            return _times(grad, kernels), kernels_grad(images, grad, ctx.weight_dtype)
+            return _multiply(grad, kernels), kernels_grad(images, grad, ctx.weight_dtype)
         one, none, wanted = [1, 1], [0, 0], [True, False, False]
         of_images: Tensor = torch.ops.aten.convolution_backward(
             grad, images, kernels, None, one, one, one, False, none, 1, wanted
@@ -65,7 +69,8 @@ class _TinyConvolution(torch.autograd.Function):
 
 
 def as_matrix(kernels: Tensor, height: int, width: int) -> Tensor:
-    """What a 3x3 convolution of stride 1 and padding 1 does to an image of 1 or 2 pixels a side, where all reach all.
+    """The matrix of a 3x3 convolution, stride 1, padding 1, on an image of 1 or 2 pixels a side: every input meets every
+    output.
 
     Args:
         kernels: (O, I, 3, 3).
@@ -78,8 +83,8 @@ def as_matrix(kernels: Tensor, height: int, width: int) -> Tensor:
     return torch.stack(rows).flatten(2).flatten(0, 1)
 
 
-def _times(images: Tensor, matrix: Tensor) -> Tensor:
-    """All of an image's values, channels_last, times the matrix, as an image of the same height and width."""
+def _multiply(images: Tensor, matrix: Tensor) -> Tensor:
+    """Each image, flattened in channels_last order, times the matrix, as an image of the same height and width."""
     count, _, height, width = images.shape
     product = images.permute(0, 2, 3, 1).reshape(count, -1) @ matrix
     return product.view(count, height, width, -1).permute(0, 3, 1, 2)
@@ -88,13 +93,13 @@ def _times(images: Tensor, matrix: Tensor) -> Tensor:
 def kernels_grad(images: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of a 3x3 convolution's kernels: stride 1, padding 1, no bias.
 
-    One matrix product for each of the nine taps, over the pixels at which the tap lies inside the image: at 2x2 pixels 16 pairs
-    of pixels, where a convolution that is blind to its padding multiplies 36.
+    One matrix product for each of the nine taps, over the pixels at which the tap lies inside the image: at 2x2 pixels these
+    are 16 pairs of pixels, where a convolution that also multiplies the padding has 36.
 
     Args:
         images: (N, I, H, W), channels_last.
         grad: of the convolution's output (N, O, H, W), channels_last, of the same dtype.
-        dtype: of what is returned, the kernels' own.
+        dtype: of the result: that of the kernels.
 
     Returns:
         (O, I, 3, 3), channels_last.
@@ -109,7 +114,8 @@ def kernels_grad(images: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _overlaps(side: int) -> list[tuple[slice, slice]]:
-    """For the taps at -1, 0 and 1: the outputs along a side of the image for which it lies inside, and the inputs under it."""
+    """For the taps at -1, 0 and 1: the output pixels along a side for which the tap is inside the image, and its input
+    pixels."""
     return [
         (slice(max(0, -offset), side - max(0, offset)), slice(max(0, offset), side - max(0, -offset))) for offset in (-1, 0, 1)
     ]

@@ -1,10 +1,11 @@
-"""Which device, precision and compilation a run uses, decided from described facts so that it can be tested without a GPU."""
+"""The device, precision and compilation of a run, chosen from a description of the device so that tests need no GPU."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,8 +17,8 @@ from tidali.errors import TidaliError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceFacts:
-    """What the decisions depend on."""
+class DeviceInfo:
+    """A device, described by what the decisions depend on."""
 
     type: str
     """``cpu`` or ``cuda``."""
@@ -31,7 +32,7 @@ class DeviceFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class DevicePlan:
-    """The decisions, each with its reason."""
+    """The device, precision and compilation of a run, each decision with its reason."""
 
     device: torch.device
     name: str
@@ -56,96 +57,97 @@ class DevicePlan:
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
 
-def choose_amp(facts: DeviceFacts, wish: AmpChoice) -> tuple[torch.dtype | None, str]:
-    """bf16 where the device multiplies it fast, fp16 on older GPUs, float32 otherwise."""
-    if wish == "off":
+def choose_amp(info: DeviceInfo, choice: AmpChoice) -> tuple[torch.dtype | None, str]:
+    """bf16 where the device has fast bf16 arithmetic, fp16 on older GPUs, float32 otherwise; and the reason."""
+    if choice == "off":
         return None, "--amp off"
-    if wish != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}[wish], f"--amp {wish}"
-    if facts.type == "cuda":
-        assert facts.capability is not None
-        if facts.capability >= (8, 0):
-            return torch.bfloat16, f"bf16 tensor cores (compute capability {facts.capability[0]}.{facts.capability[1]})"
-        if facts.capability >= (7, 0):
+    if choice != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[choice], f"--amp {choice}"
+    if info.type == "cuda":
+        assert info.capability is not None
+        if info.capability >= (8, 0):
+            return torch.bfloat16, f"bf16 tensor cores (compute capability {info.capability[0]}.{info.capability[1]})"
+        if info.capability >= (7, 0):
             return torch.float16, "fp16 tensor cores, no bf16 before compute capability 8.0"
         return None, "no tensor cores before compute capability 7.0"
-    fast = facts.cpu_flags & {"avx512_bf16", "amx_bf16"}
+    fast = info.cpu_flags & {"avx512_bf16", "amx_bf16"}
     if fast:
         return torch.bfloat16, f"this CPU has {min(fast)}"
     return None, "this CPU has neither avx512_bf16 nor amx_bf16, bf16 would be emulated"
 
 
-def choose_compile(facts: DeviceFacts, wish: CompileChoice) -> tuple[bool, str]:
-    """On CUDA yes; on a CPU no: Inductor's convolutions are oneDNN's anyway, and it measured slower than eager there.
+def choose_compile(info: DeviceInfo, choice: CompileChoice) -> tuple[bool, str]:
+    """Whether to compile, and the reason. Not on a CPU: Inductor uses oneDNN's convolutions too, and was slower than eager
+    mode.
 
     Raises:
-        TidaliError: it was asked for where it cannot be had.
+        TidaliError: compilation was asked for and cannot work here.
     """
-    if wish == "off":
+    if choice == "off":
         return False, "--compile off"
-    obstacle = _why_not_compilable(facts)
-    if wish != "auto":
-        if obstacle is not None:
-            raise TidaliError(f"--compile {wish}: {obstacle}; or use --compile off")
-        return True, f"--compile {wish}"
-    if facts.type != "cuda":
+    reason = _why_not_compilable(info)
+    if choice != "auto":
+        if reason is not None:
+            raise TidaliError(f"--compile {choice}: {reason}; or use --compile off")
+        return True, f"--compile {choice}"
+    if info.type != "cuda":
         return False, "eager is faster on a CPU (57 against 47 img/s at 224 px, measured on two cores)"
-    return (False, obstacle) if obstacle is not None else (True, "pays on CUDA")
+    return (False, reason) if reason is not None else (True, "pays on CUDA")
 
 
-def _why_not_compilable(facts: DeviceFacts) -> str | None:
+def _why_not_compilable(info: DeviceInfo) -> str | None:
     """Why torch.compile cannot work, if it cannot."""
-    if facts.capability is not None and facts.capability < (7, 0):
-        major, minor = facts.capability
-        return f"Triton needs a GPU of compute capability 7.0, {facts.name} has {major}.{minor}"
-    if not facts.has_compiler:
-        user = "Triton" if facts.type == "cuda" else "Inductor"
+    if info.capability is not None and info.capability < (7, 0):
+        major, minor = info.capability
+        return f"Triton needs a GPU of compute capability 7.0, {info.name} has {major}.{minor}"
+    if not info.has_compiler:
+        user = "Triton" if info.type == "cuda" else "Inductor"
         return f"no C compiler on PATH, which {user} needs; install gcc to gain its speed"
     return None
 
 
-def describe_device(wish: DeviceChoice) -> DeviceFacts:
-    """The facts of the device that a run will use.
+def describe_device(choice: DeviceChoice) -> DeviceInfo:
+    """Describe the device that a run will use.
 
     Raises:
-        TidaliError: ``cuda`` was asked for and cannot be had.
+        TidaliError: ``cuda`` was asked for and is not available.
         UsageError: torchrun started more ranks than there are GPUs.
     """
     has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
-    if wish == "cuda" and not torch.cuda.is_available():
+    if choice == "cuda" and not torch.cuda.is_available():
         cause = "this torch is built without CUDA" if torch.version.cuda is None else "no usable NVIDIA GPU or driver was found"
         raise TidaliError(f"--device cuda: {cause}; use --device cpu, or 'auto' to take a GPU only where there is one")
-    if wish != "cpu" and torch.cuda.is_available():
+    if choice != "cpu" and torch.cuda.is_available():
         index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if index >= count:
             raise UsageError(
                 f"torchrun started local rank {index}, and {count} GPUs are visible; "
                 f"give it --nproc-per-node {count}, or use --device cpu"
             )
-        return DeviceFacts(
+        return DeviceInfo(
             type="cuda",
             name=torch.cuda.get_device_name(index),
             capability=torch.cuda.get_device_capability(index),
             has_compiler=has_compiler,
         )
     name, flags = _cpu_name_and_flags()
-    return DeviceFacts(type="cpu", name=name, cpu_flags=flags, has_compiler=has_compiler)
+    return DeviceInfo(type="cpu", name=name, cpu_flags=flags, has_compiler=has_compiler)
 
 
 def plan_device(device: DeviceChoice, amp: AmpChoice, compile: CompileChoice) -> DevicePlan:
-    """Describe the device and decide precision and compilation for it.
+    """Choose the device, and precision and compilation for it.
 
     Raises:
-        TidaliError: ``cuda`` was asked for, or compilation, and cannot be had.
+        TidaliError: ``cuda`` or compilation was asked for and is not available.
         UsageError: torchrun started more ranks than there are GPUs.
     """
-    facts = describe_device(device)
-    amp_dtype, amp_reason = choose_amp(facts, amp)
-    compiled, compile_reason = choose_compile(facts, compile)
-    index = int(os.environ.get("LOCAL_RANK", "0")) if facts.type == "cuda" else None
+    info = describe_device(device)
+    amp_dtype, amp_reason = choose_amp(info, amp)
+    compiled, compile_reason = choose_compile(info, compile)
+    index = int(os.environ.get("LOCAL_RANK", "0")) if info.type == "cuda" else None
     return DevicePlan(
-        device=torch.device(facts.type, index) if index is not None else torch.device("cpu"),
-        name=facts.name,
+        device=torch.device(info.type, index) if index is not None else torch.device("cpu"),
+        name=info.name,
         amp_dtype=amp_dtype,
         amp_reason=amp_reason,
         compile=compiled,
@@ -155,21 +157,36 @@ def plan_device(device: DeviceChoice, amp: AmpChoice, compile: CompileChoice) ->
 
 
 def set_numerics(deterministic: bool | None = None) -> None:
-    """Process-wide switches, the same wherever a network runs, so that a figure is the same wherever it is measured. float32
-    products keep full precision unless autocast says otherwise (no TF32, torch's default for matrix products; cuDNN's own
-    default would allow it in convolutions).
+    """Set torch's process-wide switches to the same values wherever a network runs, so that its results are the same too.
+
+    float32 products keep full precision unless autocast is on. That is torch's default for matrix products; in convolutions
+    cuDNN would use TF32 by default.
 
     Args:
-        deterministic: None leaves it as it is.
+        deterministic: whether to use deterministic algorithms alone; None leaves that switch as it is.
     """
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         # Without it cuBLAS refuses to run: torch's notes on reproducibility.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic is not None:
+        torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+
+
+@contextmanager
+def numerics(deterministic: bool | None = None) -> Iterator[None]:
+    """`set_numerics` for as long as this is entered, or for each call of the function that it decorates."""
+    cudnn = torch.backends.cudnn
+    allow_tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    set_numerics(deterministic)
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark = allow_tf32, benchmark
+        if deterministic is not None:
+            torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def cpu_count() -> int:
@@ -183,7 +200,7 @@ def ranks_on_machine() -> int:
 
 
 def rank_threads() -> int:
-    """Cores for each rank on this machine, at least one."""
+    """Cores for each rank on this machine, at least 1."""
     return max(cpu_count() // ranks_on_machine(), 1)
 
 
@@ -192,8 +209,8 @@ def _cpu_name_and_flags() -> tuple[str, frozenset[str]]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return "CPU", frozenset()
-    facts: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for line in text.splitlines():
         key, _, value = line.partition(":")
-        facts.setdefault(key.strip(), value.strip())
-    return facts.get("model name", "CPU"), frozenset(facts.get("flags", "").split())
+        fields.setdefault(key.strip(), value.strip())
+    return fields.get("model name", "CPU"), frozenset(fields.get("flags", "").split())

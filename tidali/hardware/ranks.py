@@ -1,4 +1,5 @@
-"""The ranks of one training job, as torchrun starts them; a plain start is one rank and needs none of this."""
+"""The ranks of one distributed job, as torchrun starts them; without torchrun there is one rank, and nothing is
+communicated."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from tidali.errors import Interrupted, UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """Who this process is among how many."""
+    """This process's rank, and the number of ranks."""
 
     rank: int = 0
     world_size: int = 1
@@ -28,11 +29,11 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """The one rank that writes files and talks."""
+        """Whether this is rank 0, the only one that writes files and prints."""
         return self.rank == 0
 
-    def share(self, global_batch_size: int) -> int:
-        """This rank's part of a global batch.
+    def local_batch_size(self, global_batch_size: int) -> int:
+        """This rank's part of a batch over all ranks, in samples.
 
         Raises:
             UsageError: the batch does not divide by the number of ranks.
@@ -42,19 +43,18 @@ class Ranks:
         return global_batch_size // self.world_size
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
+        """Sum the tensor over all ranks, in place."""
         if self.world_size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
     def all_reduce_max(self, values: Sequence[float], device: torch.device) -> list[float]:
-        """Of each of some values the largest of any rank: what lets all of them do the same after the same step. Waits for the
-        device."""
+        """The largest of each value over all ranks, so that all ranks can decide alike. Waits for the device."""
         if self.world_size == 1:
             return list(values)
-        found = torch.tensor(values, dtype=torch.float64, device=device)
-        distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
-        return [float(value) for value in found.tolist()]
+        largest = torch.tensor(values, dtype=torch.float64, device=device)
+        distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+        return [float(value) for value in largest.tolist()]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
@@ -65,45 +65,46 @@ class Ranks:
         return values
 
     def broadcast_buffers(self, model: nn.Module) -> None:
-        """Give every rank rank 0's batch-norm statistics, those that are saved: an evaluation is then of one model."""
+        """Copy rank 0's batch-norm statistics, which are the ones saved, to all ranks, so that they evaluate one model."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 distributed.broadcast(buffer, 0)
 
     def synchronise_batch_norm(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model with batch norm over the batches of all ranks.
+        """The model with batch norm computed over the batches of all ranks.
 
         Raises:
-            UsageError: torch has it on GPUs alone.
+            UsageError: the device is a CPU; torch has it for GPUs alone.
         """
         if device.type != "cuda":
-            raise UsageError("--sync-bn: torch synchronises batch norm between GPUs alone; leave it out on a CPU")
+            raise UsageError("--sync-bn: torch synchronises batch norm on GPUs only; leave the flag out on a CPU")
         synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return synchronised
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with averaged gradients. Batch-norm statistics stay each rank's own; rank 0's are saved."""
+        """The model in DistributedDataParallel. Each rank keeps its own batch-norm statistics; rank 0's are saved."""
         if self.world_size == 1:
             return model
         parameter = next(model.parameters())
         with warnings.catch_warnings():
-            # torch 2.14 renames broadcast_buffers; earlier ones know that name alone.
+            # torch 2.14 deprecates the name broadcast_buffers; earlier versions have no other.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             return DistributedDataParallel(
                 model,
                 device_ids=[parameter.device.index] if parameter.is_cuda else None,
-                broadcast_buffers=False,  # rank 0's statistics would be everybody's before each step, for a broadcast each
+                broadcast_buffers=False,  # it would cost a broadcast of rank 0's statistics before each step
                 gradient_as_bucket_view=True,
             )
 
 
 @contextmanager
 def joined_ranks(device_type: str) -> Iterator[Ranks]:
-    """Join the other ranks for the time of a run, by NCCL between GPUs and gloo between CPUs; one rank without torchrun.
+    """Join torchrun's process group while this is entered, by NCCL between GPUs and gloo between CPUs; without torchrun, one
+    rank.
 
-    The group is left in order after the work, or where all ranks stopped after the same step. A rank that failed leaves it as
-    it is: the others may be waiting in a collective, leaving could wait for them, and its error would never be printed.
-    torchrun ends them once it has exited.
+    The group is destroyed after the work, or where all ranks stopped after the same step. A rank that failed does not destroy
+    it: the others may be waiting in a collective, destroying could wait for them, and the error would never be printed.
+    torchrun ends the others once this rank has exited.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
@@ -123,19 +124,19 @@ def joined_ranks(device_type: str) -> Iterator[Ranks]:
     distributed.destroy_process_group()
 
 
-def add_up(rank: int, backend: str, world_size: int, folder: str) -> None:
-    """Join a group of this many ranks that meet by a file in the folder, and add up their numbers over all of them.
+def check_all_reduce(rank: int, backend: str, world_size: int, folder: str) -> None:
+    """Test a backend: join a process group through a file in the folder, and sum the ranks' numbers over all of them.
 
     Raises:
-        RuntimeError: the backend cannot work here, or gave another sum.
+        RuntimeError: the backend does not work here, or its sum is wrong.
     """
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    distributed.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    distributed.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     try:
         number = torch.tensor([rank + 1.0], device="cuda" if backend == "nccl" else "cpu")
         distributed.all_reduce(number)
         if number.item() != world_size * (world_size + 1) / 2:
-            raise RuntimeError(f"the sum of 1 to {world_size} came out as {number.item()}")
+            raise RuntimeError(f"the sum of 1 to {world_size} was computed as {number.item()}")
     finally:
         distributed.destroy_process_group()

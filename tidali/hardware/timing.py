@@ -1,4 +1,4 @@
-"""The one place that reads the clock."""
+"""The only module that reads the clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ now_s: Callable[[], float] = time.perf_counter
 
 
 def synchronize(device: torch.device | None) -> None:
-    """Wait until the device has done all that was asked of it, so that the clock shows work and not its queueing."""
+    """Wait until the device has finished all queued work, so that the clock measures the work and not its queueing."""
     if device is not None and device.type == "cuda":
         import torch
 
@@ -21,7 +21,7 @@ def synchronize(device: torch.device | None) -> None:
 
 
 class Stopwatch:
-    """Seconds since construction, with the device's queue drained on both sides."""
+    """Seconds since construction; waits for the device at the start and at the end."""
 
     def __init__(self, device: torch.device | None = None, clock_s: Callable[[], float] | None = None) -> None:
         self._device = device
@@ -30,7 +30,7 @@ class Stopwatch:
         self._start_s = self._clock_s()
 
     def peek_s(self) -> float:
-        """Host time so far, without waiting for the device."""
+        """Seconds so far on the host's clock, without waiting for the device."""
         return self._clock_s() - self._start_s
 
     def elapsed_s(self) -> float:
@@ -39,7 +39,7 @@ class Stopwatch:
 
 
 class WaitTimer:
-    """Adds up the time spent inside ``with`` blocks: how long a loop waited for its data. Host time, no synchronisation."""
+    """Adds up the time spent inside ``with`` blocks, such as waiting for data. Host time, without waiting for the device."""
 
     def __init__(self, clock_s: Callable[[], float] | None = None) -> None:
         self._clock_s = clock_s or now_s

@@ -1,4 +1,4 @@
-"""What software a result was made with."""
+"""The versions of the software that a result was made with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tidali import __version__
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the result."""
+    """Versions by package name, of the packages that decide a result."""
     found = {"tidali": __version__, "python": platform.python_version()}
     for package in ("torch", "torchvision", "nvidia-dali-cuda120", "numpy"):
         try:

@@ -1,34 +1,36 @@
-"""Model checkpoints: one safetensors file with the weights under torchvision's names and everything else as JSON metadata."""
+"""Model checkpoints: a safetensors file with the weights under torchvision's names, and everything else as JSON metadata."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tidali.config import Kernel, Preprocess, Stem
-from tidali.dataset.contract import ClassName
+from tidali.config import AmpChoice, DeviceChoice, Kernel, Preprocess, Stem
+from tidali.dataset.contract import ClassName, Dataset
 from tidali.errors import UsageError
 from tidali.files import write_atomically
+from tidali.hardware.device import DevicePlan, plan_device
 from tidali.model.resnet import build_resnet18
 
 SUFFIX = ".safetensors"
 EVAL_BATCH_SIZE = 256
-"""One value for training runs, ``tidali eval`` and ``tidali predict``: the same arithmetic, so the same figures."""
-_METADATA_KEY = "tidali"  # safetensors metadata maps strings to strings: ours is one JSON document under this key
+"""The same in training runs, ``tidali eval`` and ``tidali predict``, so that they compute the same results to the bit."""
+_METADATA_KEY = "tidali"  # safetensors metadata maps strings to strings: under this key, a JSON document
 _METADATA_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What a checkpoint says of its weights: enough to rebuild the model and to feed it as it was evaluated."""
+    """A checkpoint's metadata: enough to rebuild the model and to preprocess images as in its evaluation."""
 
     classes: tuple[ClassName, ...]
     """In label order."""
@@ -44,7 +46,7 @@ class ModelCard:
     crop_fraction: float = 1.0
     """Share of the shorter side that its evaluation kept."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Of the evaluation that the checkpoint was saved after."""
+    """Of the evaluation after which the checkpoint was saved."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     version: int = _METADATA_VERSION
@@ -61,17 +63,17 @@ class ModelCard:
 
 
 def save_checkpoint(path: Path, model: nn.Module, card: ModelCard) -> None:
-    """Write the uncompiled model's weights and the card; the file appears whole or not at all.
+    """Write the weights of the model, not compiled, and the card; the file appears whole or not at all.
 
     Raises:
-        TidaliError: it cannot be written; what was at `path` before is still there.
+        TidaliError: it cannot be written; a file that was at `path` before is unchanged.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(path, save(state, metadata={_METADATA_KEY: json.dumps(asdict(card))}))
 
 
 def find_checkpoint(given: str) -> Path:
-    """The file that a path means: itself, with the suffix left out, or the best of a run folder.
+    """The checkpoint file that a path stands for: itself, itself plus the suffix, or the best one of a run folder.
 
     Raises:
         UsageError: there is none.
@@ -84,7 +86,8 @@ def find_checkpoint(given: str) -> Path:
 
 
 def load_checkpoint(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
-    """
+    """The card and the weights of a checkpoint file.
+
     Raises:
         UsageError: not a tidali checkpoint, or one of a newer version.
     """
@@ -105,10 +108,10 @@ def load_checkpoint(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
 
 
 def load_model(path: Path) -> tuple[nn.Module, ModelCard]:
-    """The checkpoint's model in evaluation mode on the CPU, channels-last, and its card.
+    """The model of a checkpoint file, on the CPU, channels-last and in evaluation mode, and its card.
 
     Raises:
-        UsageError: not a tidali checkpoint, or weights that do not fit the model its card describes.
+        UsageError: not a tidali checkpoint, or its weights do not fit the model that its card describes.
     """
     card, weights = load_checkpoint(path)
     model = card.build_model()
@@ -120,27 +123,74 @@ def load_model(path: Path) -> tuple[nn.Module, ModelCard]:
     return model.to(memory_format=torch.channels_last).eval(), card
 
 
+class OpenCheckpoint(NamedTuple):
+    """A checkpoint that is ready to be run."""
+
+    model: nn.Module
+    """On the plan's device, in evaluation mode, channels-last."""
+    card: ModelCard
+    plan: DevicePlan
+
+
+def open_checkpoint(given: str, dataset: Dataset | None = None, *, device: DeviceChoice, amp: AmpChoice) -> OpenCheckpoint:
+    """Find and load a checkpoint, and put it on its device.
+
+    Args:
+        given: see `find_checkpoint`.
+        dataset: the data set whose classes the checkpoint must have, if any.
+
+    Raises:
+        UsageError: no checkpoint there, or one for other classes than the data set's.
+        TidaliError: ``cuda`` was asked for and is not available.
+    """
+    model, card = load_model(find_checkpoint(given))
+    if dataset is not None:
+        check_classes(card, dataset, given)
+    plan = plan_device(device, amp, "off")
+    return OpenCheckpoint(model.to(plan.device), card, plan)
+
+
+def check_classes(card: ModelCard, dataset: Dataset, given: str) -> None:
+    """
+    Raises:
+        UsageError: the checkpoint's labels do not mean the data set's classes.
+    """
+    own, others = [c.id for c in card.classes], [c.id for c in dataset.manifest.classes]
+    if len(own) != len(others):
+        raise UsageError(
+            f"{given}: a head of {len(own)} classes, {dataset.root} has {len(others)}; evaluate it on its own data"
+        )
+    for label, (ours, theirs) in enumerate(zip(own, others, strict=True)):
+        if ours != theirs:
+            raise UsageError(
+                f"{given}: class {label} is {ours!r}, in {dataset.root} it is {theirs!r}; evaluate it on its own data"
+            )
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file.
 
     Raises:
-        UsageError: unreadable or no safetensors file.
+        UsageError: it cannot be read, or is not a safetensors file.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: not a readable safetensors file ({error})") from None
+    with _open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file alone.
+    """The metadata of a safetensors file, without its tensors.
 
     Raises:
-        UsageError: unreadable or no safetensors file.
+        UsageError: it cannot be read, or is not a safetensors file.
     """
+    with _open_safetensors(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            yield file
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: not a readable safetensors file ({error})") from None

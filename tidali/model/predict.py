@@ -1,4 +1,4 @@
-"""A trained model put to use: images in, classes and probabilities out, preprocessed as its evaluation did it."""
+"""Prediction with a trained model: images in, classes and probabilities out, preprocessed as in its evaluation."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tidali.config import AmpChoice, DeviceChoice
-from tidali.hardware.device import DevicePlan, cpu_count, plan_device, set_numerics
+from tidali.hardware.device import DevicePlan, cpu_count, numerics
 from tidali.loading.resample import Resample
-from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard, find_checkpoint
-from tidali.model.checkpoint import load_model as load_network
+from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard, open_checkpoint
 from tidali.model.image_files import ImageError, read_pixels
+from tidali.model.resnet import compute_logits
 
 _SIZES_KEPT = 64  # of images whose resize matrices are kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScore:
-    """One class that an image may be of."""
+    """A class, and the probability that an image is of it."""
 
     label: int
     id: str
-    """What the source's folders call the class."""
+    """The name of the class's folder in the source."""
     name: str
     probability: float
-    """The softmax, 0..1."""
+    """Softmax, 0..1."""
 
 
 class Classifier:
     """A checkpoint's network on a device, with its class names and preprocessing.
 
-    An image is resized as evaluation does it: by the checkpoint's bicubic kernel, the shorter side to the checkpoint's ``res``,
-    the centre cropped, normalised by its mean and standard deviation. Where a data set has images of several sizes, evaluation
-    rounds resized pixels to whole grey levels, and this does not.
+    Images are preprocessed as in evaluation: the shorter side is resized to the checkpoint's ``res`` with its bicubic kernel,
+    the centre is cropped, and pixels are normalised by its mean and standard deviation. One difference: where a data set has
+    images of several sizes, evaluation rounds resized pixels to whole grey levels, and this does not.
     """
 
     def __init__(self, model: nn.Module, card: ModelCard, plan: DevicePlan, *, flip: bool = False) -> None:
         """
         Args:
             model: with the weights, on any device; it is moved to the plan's.
-            flip: take the mean of the logits of each image and of its mirror image.
+            flip: test-time augmentation: average the logits of each image and of the image flipped horizontally.
         """
         self.model = model.to(plan.device).eval()
         self.card, self.plan, self.flip = card, plan, flip
@@ -72,7 +72,7 @@ class Classifier:
             images: one image or an iterable of them, each a path, a PIL image, or uint8 pixels as an array or CPU tensor:
                 (H, W, 3) RGB or (H, W) grey. Sizes may differ. An array (N, H, W, 3) is N images.
             top: how many classes; all of them where there are fewer.
-            batch_size: images in a forward pass; by default evaluation's, so that the same images give the same bits.
+            batch_size: images in a forward pass; by default as in evaluation, so that results are the same to the bit.
 
         Raises:
             ImageError: an image that cannot be read.
@@ -87,13 +87,13 @@ class Classifier:
         batch_size: int = EVAL_BATCH_SIZE,
         on_bad: Callable[[ImageError], None] | None = None,
     ) -> Iterator[tuple[Any, list[ClassScore]]]:
-        """As `predict`, batch by batch: for any number of images in little memory.
+        """Like `predict`, but batch by batch, so that any number of images needs little memory.
 
         Args:
-            on_bad: called for each image that cannot be read, which is then left out; by default the error is raised.
+            on_bad: called for each image that cannot be read, which is then skipped; by default the error is raised.
 
         Yields:
-            Each image as it was given, and its classes.
+            Each image as given, and its classes.
         """
         for sources, logits in self._batches(images, batch_size, on_bad):
             best = logits.softmax(1).topk(min(top, len(self.card.classes)))
@@ -101,7 +101,7 @@ class Classifier:
                 yield source, [self._score(label, share) for label, share in zip(labels, shares, strict=True)]
 
     def logits(self, images: Any, *, batch_size: int = EVAL_BATCH_SIZE) -> Tensor:
-        """(N, classes) float32 on the CPU, of images as `predict` takes them.
+        """Logits (N, classes), float32, on the CPU, of images as for `predict`.
 
         Raises:
             ImageError: an image that cannot be read.
@@ -130,18 +130,13 @@ class Classifier:
         if sources:
             yield sources, self._forward(batch[: len(sources)])
 
-    @torch.inference_mode()
+    @numerics()
     def _forward(self, images: Tensor) -> Tensor:
-        images = images.to(self.plan.device)
-        with self.plan.autocast():
-            logits: Tensor = self.model(images)
-            if self.flip:
-                logits = (logits.float() + self.model(images.flip(3)).float()) / 2
-        return logits.float().cpu()
+        return compute_logits(self.model, images.to(self.plan.device), self.plan, flip=self.flip).cpu()
 
     def _score(self, label: int, probability: float) -> ClassScore:
-        of = self.card.classes[label]
-        return ClassScore(label=label, id=of.id, name=of.name, probability=probability)
+        class_ = self.card.classes[label]
+        return ClassScore(label=label, id=class_.id, name=class_.name, probability=probability)
 
 
 def load_model(path: str | Path, *, device: DeviceChoice = "auto", amp: AmpChoice = "auto", flip: bool = False) -> Classifier:
@@ -154,28 +149,26 @@ def load_model(path: str | Path, *, device: DeviceChoice = "auto", amp: AmpChoic
 
     Args:
         path: a checkpoint, or a run folder for its best one.
-        flip: score each image and its mirror image, as ``tidali eval --flip`` does.
+        flip: test-time augmentation with flipped images, as ``tidali eval --flip`` does.
 
     Raises:
-        UsageError: no such checkpoint, or none of tidali's.
-        TidaliError: ``cuda`` was asked for and cannot be had.
+        UsageError: no such checkpoint, or not one of tidali.
+        TidaliError: ``cuda`` was asked for and is not available.
     """
-    plan = plan_device(device, amp, "off")
-    set_numerics()
-    return Classifier(*load_network(find_checkpoint(os.fspath(path))), plan, flip=flip)
+    return Classifier(*open_checkpoint(os.fspath(path), device=device, amp=amp), flip=flip)
 
 
 def _as_iterable(images: Any) -> Iterable[Any]:
-    """One image given alone is a list of one; its characters or rows are no images."""
+    """A single image as a list of one: the characters of a path and the rows of an array are not images."""
     alone = isinstance(images, (str, os.PathLike, Image.Image)) or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
     return [images] if alone else images
 
 
 def _read_ahead(sources: Iterable[Any]) -> Iterator[tuple[Any, np.ndarray | ImageError]]:
-    """Each source's pixels, or what is wrong with it, in order. Few are in memory at a time: a photograph of 50 megapixels
-    takes 143 MiB."""
+    """Each source's pixels or its error, in order, read by threads that are at most as many images ahead as there are cores: a
+    photograph of 50 megapixels takes 143 MiB."""
     workers = cpu_count()
-    with ThreadPoolExecutor(workers) as pool:  # PIL's decoders let go of the interpreter's lock
+    with ThreadPoolExecutor(workers) as pool:  # PIL's decoders release the interpreter's lock
         pending: deque[tuple[Any, Future[np.ndarray | ImageError]]] = deque()
         for source in sources:
             pending.append((source, pool.submit(_try_to_read, source)))

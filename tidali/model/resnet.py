@@ -1,4 +1,4 @@
-"""torchvision's ResNet-18 with either stem, and what is loaded into it."""
+"""torchvision's ResNet-18 with either stem, its logits, and weights loaded into it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torchvision.models import resnet18
 
 from tidali.config import Stem, StemInit
 from tidali.errors import UsageError
+from tidali.hardware.device import DevicePlan
 
 
 def build_resnet18(num_classes: int, stem: Stem, *, stem_bias: bool = False) -> nn.Module:
     """A randomly initialised ResNet-18.
 
-    Takes images (N, 3, H, W) float, any memory layout, H and W at least 32, and gives logits (N, num_classes).
+    Its input is images (N, 3, H, W) float, any memory layout, H and W at least 32; its output logits (N, num_classes).
 
     Args:
         stem: ``imagenet`` is torchvision's 7x7/2 convolution and 3x3/2 max-pool; ``small`` is a 3x3/1 convolution and no
@@ -35,19 +36,23 @@ def build_resnet18(num_classes: int, stem: Stem, *, stem_bias: bool = False) -> 
     return model
 
 
-def pool_before_relu(model: nn.Module) -> None:
-    """Have torchvision's ResNet apply its stem's ReLU to what the max-pool leaves, a quarter of the pixels.
+@torch.inference_mode()
+def compute_logits(model: nn.Module, images: Tensor, plan: DevicePlan, *, flip: bool = False) -> Tensor:
+    """(N, C) float32 logits, computed in the plan's precision.
 
-    Values and gradients stay the same to the bit: ReLU keeps the order of what is above zero, and the rest has no gradient
-    either way. Parameters and their names stay too.
+    Args:
+        model: in evaluation mode, on the plan's device like the images.
+        flip: test-time augmentation: the mean of the logits of each image and of the same image flipped horizontally.
     """
-    pool, relu = getattr(model, "maxpool", None), getattr(model, "relu", None)
-    if isinstance(pool, nn.MaxPool2d) and isinstance(relu, nn.ReLU):
-        model.maxpool, model.relu = nn.Sequential(pool, relu), nn.Identity()
+    with plan.autocast():
+        logits: Tensor = model(images)
+        if flip:
+            logits = (logits.float() + model(images.flip(3)).float()) / 2
+    return logits.float()
 
 
 def forward_gmacs(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> float:
-    """Multiply-accumulate operations of a forward pass in 10^9, convolutions and matrix products alone, as torch counts them.
+    """10^9 multiply-accumulate operations of a forward pass, of convolutions and matrix products alone, as torch counts them.
 
     Args:
         model: on the CPU; left in evaluation mode.
@@ -66,18 +71,18 @@ def resnet18_gmacs(num_classes: int, stem: Stem, res: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What became of each tensor when weights of one model were put into another."""
+    """Which tensors were loaded into a model from another model's weights, and which were not."""
 
     loaded: tuple[str, ...]
     fresh: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that keep their random values -> why."""
+    """Name of each tensor that keeps its random values -> the reason."""
     unused: tuple[str, ...] = ()
-    """Tensors of the source that this model has no place for."""
+    """Tensors of the source that this model does not have."""
     resampled: tuple[str, ...] = ()
-    """Those of `loaded` whose kernels were brought to another size."""
+    """Those of `loaded` whose kernels were resampled to another size."""
 
     def lines(self) -> list[str]:
-        """For people: counts, and every tensor that was not loaded."""
+        """A readable report: counts, and every tensor that was not loaded."""
         out = [f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.fresh)} tensors"]
         out += [f"resampled: {name}" for name in self.resampled]
         out += [f"not loaded: {name} ({reason})" for name, reason in self.fresh.items()]
@@ -89,13 +94,14 @@ _STEM = "conv1.weight"
 
 
 def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str, *, stem_init: StemInit = "fresh") -> LoadReport:
-    """Copy every tensor whose name and shape match into the model, and say what happened to the rest.
+    """Copy every tensor whose name and shape match into the model, and report the rest.
 
     Args:
-        stem_init: ``resample`` brings the first convolution's kernels to the model's size where that is smaller.
+        where: the weights' source, for the error message.
+        stem_init: ``resample`` resamples the first convolution's kernels to the model's size where that is smaller.
 
     Raises:
-        UsageError: nothing matches, so the file holds no ResNet-18.
+        UsageError: no convolution matches, so these are not weights of a ResNet-18.
     """
     own = model.state_dict()
     resampled: tuple[str, ...] = ()
@@ -120,9 +126,10 @@ def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str, *
 
 
 def shrink_kernels(kernels: Tensor, side: int) -> Tensor:
-    """Convolution kernels (O, I, K, K) as (O, I, side, side) ones that answer a patch as the large ones answer the same patch
-    upsampled bilinearly to K x K: ``B^T W B`` with B the upsampling matrix, K x side. A filter learnt on enlarged images then
-    sees in the small image what it saw in the large one (Beyer et al. 2023, "FlexiViT", derive this for patch embeddings).
+    """Resample convolution kernels (O, I, K, K) to (O, I, side, side): ``B^T W B``, B the bilinear upsampling matrix, K x side.
+
+    On any patch they give what the large kernels give on the same patch upsampled bilinearly to K x K, so a filter learnt on
+    enlarged images finds the same in the small ones (Beyer et al. 2023, "FlexiViT", derive this for patch embeddings).
     """
     upsample = functional.interpolate(torch.eye(side)[None], size=kernels.shape[-1], mode="linear")[0].T  # (K, side)
     upsample = upsample.to(kernels)

@@ -1,4 +1,4 @@
-"""What a checkpoint gets right and wrong, class by class and sample by sample."""
+"""A checkpoint's predictions for a split: right and wrong ones by class, confusions, and the hardest samples."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from tidali.config import AmpChoice, CacheChoice, DeviceChoice
 from tidali.console import progress_bar
 from tidali.dataset.contract import ClassName, Dataset, SampleRecord, Shard, iter_records
 from tidali.errors import DatasetError, TidaliError
-from tidali.hardware.device import DevicePlan, plan_device, set_numerics
+from tidali.hardware.device import DevicePlan, numerics
 from tidali.loading.batches import Batches
 from tidali.loading.data import Data
-from tidali.model.checkpoint import EVAL_BATCH_SIZE, find_checkpoint, load_model
-from tidali.training.evaluation import check_classes
+from tidali.model.checkpoint import EVAL_BATCH_SIZE, open_checkpoint
+from tidali.model.resnet import compute_logits
 
 PICTURE_SIDE_PX = 256
-"""Stored images above this are reduced to it for a page, which shows them at 96 CSS pixels: up to three dots each."""
+"""Larger images are reduced to this side for a page. It shows them at 96 CSS pixels, so sharply on screens of up to 2.7 dots
+each."""
 _WEB_FORMATS = {"jpg": "jpeg", "png": "png", "webp": "webp"}
 
 
 class Confusion(NamedTuple):
-    """Samples of one class that were taken for another."""
+    """How many samples of one class were predicted as another."""
 
     true: int
     predicted: int
@@ -44,13 +45,13 @@ class Insight:
     res: int
     """Input side, in pixels."""
     samples: tuple[tuple[Shard, SampleRecord], ...]
-    """Where each one is stored; without damaged images, which were left out."""
+    """Where each sample is stored; corrupt images are dropped."""
     labels: Tensor
     """(N,) int64."""
     predicted: Tensor
     """(N,) int64: the most probable class."""
     losses: Tensor
-    """(N,) float32: cross entropy in nats, minus the logarithm of the true class's probability."""
+    """(N,) float32: cross entropy in nats, which is minus the logarithm of the true class's probability."""
     confidences: Tensor
     """(N,) float32: probability of the predicted class, 0..1."""
 
@@ -72,10 +73,10 @@ class Insight:
         return torch.bincount(self.labels * count + self.predicted, minlength=count * count).reshape(count, count)
 
     def class_top1_percent(self) -> list[float | None]:
-        """Of each class, in class order; None where the split has no sample of it."""
+        """Top-1 of each class, in class order; None where the split has no sample of it."""
         confusion = self.confusion()
         pairs = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist(), strict=True)
-        return [100 * right / of if of else None for right, of in pairs]
+        return [100 * correct / count if count else None for correct, count in pairs]
 
     def most_confused(self, count: int) -> list[Confusion]:
         """The most frequent pairs of true and predicted class, most frequent first, at most ``count``; ties in class order."""
@@ -94,10 +95,11 @@ class Insight:
         return found[torch.sort(self.losses[found], descending=True, stable=True).indices][:count].tolist()
 
     def picture(self, index: int) -> str:
-        """The sample's image as a ``data:`` URL: the stored bytes where a browser shows them and they are small, else reduced.
+        """The sample's image as a ``data:`` URL: its stored bytes where it is small and browsers show its format, else a
+        reduced JPEG.
 
         Raises:
-            DatasetError: it cannot be read.
+            DatasetError: the image cannot be decoded.
         """
         shard, record = self.samples[index]
         with open(self.dataset.root / shard.name, "rb") as file:
@@ -109,6 +111,7 @@ class Insight:
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
+@numerics()
 def inspect_checkpoint(
     given: str,
     dataset: Dataset,
@@ -130,14 +133,11 @@ def inspect_checkpoint(
         UsageError: no checkpoint, or one for other classes than the data set's.
         TidaliError, DatasetError: the data or the device cannot be used.
     """
-    model, card = load_model(find_checkpoint(given))
-    check_classes(card, dataset, given)
-    plan = plan_device(device, amp, "off")
-    set_numerics()
+    model, card, plan = open_checkpoint(given, dataset, device=device, amp=amp)
     res = res or card.res
     data = Data(dataset, plan.device, cache=cache, max_bad=max_bad)
     batches = data.batches(split, card.preprocess(res), EVAL_BATCH_SIZE)
-    labels, predicted, losses, confidences = _predict(model.to(plan.device), batches, plan)
+    labels, predicted, losses, confidences = _predict(model, batches, plan)
     corrupt = data.corrupt(split)
     samples = tuple(sample for position, sample in enumerate(iter_records(dataset, split)) if position not in corrupt)
     if labels.tolist() != [record.label for _, record in samples]:
@@ -157,14 +157,11 @@ def inspect_checkpoint(
 @torch.inference_mode()
 def _predict(model: nn.Module, batches: Batches, plan: DevicePlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Labels, predicted classes, losses and confidences, each (N,), on the CPU."""
-    model.eval()
     parts = []
     with progress_bar(note=False) as bar:
         task = bar.add_task("predicting", total=batches.samples)
         for images, labels in batches:
-            with plan.autocast():
-                logits = model(images)
-            logits = logits.float()
+            logits = compute_logits(model, images, plan)
             # The first of the top five, as `tidali.training.metrics.Meter` counts: equal bf16 logits are ordered alike.
             predicted = logits.topk(min(5, logits.shape[1]), dim=1).indices[:, 0]
             losses = functional.cross_entropy(logits, labels, reduction="none")
@@ -176,7 +173,7 @@ def _predict(model: nn.Module, batches: Batches, plan: DevicePlan) -> tuple[Tens
 
 
 def _reduced(content: bytes, where: str) -> bytes:
-    """An upright JPEG of at most `PICTURE_SIDE_PX` a side."""
+    """The image as an upright JPEG of at most `PICTURE_SIDE_PX` a side."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")

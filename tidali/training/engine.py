@@ -12,19 +12,20 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from tidali.config import Recipe
 from tidali.errors import TidaliError
 from tidali.hardware.cpu_convolution import speed_up_tiny_images
-from tidali.hardware.cpu_memory import keep_freed_memory
 from tidali.hardware.cpu_optimizer import ChannelsLastSGD
+from tidali.hardware.cpu_pooling import pool_before_relu
 from tidali.hardware.device import DevicePlan
 from tidali.hardware.ranks import Ranks
 from tidali.hardware.timing import Stopwatch, WaitTimer
-from tidali.model.resnet import pool_before_relu
+from tidali.model.resnet import compute_logits
 from tidali.training.metrics import Meter, Score
 from tidali.training.schedule import Schedule
 
 _MAX_SHAPES = 64
-"""Compiled at most; Dynamo's own limit is 8, and a recipe may list more sizes."""
+"""At most so many shapes are compiled; Dynamo's own limit is 8, and a recipe may list more sizes."""
 
 
 class Ema:
@@ -37,7 +38,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step number ``step``, counted from 1."""
+        """Update the average after optimizer step number ``step``, counted from 1."""
         # The ramp keeps the random initial weights from lingering in short runs.
         decay = min(self._decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(self._averages, self._values, step)
@@ -49,30 +50,28 @@ class Ema:
 
 @dataclass(kw_only=True)
 class TrainState:
-    """What a step changes."""
+    """Mutable training state."""
 
     model: nn.Module
-    """The uncompiled module, the one that is saved."""
+    """The module without compilation; its weights are saved."""
     forward: Callable[[Tensor], Tensor]
-    """The same module, compiled where that pays."""
+    """The same module for the forward pass: compiled and in DistributedDataParallel where the run has them."""
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     plan: DevicePlan
-    label_smoothing: float = 0.0
-    grad_clip_norm: float = 0.0
-    accumulate: int = 1
-    """Pieces of a batch whose gradients are added up; their sizes differ by at most one."""
+    recipe: Recipe
+    """Label smoothing, gradient clipping and accumulation are read from it in each step."""
     ema: Ema | None = None
     step: int = 0
     """Optimizer steps done."""
     compile_s: float = 0.0
-    """Spent on compiling, once for each shape of a batch."""
+    """Seconds spent on compiling, once for each shape of a batch."""
     compiled: set[torch.Size] = field(default_factory=set)
     scaler: torch.amp.GradScaler = field(init=False)
 
     @property
     def evaluated(self) -> nn.Module:
-        """The weights that are evaluated and saved as the result: the average where there is one."""
+        """The module that is evaluated and saved as the result: the moving average where there is one."""
         return self.ema.model if self.ema is not None else self.model
 
     def __post_init__(self) -> None:
@@ -83,34 +82,26 @@ def make_train_state(
     model: nn.Module,
     plan: DevicePlan,
     schedule: Schedule,
+    recipe: Recipe,
     *,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
-    label_smoothing: float,
-    grad_clip_norm: float = 0.0,
-    accumulate: int = 1,
-    ema_decay: float = 0.0,
     ranks: Ranks | None = None,
 ) -> TrainState:
-    """Put the model on its device, channels-last, and make its optimizer: SGD, with decay on weights of two or more dimensions
-    only (batch norm's and biases are vectors). On a CPU the process keeps freed memory from then on
-    (`tidali.hardware.cpu_memory`), and convolutions of tiny images are faster (`tidali.hardware.cpu_convolution`)."""
-    if plan.device.type == "cpu":
-        keep_freed_memory()
-        if not plan.compile:
-            speed_up_tiny_images(model)
-            pool_before_relu(model)
+    """Move the model to its device, channels-last, and make its optimizer: SGD, with weight decay only on tensors of two or
+    more dimensions, which leaves out batch norm and biases. For a CPU the model also gets faster layers of the same values
+    (`tidali.hardware.cpu_convolution`, `tidali.hardware.cpu_pooling`), unless it is compiled."""
+    if plan.device.type == "cpu" and not plan.compile:
+        speed_up_tiny_images(model)
+        pool_before_relu(model)
     model.to(plan.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     parameters = list(model.parameters())
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     sgd = ChannelsLastSGD if plan.device.type == "cpu" else torch.optim.SGD
-    optimizer = sgd(groups, lr=schedule(0), momentum=momentum, nesterov=nesterov, fused=True)
-    if momentum:
-        # Left to its first step, the fused optimizer allocates them unwritten, and a step that overflowed leaves them so.
+    optimizer = sgd(groups, lr=schedule(0), momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
+    if recipe.momentum:
+        # The fused optimizer would allocate them uninitialised in its first step, and a step that overflowed leaves them so.
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     wrapped = model if ranks is None else ranks.wrap(model)
@@ -120,23 +111,20 @@ def make_train_state(
         optimizer=optimizer,
         schedule=schedule,
         plan=plan,
-        label_smoothing=label_smoothing,
-        grad_clip_norm=grad_clip_norm,
-        accumulate=accumulate,
-        ema=Ema(model, ema_decay) if ema_decay else None,
+        recipe=recipe,
+        ema=Ema(model, recipe.ema_decay) if recipe.ema_decay else None,
     )
 
 
 def compiled(model: nn.Module, plan: DevicePlan) -> Callable[[Tensor], Tensor]:
-    """The one place that compiles: the whole graph at once, where DistributedDataParallel does not cut it into its buckets, and
-    anew for each shape of a batch, which is faster than one program for all shapes."""
+    """The compiled model: one graph, unless DistributedDataParallel cuts it into its buckets; compiled again for each shape of
+    a batch, which is faster than one program for all shapes. Dynamo's and Inductor's settings stay changed in this process."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_SHAPES)
     if torch.are_deterministic_algorithms_enabled() and hasattr(torch._inductor.config, "deterministic"):
-        torch._inductor.config.deterministic = (
-            True  # otherwise it times kernels and takes the fastest, which may be another one
-        )
-    whole = not isinstance(model, DistributedDataParallel)
-    forward: Callable[[Tensor], Tensor] = torch.compile(model, fullgraph=whole, dynamic=False, mode=plan.compile_mode)
+        # Otherwise Inductor times kernels and takes the fastest, which may be another one in the next run.
+        torch._inductor.config.deterministic = True
+    fullgraph = not isinstance(model, DistributedDataParallel)
+    forward: Callable[[Tensor], Tensor] = torch.compile(model, fullgraph=fullgraph, dynamic=False, mode=plan.compile_mode)
     return forward
 
 
@@ -145,29 +133,30 @@ def train_step(state: TrainState, images: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         images: (N, 3, H, W) float32, channels_last, normalised, on the device.
-        targets: labels (N,) int64, or shares of classes (N, C) float32, on the device.
+        targets: labels (N,) int64, or class probabilities (N, C) float32, on the device.
 
     Returns:
         The batch's logits (N, C), detached.
     """
+    recipe = state.recipe
     for group in state.optimizer.param_groups:
         group["lr"] = state.schedule(state.step)
     logits = []
-    for some, wanted in zip(images.tensor_split(state.accumulate), targets.tensor_split(state.accumulate), strict=True):
+    for part, labels in zip(images.tensor_split(recipe.accumulate), targets.tensor_split(recipe.accumulate), strict=True):
         with state.plan.autocast():
-            logits.append(state.forward(some))
-            loss = functional.cross_entropy(logits[-1].float(), wanted, label_smoothing=state.label_smoothing)
-        state.scaler.scale(loss * (len(some) / len(images))).backward()
-    if state.grad_clip_norm:
+            logits.append(state.forward(part))
+            loss = functional.cross_entropy(logits[-1].float(), labels, label_smoothing=recipe.label_smoothing)
+        state.scaler.scale(loss * (len(part) / len(images))).backward()
+    if recipe.grad_clip_norm:
         state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_norm_(state.model.parameters(), state.grad_clip_norm)
+        nn.utils.clip_grad_norm_(state.model.parameters(), recipe.grad_clip_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     if state.ema is not None:
         state.ema.update(state.step)
-    return torch.cat([some.detach() for some in logits]) if len(logits) > 1 else logits[0].detach()
+    return torch.cat([part.detach() for part in logits]) if len(logits) > 1 else logits[0].detach()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +167,9 @@ class EpochResult:
     images_per_s: float
     seconds: float
     data_wait_share: float
-    """Part of the epoch that the loop spent waiting for the loader, 0..1, on the host's clock."""
+    """Fraction of the epoch that the loop spent waiting for the loader, 0..1, on the host's clock."""
     compile_s: float
-    """Spent on steps that compiled, which the rate leaves out."""
+    """Seconds spent on steps that compiled; the rate does not count these steps."""
 
 
 def train_epoch(
@@ -192,19 +181,19 @@ def train_epoch(
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     on_step: Callable[[float], None] | None = None,
 ) -> EpochResult:
-    """Train over all batches that are left of an epoch.
+    """Train on the remaining batches of an epoch.
 
     Args:
-        meter: adds up this epoch's counts; holds those of the steps before a resume.
-        mix: turns images and labels into mixed images and shares of classes.
+        meter: accumulates this epoch's counts; after a resume it holds those of the steps before.
+        mix: turns images and labels into mixed images and class probabilities.
         on_step: called after each step with the seconds spent waiting for data so far, to show progress and to save.
 
     Returns:
-        What it came to; its loss is not finite where that of any step was not.
+        The epoch's result. Its loss is not finite where that of any step was not.
     """
     state.model.train()
     watch, wait = Stopwatch(state.plan.device), WaitTimer()
-    before, compiled_before_s, left_out = meter.read(ranks).samples, state.compile_s, 0
+    before, compiled_before_s, not_counted = meter.read(ranks).samples, state.compile_s, 0
     iterator = iter(batches)
     while True:
         with wait:
@@ -215,20 +204,20 @@ def train_epoch(
         images, targets = (images, labels) if mix is None else mix(images, labels)
         if state.plan.compile and images.shape not in state.compiled:
             logits = _compiling_step(state, images, targets)
-            left_out += len(labels)
+            not_counted += len(labels)
         else:
             logits = train_step(state, images, targets)
         meter.update(logits, labels)
         if on_step is not None:
             on_step(wait.total_s)
-        del batch, images, targets  # so that the next one is made in the same memory: 147 MiB for 256 of 224 px
+        del batch, images, targets  # so that the next batch reuses its memory: 147 MiB for 256 images of 224 px
     seconds = watch.elapsed_s()
     score = meter.read(ranks)
     compile_s = state.compile_s - compiled_before_s
-    left_out *= ranks.world_size if ranks is not None else 1
+    not_counted *= ranks.world_size if ranks is not None else 1
     return EpochResult(
         score=score,
-        images_per_s=(score.samples - before - left_out) / (seconds - compile_s),
+        images_per_s=(score.samples - before - not_counted) / (seconds - compile_s),
         seconds=seconds,
         data_wait_share=wait.total_s / seconds,
         compile_s=compile_s,
@@ -237,13 +226,13 @@ def train_epoch(
 
 @torch.no_grad()
 def all_finite(model: nn.Module) -> bool:
-    """Whether all weights and batch-norm statistics are. Waits for the device, once."""
+    """Whether all weights and batch-norm statistics are finite. Waits for the device once."""
     floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     return bool(torch.stack([tensor.isfinite().all() for tensor in floats]).all())
 
 
 def _compiling_step(state: TrainState, images: Tensor, targets: Tensor) -> Tensor:
-    """The first step of a shape, timed: nearly all of it is compiling, forward and backward."""
+    """The first step with a new shape, timed: it compiles the forward and backward pass, which takes nearly all of its time."""
     watch = Stopwatch(state.plan.device)
     logits = train_step(state, images, targets)
     state.compile_s += watch.elapsed_s()
@@ -265,8 +254,9 @@ def evaluate(
 
     Args:
         model: on the plan's device; left in evaluation mode.
-        expected_samples: the split's size, or what says it after the last batch, when its corrupt samples are known.
-        flip: score the mean of the logits of each image and of its mirror image.
+        expected_samples: the split's size, or a function that returns it after the last batch, when its corrupt samples are
+            known.
+        flip: test-time augmentation: average the logits of each image and of the image flipped horizontally.
 
     Raises:
         TidaliError: the batches held another number of samples.
@@ -275,11 +265,7 @@ def evaluate(
     meter = Meter(plan.device)
     for images, labels in batches:
         if labels.numel():
-            with plan.autocast():
-                logits = model(images)
-                if flip:
-                    logits = (logits.float() + model(images.flip(3)).float()) / 2
-            meter.update(logits, labels)
+            meter.update(compute_logits(model, images, plan, flip=flip), labels)
     score = meter.read(ranks)
     expected = expected_samples if isinstance(expected_samples, int) else expected_samples()
     if score.samples != expected:

@@ -1,4 +1,4 @@
-"""A checkpoint measured at one or several resolutions."""
+"""Evaluation of a checkpoint at one or several resolutions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from tidali.config import AmpChoice, CacheChoice, DeviceChoice, check_res
 from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError
-from tidali.hardware.device import plan_device, set_numerics
+from tidali.hardware.device import numerics
 from tidali.hardware.ranks import joined_ranks
 from tidali.loading.data import Data
-from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard, find_checkpoint, load_model
+from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard, open_checkpoint
 from tidali.model.served import ServedModel
 from tidali.training.engine import evaluate
 from tidali.training.metrics import Meter, Score
@@ -23,12 +23,13 @@ _SERVED_BATCH = 64  # float32 at 224 px: its activations take 0.6 GB
 
 @dataclass(frozen=True, kw_only=True)
 class ResolutionScore:
-    """One row of the table."""
+    """The score at one resolution."""
 
     res: int
     score: Score
 
 
+@numerics()
 def evaluate_checkpoint(
     given: str,
     dataset: Dataset,
@@ -41,25 +42,21 @@ def evaluate_checkpoint(
     max_bad: int | None = None,
     flip: bool = False,
 ) -> tuple[ModelCard, list[ResolutionScore]]:
-    """Score a checkpoint on a split, preprocessed as its card says.
+    """Score a checkpoint on every sample of a split, preprocessed as its card describes.
 
     Args:
         given: a checkpoint's path, see `tidali.model.checkpoint.find_checkpoint`.
         resolutions: input sides in pixels; by default the one it was trained at.
-        flip: score the mean of the logits of each image and of its mirror image.
+        flip: test-time augmentation: average the logits of each image and of the image flipped horizontally.
 
     Raises:
         UsageError: no checkpoint, or one for other classes than the data set's.
         TidaliError, DatasetError: the data or the device cannot be used.
     """
-    model, card = load_model(find_checkpoint(given))
-    check_classes(card, dataset, given)
+    model, card, plan = open_checkpoint(given, dataset, device=device, amp=amp)
     resolutions = list(resolutions) or [card.res]
     for res in resolutions:
         check_res(res)
-    plan = plan_device(device, amp, "off")
-    set_numerics()
-    model.to(plan.device)
     rows = []
     with joined_ranks(plan.device.type) as ranks:
         data = Data(dataset, plan.device, cache=cache, max_bad=max_bad, ranks=ranks)
@@ -71,40 +68,21 @@ def evaluate_checkpoint(
     return card, rows
 
 
+@numerics()
 @torch.inference_mode()
 def evaluate_served(given: str, dataset: Dataset, *, split: str = "val", device: DeviceChoice = "auto") -> Score:
-    """Score a checkpoint as it would be served: stored pixels in, resize and normalisation inside the network, in float32.
+    """Score a checkpoint as it is served: in float32, on stored pixels, with resizing and normalisation inside the network.
 
     Raises:
         UsageError: no checkpoint, one for other classes, or images of several sizes.
         TidaliError, DatasetError: the data or the device cannot be used.
     """
-    model, card = load_model(find_checkpoint(given))
-    check_classes(card, dataset, given)
-    plan = plan_device(device, "off", "off")
-    set_numerics()
+    model, card, plan = open_checkpoint(given, dataset, device=device, amp="off")
     size = dataset.split(split).single_image_size
     if size is None:
-        raise UsageError(f"{dataset.root}: images of several sizes, and a served network takes one")
+        raise UsageError(f"{dataset.root}: has images of several sizes, and a served network takes one size only")
     served = ServedModel(model, card, size).to(plan.device)
     meter = Meter(plan.device)
     for pixels, labels in Data(dataset, plan.device).decoded(split, card.preprocess(), _SERVED_BATCH):
         meter.update(served(pixels).log(), labels)
     return meter.read()
-
-
-def check_classes(card: ModelCard, dataset: Dataset, given: str) -> None:
-    """
-    Raises:
-        UsageError: the checkpoint's labels do not mean the data set's classes.
-    """
-    ours, theirs = [c.id for c in dataset.manifest.classes], [c.id for c in card.classes]
-    if len(ours) != len(theirs):
-        raise UsageError(
-            f"{given}: a head of {len(theirs)} classes, {dataset.root} has {len(ours)}; evaluate it on its own data"
-        )
-    for label, (own, other) in enumerate(zip(ours, theirs, strict=True)):
-        if own != other:
-            raise UsageError(
-                f"{given}: class {label} is {other!r}, in {dataset.root} it is {own!r}; evaluate it on its own data"
-            )

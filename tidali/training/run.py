@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from tidali.config import CacheChoice, TrainSettings
 from tidali.console import progress_bar, say
 from tidali.dataset.contract import Dataset
 from tidali.errors import Interrupted, TidaliError
-from tidali.hardware.device import DevicePlan, plan_device, set_numerics
+from tidali.hardware.cpu_memory import keep_freed_memory
+from tidali.hardware.device import DevicePlan, numerics, plan_device
 from tidali.hardware.ranks import Ranks, joined_ranks
 from tidali.hardware.timing import Stopwatch
 from tidali.loading.augment import draw_mix, mix_batch
@@ -27,28 +28,28 @@ from tidali.training.interrupt import StopRequest
 from tidali.training.metrics import JsonlLog, Meter, Score
 from tidali.training.resume import STATE_NAME, Progress, load_state, save_state, saved_route
 from tidali.training.run_folder import RunResult, epoch_fields, make_run_folder, summary, write_json
-from tidali.training.setup import announce, wire
+from tidali.training.setup import announce, set_up
 from tidali.training.tensorboard import TensorBoardLog, require_tensorboard
 
 RANKS_AGREE_S = 2.0
 RANKS_AGREE_STEPS = 20
-"""Ranks ask each other whether to stop or to save: on CPUs after each step; on GPUs, where asking makes each wait for its
-device, about this often and at least once in this many steps. torchrun waits 30 s for a stop."""
+"""How often ranks agree whether to stop or to save: on CPUs after each step; on GPUs, where that makes each rank wait for its
+device, about once in so many seconds and at least once in so many steps. torchrun waits 30 s for a stop."""
 
 
 def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False) -> RunResult:
-    """Run it. Writes config.json, metrics.jsonl, the best, last and complete state, and summary.json into ``settings.out``.
+    """Train a model. Writes config.json, metrics.jsonl, the best and last weights, the complete state and summary.json into
+    ``settings.out``. On a CPU, the process keeps freed memory from then on (`tidali.hardware.cpu_memory`).
 
     Args:
-        resume: go on from the state in ``settings.out``, which was saved by a run of the same settings.
+        resume: resume from the state in ``settings.out``, which was saved by a run of the same settings.
 
     Raises:
-        TidaliError, UsageError: with nothing written where the settings, the data or the device do not allow the run.
-        Interrupted: it was asked to stop, and has saved its state.
+        TidaliError, UsageError: the settings, the data or the device do not allow the run; nothing is written then.
+        Interrupted: the run was asked to stop, and its state is saved.
     """
     plan = plan_device(settings.device, settings.amp, settings.compile)
-    set_numerics(settings.deterministic)
-    with joined_ranks(plan.device.type) as ranks, StopRequest() as stop:
+    with numerics(settings.deterministic), joined_ranks(plan.device.type) as ranks, StopRequest() as stop:
         cache = saved_route(Path(settings.out) / STATE_NAME) if resume else settings.cache
         run = Run(settings, dataset, plan, ranks, stop, cache)
         run.open_folder(resume)
@@ -57,15 +58,15 @@ def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False) ->
         return run.finish()
 
 
-def steps_between_questions(step_s: float, device: torch.device) -> int:
-    """After how many steps of this length ranks ask each other again: a number that must come out the same on all of them."""
+def steps_between_agreements(step_s: float, device: torch.device) -> int:
+    """After how many steps of this length ranks agree again; the same number on all ranks where ``step_s`` is."""
     if device.type == "cpu":
         return 1
     return min(max(int(RANKS_AGREE_S / max(step_s, 1e-6)), 1), RANKS_AGREE_STEPS)
 
 
 class Run:
-    """A training run in progress: what `train` goes through, epoch by epoch."""
+    """A training run in progress."""
 
     def __init__(
         self,
@@ -76,21 +77,23 @@ class Run:
         stop: StopRequest,
         cache: CacheChoice,
     ) -> None:
-        """Make everything that can fail before anything is written."""
+        """Make everything that can fail, before anything is written."""
         self.settings, self.dataset, self.plan, self.ranks, self.stop = settings, dataset, plan, ranks, stop
         self.out = Path(settings.out)
         self.watch = Stopwatch()
         if settings.tensorboard:
             require_tensorboard()
-        self.parts = wire(settings, dataset, plan, ranks, cache=cache)
-        self.state, self.train_batches, self.select_on = self.parts.state, self.parts.train_batches, self.parts.select_on
+        self.setup = set_up(settings, dataset, plan, ranks, cache=cache)
+        self.state, self.train_batches, self.select_on = self.setup.state, self.setup.train_batches, self.setup.select_on
+        if plan.device.type == "cpu":
+            keep_freed_memory()
         self.progress = Progress(images_per_s=[])
         self.meter = Meter(plan.device)
 
     def open_folder(self, resume: bool) -> None:
-        """Make the run folder, or go on from the state in it."""
+        """Make the run folder, or resume from the state in it."""
         if resume:
-            self.progress, loader = load_state(self.out / STATE_NAME, self.state, self.meter, self.parts.card, self.ranks.rank)
+            self.progress, loader = load_state(self.out / STATE_NAME, self.state, self.meter, self.setup.card, self.ranks.rank)
             self.train_batches.load_state_dict(loader)
         elif self.ranks.is_main:
             make_run_folder(self.out)
@@ -101,15 +104,15 @@ class Run:
             self.log.keep_through(self.progress.epoch)
             if self.settings.tensorboard:
                 self.events = TensorBoardLog(self.out / "tensorboard", first_epoch=self.progress.epoch + 1)
-            announce(self.settings, self.dataset, self.plan, self.ranks, self.parts)
+            announce(self.settings, self.dataset, self.plan, self.ranks, self.setup)
             if resume:
                 say(f"resumed at step {self.state.step}")
         if not resume:
             self.save_state()
-        self.asked_at, self.ask_at, self.since_asked = self.state.step, self.state.step + 1, Stopwatch()
+        self.agreed_at, self.agree_at, self.since_agreed = self.state.step, self.state.step + 1, Stopwatch()
 
     def epoch(self) -> None:
-        """Train one epoch, or what is left of it; evaluate; save; say how it went."""
+        """Train one epoch, or the rest of it; evaluate; save; print the results."""
         recipe, progress = self.settings.recipe, self.progress
         number = progress.epoch + 1
         self.train_batches.set_epoch(progress.epoch)
@@ -121,7 +124,7 @@ class Run:
                 nonlocal since_save
                 score = self.meter.peek()
                 if not math.isfinite(score.loss_sum):
-                    self.refuse("loss is")
+                    self.fail_not_finite("loss is")
                 if not bar.disable and score.samples:
                     done = self.state.step - progress.epoch * len(self.train_batches)
                     rate = score.samples * self.ranks.world_size / watch.peek_s()
@@ -132,7 +135,7 @@ class Run:
                 if stop:
                     self.save_state()
                     raise Interrupted(
-                        f"stopped at step {self.state.step}; go on with 'tidali train --resume {self.out}'",
+                        f"stopped at step {self.state.step}; resume with 'tidali train --resume {self.out}'",
                         self.stop.signal_number or signal.SIGTERM,
                     )
                 if save:
@@ -142,71 +145,74 @@ class Run:
             trained = train_epoch(
                 self.state, self.train_batches, self.meter, ranks=self.ranks, mix=self.mixer(), on_step=on_step
             )
-        if not math.isfinite(trained.score.loss_sum):  # on a GPU the last steps' loss is known only here
-            self.refuse("loss is")
+        if not math.isfinite(trained.score.loss_sum):  # on a GPU, on_step may not have seen the last steps' loss
+            self.fail_not_finite("loss is")
 
-        self.parts.data.share_corrupt()
+        self.setup.data.share_corrupt()
         self.ranks.broadcast_buffers(self.state.evaluated)
         score = self.evaluate()
         if not math.isfinite(score.loss_sum):
-            self.refuse("loss is")
+            self.fail_not_finite("loss is")
         is_best = progress.best is None or score.correct1 > progress.best.correct1
         if is_best:
             progress.best, progress.best_epoch = score, number
         progress.last, progress.epoch = score, number
-        if trained.images_per_s:  # none where a stop came after an epoch's last step
+        if trained.images_per_s:  # 0 where the run was stopped after an epoch's last step and resumed
             progress.images_per_s.append(trained.images_per_s)
         self.meter = Meter(self.plan.device)
         self.report_epoch(trained, score, is_best)
         self.save_state()
 
     def evaluate(self, *, flip: bool = False) -> Score:
-        batches = self.parts.eval_batches
+        batches = self.setup.eval_batches
         return evaluate(
             self.state.evaluated, batches, self.plan, expected_samples=batches.samples_given, flip=flip, ranks=self.ranks
         )
 
     def mixer(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-        """What MixUp or CutMix makes of a batch, where the recipe has them."""
+        """A function that applies MixUp or CutMix to a batch, where the recipe has them."""
         augment, progress = self.settings.recipe.augment, self.progress
         if not augment.mixes:
             return None
 
         def mix(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            drawn = draw_mix(
+            mixing = draw_mix(
                 augment.mixup_alpha,
                 augment.cutmix_alpha,
                 seed=self.settings.seed,
                 epoch=progress.epoch,
                 step=self.state.step,
             )
-            return mix_batch(images, labels, drawn, len(self.dataset.manifest.classes))
+            return mix_batch(images, labels, mixing, len(self.dataset.manifest.classes))
 
         return mix
 
     def agree(self, *flags: bool) -> list[bool]:
-        """Whether each holds on any rank, so that all of them do the same after the same step; none between two questions."""
+        """Whether each flag is set on any rank, so that all ranks act alike after the same step; all False between
+        agreements."""
         if self.ranks.world_size == 1:
             return list(flags)
-        if self.state.step < self.ask_at:
+        if self.state.step < self.agree_at:
             return [False] * len(flags)
-        *agreed, asked_s = self.ranks.all_reduce_max([*flags, self.since_asked.peek_s()], self.plan.device)
-        step_s = asked_s / (self.state.step - self.asked_at)
-        self.asked_at, self.since_asked = self.state.step, Stopwatch()
-        self.ask_at = self.asked_at + steps_between_questions(step_s, self.plan.device)
+        *agreed, elapsed_s = self.ranks.all_reduce_max([*flags, self.since_agreed.peek_s()], self.plan.device)
+        step_s = elapsed_s / (self.state.step - self.agreed_at)
+        self.agreed_at, self.since_agreed = self.state.step, Stopwatch()
+        self.agree_at = self.agreed_at + steps_between_agreements(step_s, self.plan.device)
         return [bool(flag) for flag in agreed]
 
-    def refuse(self, what: str) -> None:
+    def fail_not_finite(self, what: str) -> NoReturn:
         saved = self.out / STATE_NAME
-        raise TidaliError(f"the {what} not finite by step {self.state.step}; the state before it is {saved}; try a lower --lr")
+        raise TidaliError(
+            f"the {what} not finite by step {self.state.step}; try a lower --lr; the last state that was finite is {saved}"
+        )
 
     def report_epoch(self, trained: EpochResult, score: Score, is_best: bool) -> None:
-        """Weights, one line of metrics.jsonl, one line for people."""
+        """Save the weights, append to metrics.jsonl, and print a line."""
         if not self.ranks.is_main:
             return
         number, recipe = self.progress.epoch, self.settings.recipe
         metrics = {"epoch": number, **{f"{self.select_on}_{k}": v for k, v in score.to_dict().items()}}
-        card = replace(self.parts.card, metrics=metrics)
+        card = replace(self.setup.card, metrics=metrics)
         for name in ("last", "best") if is_best else ("last",):
             save_checkpoint(self.out / f"{name}{SUFFIX}", self.state.evaluated, card)
         fields: dict[str, Any] = {
@@ -226,17 +232,17 @@ class Run:
         )
 
     def save_state(self) -> None:
-        """Everything that `resume` needs, from rank 0, with every rank's place in the data; never weights that are not
-        finite or gave no loss: a step's loss is of the weights before it."""
+        """Save everything that a resume needs, on rank 0, with every rank's position in the data. Fails where the weights or
+        the loss are not finite; both are checked, as a step's loss is that of the weights before it."""
         if not math.isfinite(self.meter.read().loss_sum):
-            self.refuse("loss is")
+            self.fail_not_finite("loss is")
         if not all_finite(self.state.model):
-            self.refuse("weights are")
+            self.fail_not_finite("weights are")
         loaders = self.ranks.gather(self.train_batches.state_dict())
         if self.ranks.is_main:
             progress = replace(self.progress, seconds=self.progress.seconds + self.watch.elapsed_s())
             path = self.out / STATE_NAME
-            save_state(path, self.state, progress, self.meter, loaders, self.parts.card)
+            save_state(path, self.state, progress, self.meter, loaders, self.setup.card)
 
     def finish(self) -> RunResult:
         """Write summary.json."""

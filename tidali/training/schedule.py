@@ -1,11 +1,11 @@
-"""Learning rates as pure functions of the step."""
+"""Learning-rate schedules: pure functions of the step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from tidali.errors import UsageError
+from tidali.config import Recipe
 
 Schedule = Callable[[int], float]
 """Optimizer step, counted from 0 over the whole run -> learning rate of that step."""
@@ -29,15 +29,8 @@ def warmup_cosine(lr: float, total_steps: int, warmup_steps: int) -> Schedule:
     return schedule
 
 
-def make_schedule(
-    kind: str, *, lr: float, epochs: int, steps_per_epoch: int, warmup_epochs: float, step_epochs: int, step_gamma: float
-) -> Schedule:
-    """
-    Raises:
-        UsageError: an unknown kind.
-    """
-    if kind == "step":
-        return step_decay(lr, steps_per_epoch, step_epochs, step_gamma)
-    if kind == "cosine":
-        return warmup_cosine(lr, epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch))
-    raise UsageError(f"schedule {kind!r}: choose step or cosine")
+def make_schedule(recipe: Recipe, steps_per_epoch: int) -> Schedule:
+    """The recipe's schedule."""
+    if recipe.schedule == "step":
+        return step_decay(recipe.lr, steps_per_epoch, recipe.step_epochs, recipe.step_gamma)
+    return warmup_cosine(recipe.lr, recipe.epochs * steps_per_epoch, round(recipe.warmup_epochs * steps_per_epoch))
