@@ -35,7 +35,7 @@ CASES = {
         (["train", "--set", "momentum=0"], "with momentum 0 set nesterov=false too"),
         (["train", "--recipe", "seed", "--set", "step_epochs=0"], "step_epochs 0: at least 1"),
         (["train", "--set", "augment.crop_ratio=null"], "augment: crop_ratio None"),
-        ([*TRAIN, "--sync-bn"], "--sync-bn: torch synchronises batch norm between GPUs alone"),
+        ([*TRAIN, "--sync-bn"], "--sync-bn: torch synchronises batch norm on GPUs"),
         (["train", "--resume", "nowhere"], "nowhere"),
         (["train", "--resume", "{run}", "--epochs", "3"], "--epochs"),
         (["train", "--config", "nowhere.json"], "nowhere.json"),

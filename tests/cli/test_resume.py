@@ -91,7 +91,7 @@ def test_a_stream_that_is_resumed_says_why_it_streams(demo_data: Path) -> None:
     settings = TrainSettings(data=str(demo_data), out="", res=32, recipe=make_recipe("seed", epochs=1), device="cpu")
     prepared = set_up(settings, open_dataset(demo_data), plan_device("cpu", "off", "off"), Ranks(), cache="off")
     route = prepared.train_batches.route
-    assert (route.cached, route.reason) == (False, "as the run began")
+    assert (route.cached, route.reason) == (False, "as when the run began")
 
 
 def test_resume_takes_no_other_option(tidali, tmp_path: Path) -> None:
