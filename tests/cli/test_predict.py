@@ -51,9 +51,7 @@ def _unpack(dataset: Dataset, folder: Path) -> tuple[Path, list[Path], list[int]
 
 def _evaluated_logits(model: Classifier, dataset: Dataset) -> torch.Tensor:
     """As `tidali.training.evaluation.evaluate_checkpoint` gets them, without its sums."""
-    card = model.card
-    data = Data(dataset, ("val",), torch.device("cpu"), max_res=card.res)
-    batches = data.batches("val", res=card.res, batch_size=256, mean=card.mean, std=card.std, kernel=card.kernel)
+    batches = Data(dataset, torch.device("cpu")).batches("val", model.card.preprocess(), 256)
     with torch.inference_mode():
         return torch.cat([model.model(images) for images, _ in batches])
 
