@@ -12,7 +12,7 @@ from typing import Any
 
 from shards.images import Unusable, inspect
 from shards.record import ShardSummary, summarise, unseal
-from tidali.dataset.contract import Shard, file_sha256
+from tidali.dataset.contract import Shard
 from tidali.dataset.shard_bytes import (
     BLOCK_BYTES,
     END_OF_ARCHIVE,
@@ -26,6 +26,7 @@ from tidali.dataset.shard_bytes import (
     parse_index,
 )
 from tidali.errors import DatasetError
+from tidali.files import file_digest
 
 _FIX = "pack the source again into this folder: what is right is kept, this is written anew"
 _MOST_FAULTS_A_FILE = 10
@@ -102,7 +103,7 @@ def _hash_fault(root: Path, name: str, sha256: str, size_bytes: int | None, file
         size_there = (root / name).stat().st_size
         if size_there == 0:
             return Fault(name, "is empty")
-        there = file_sha256(root / name)
+        there = file_digest(root / name)
     except FileNotFoundError:
         return Fault(name, "is missing")
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import time
 import urllib.error
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tidali.errors import TidaliError, UsageError
-from tidali.files import lock, sync_and_rename
+from tidali.files import file_digest, lock, sync_and_rename
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -53,14 +52,14 @@ def download(
         path = _target(dest, url)
         partial = path.with_name(path.name + ".part")
         if path.exists():
-            if _md5(path) == md5:
+            if file_digest(path, "md5") == md5:
                 return path
             raise UsageError(f"{path}: there is another file already (its MD5 is not {md5}); remove it, or choose another DEST")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not `replacing`: what has arrived is kept if the process is killed or the network fails.
         with open(partial, "ab") as file, lock(partial, wait=False):
             _fetch(url, file, progress, pause_s)
-            there = _md5(partial)
+            there = file_digest(partial, "md5")
             if there != md5:
                 partial.unlink()
                 raise TidaliError(f"{url}: what arrived has MD5 {there}, not {md5}; removed it. Try again, or another --url")
@@ -122,11 +121,3 @@ def _fetch_rest(url: str, file: BinaryIO, progress: Progress | None) -> bool:
         finally:
             file.flush()
     return total is None or file.tell() >= total
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

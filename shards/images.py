@@ -58,7 +58,7 @@ def inspect(data: bytes, *, max_pixels: int, size_px: int | None = None, kernel:
     if size_px is not None:
         decoded = _resized(decoded, size_px, kernel)
     height, width = decoded.rgb.shape[:2]
-    if decoded.transposed:
+    if decoded.orientation >= 5:  # turned by 90 degrees
         height, width = width, height
     return Inspected(decoded.extension, decoded.data, height, width, decoded.rgb, tuple(decoded.flags))
 
@@ -71,10 +71,6 @@ class _Decoded:
     data: bytes
     flags: list[str]
     orientation: int = 1
-
-    @property
-    def transposed(self) -> bool:
-        return self.orientation >= 5
 
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> _Decoded | None:

@@ -19,7 +19,7 @@ from shards.manifest import build_manifest
 from shards.plan import PackSettings, Plan, make_plan
 from shards.scan import Scan, Source
 from shards.store import PARTIAL_SUFFIX, Store, open_store
-from shards.write import QUARANTINE, ImageOptions, ShardResult, finish_shard, index_name, record_name, tar_name
+from shards.write import QUARANTINE, ImageOptions, ShardResult, finish_shard
 from tidali.dataset.contract import MANIFEST_NAME, Manifest
 from tidali.dataset.remote import is_remote
 from tidali.dataset.shard_bytes import label_digits
@@ -229,7 +229,7 @@ def _short(value: Any) -> str:
 
 def _sweep(store: Store, plan: Plan) -> tuple[str, ...]:
     """Remove what an earlier run left and this plan does not have: partial files, and shards beyond the last."""
-    expected = {name(task) for task in plan.tasks for name in (tar_name, index_name, record_name)}
+    expected = {name for task in plan.tasks for name in task.file_names}
     stale = [name for name in store.names() if _OURS.fullmatch(name) and name not in expected]
     for name in stale:
         store.remove(name)

@@ -85,6 +85,11 @@ class ShardTask:
     def stem(self) -> str:
         return f"{self.split}-{self.number:06d}"
 
+    @property
+    def file_names(self) -> tuple[str, str, str]:
+        """Of the tar, the index and the record."""
+        return f"{self.stem}.tar", f"{self.stem}.idx", f"{self.stem}.json"
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Sent to the workers column by column: for 110,000 samples this takes the packer 0.13 s, as they are 0.65 s."""
         ordinals, items = zip(*self.samples, strict=True)

@@ -1,59 +1,19 @@
-"""Where a data set is kept while it is made: a local folder, or any fsspec URL."""
+"""The destination of a pack: a local folder, or any fsspec URL."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
-from tidali.dataset.remote import filesystem, is_remote
-from tidali.errors import TidaliError, UsageError
+from tidali.dataset.remote import filesystem, is_remote, reached
+from tidali.errors import UsageError
 from tidali.files import lock, replacing, sync_folder
 
 PARTIAL_SUFFIX = ".part"
-
-
-class Store(Protocol):
-    """A flat place for files. Picklable: the workers put finished shards into it. Names are relative and '/'-separated."""
-
-    @property
-    def location(self) -> str: ...
-
-    def locked(self) -> AbstractContextManager[None]:
-        """Hold the place for this packer, as far as it allows that; made first where it is not there.
-
-        Raises:
-            TidaliError: another packer holds it.
-            UsageError: it cannot be written.
-        """
-
-    def names(self) -> list[str]:
-        """What is in it, without what is in its folders."""
-
-    def names_in(self, folder: str) -> list[str]:
-        """What is in one of its folders; nothing where there is no such folder."""
-
-    def read(self, name: str) -> bytes | None:
-        """A file's bytes, or None where there is none."""
-
-    def publish(self, name: str, data: bytes) -> None:
-        """Write a file that appears whole or not at all, and survives a power cut once this returns."""
-
-    def remove(self, name: str) -> None:
-        """Remove a file; nothing happens where there is none."""
-
-    def workspace(self) -> AbstractContextManager[Path]:
-        """A local folder to make files in."""
-
-    def fetch(self, workspace: Path, names: Iterable[str]) -> None:
-        """Bring files into a workspace; those that are not there are left out."""
-
-    def commit(self, workspace: Path, names: Iterable[str]) -> None:
-        """Bring files of a workspace into the store, in this order."""
 
 
 def open_store(location: str | Path) -> Store:
@@ -86,7 +46,11 @@ def local_copy(location: str) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class LocalStore:
-    """A folder. Workers write straight into it, under temporary names."""
+    """A folder. Workers write straight into it, under temporary names.
+
+    `LocalStore` and `RemoteStore` have the same methods: a flat place for files, whose names are relative and '/'-separated.
+    Both can be pickled: the workers put finished shards into them.
+    """
 
     root: Path
 
@@ -96,7 +60,14 @@ class LocalStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """The lock is on the folder itself, so nothing is left behind when the process dies."""
+        """Hold the store for this packer, as far as its kind allows that; it is created if it does not exist.
+
+        The lock is on the folder itself, so nothing is left behind when the process dies.
+
+        Raises:
+            TidaliError: another packer holds it.
+            UsageError: it cannot be written.
+        """
         with ExitStack() as stack:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
@@ -108,34 +79,40 @@ class LocalStore:
             yield
 
     def names(self) -> list[str]:
+        """Names directly in the store: files and folders, not what is in the folders."""
         return sorted(os.listdir(self.root))
 
     def names_in(self, folder: str) -> list[str]:
+        """Names in one of its folders; empty if there is no such folder."""
         path = self.root / folder
         return sorted(os.listdir(path)) if path.is_dir() else []
 
     def read(self, name: str) -> bytes | None:
+        """A file's content, or None if there is no such file."""
         try:
             return (self.root / name).read_bytes()
         except FileNotFoundError:
             return None
 
     def publish(self, name: str, data: bytes) -> None:
+        """Write a file that appears whole or not at all, and survives a power cut once this returns."""
         publish_bytes(self.root / name, data)
         sync_folder(self.root)
 
     def remove(self, name: str) -> None:
+        """Remove a file, if it exists."""
         (self.root / name).unlink(missing_ok=True)
 
     @contextmanager
     def workspace(self) -> Iterator[Path]:
+        """A local folder to create files in."""
         yield self.root
 
     def fetch(self, workspace: Path, names: Iterable[str]) -> None:
-        pass  # the workspace is the store
+        """Copy files of the store into a workspace; names that do not exist are skipped. Here the workspace is the store."""
 
     def commit(self, workspace: Path, names: Iterable[str]) -> None:
-        pass  # the workspace is the store
+        """Copy files of a workspace into the store, in this order. Here the workspace is the store."""
 
 
 def partial_path(path: Path) -> Path:
@@ -175,7 +152,7 @@ class RemoteStore:
         return self.names_in("")
 
     def names_in(self, folder: str) -> list[str]:
-        with _remote_errors(self.url) as (fs, root):
+        with reached(self.url) as (fs, root):
             fs.invalidate_cache()
             path = f"{root}/{folder}".rstrip("/")
             try:
@@ -184,7 +161,7 @@ class RemoteStore:
                 return []
 
     def read(self, name: str) -> bytes | None:
-        with _remote_errors(self.url) as (fs, root):
+        with reached(self.url) as (fs, root):
             try:
                 data: bytes = fs.cat_file(f"{root}/{name}")
                 return data
@@ -192,11 +169,11 @@ class RemoteStore:
                 return None
 
     def publish(self, name: str, data: bytes) -> None:
-        with _remote_errors(self.url) as (fs, root):
+        with reached(self.url) as (fs, root):
             fs.pipe_file(f"{root}/{name}", data)
 
     def remove(self, name: str) -> None:
-        with _remote_errors(self.url) as (fs, root), suppress(FileNotFoundError):
+        with reached(self.url) as (fs, root), suppress(FileNotFoundError):
             fs.rm_file(f"{root}/{name}")
 
     @contextmanager
@@ -205,7 +182,7 @@ class RemoteStore:
             yield Path(name)
 
     def fetch(self, workspace: Path, names: Iterable[str]) -> None:
-        with _remote_errors(self.url) as (fs, root):
+        with reached(self.url) as (fs, root):
             for name in names:
                 (workspace / name).parent.mkdir(exist_ok=True)
                 try:
@@ -214,17 +191,10 @@ class RemoteStore:
                     (workspace / name).unlink(missing_ok=True)
 
     def commit(self, workspace: Path, names: Iterable[str]) -> None:
-        with _remote_errors(self.url) as (fs, root):
+        with reached(self.url) as (fs, root):
             for name in names:
                 # Whole or not at all on object stores: an upload that ends early leaves no object.
                 fs.put_file(str(workspace / name), f"{root}/{name}")
 
 
-@contextmanager
-def _remote_errors(url: str) -> Iterator[tuple[Any, str]]:
-    try:
-        yield filesystem(url)
-    except (TidaliError, KeyboardInterrupt):
-        raise
-    except Exception as error:  # every kind of remote has exceptions of its own
-        raise TidaliError(f"{url}: {type(error).__name__}: {error}") from None
+Store = LocalStore | RemoteStore

@@ -77,7 +77,7 @@ def _check_shards(
         root=root,
         num_classes=len(manifest.classes),
         unlabelled=frozenset(name for name, split in manifest.splits.items() if not split.labelled),
-        file_of={digest: name for _, shard in shards for digest, name in _hashes(shard)},
+        file_of={digest: name for _, shard in shards for name, digest, _ in shard.files},
         decode=decode,
     )
     if workers is None:
@@ -86,14 +86,8 @@ def _check_shards(
     return [checks[index] for index in range(len(shards))]
 
 
-def _hashes(shard: Shard) -> Iterator[tuple[str, str]]:
-    yield shard.sha256, shard.name
-    yield shard.index_sha256, shard.index_name
-    yield shard.record_sha256, shard.record_name
-
-
 def _extra_files(root: Path, manifest: Manifest) -> Iterator[Fault]:
-    known = {name for split in manifest.splits.values() for shard in split.shards for _, name in _hashes(shard)}
+    known = {name for split in manifest.splits.values() for shard in split.shards for name, _, _ in shard.files}
     for path in sorted(root.iterdir()):
         name = path.name
         if name == PLAN_NAME or name.endswith(PARTIAL_SUFFIX):

@@ -15,7 +15,7 @@ from shards.plan import ShardTask
 from shards.record import ShardSummary, seal, summarise, unseal
 from shards.source import Item, Reader, Unreadable
 from shards.store import Store, partial_path, publish_bytes
-from tidali.dataset.contract import Quarantined, file_sha256
+from tidali.dataset.contract import Quarantined
 from tidali.dataset.shard_bytes import (
     BLOCK_BYTES,
     END_OF_ARCHIVE,
@@ -28,7 +28,7 @@ from tidali.dataset.shard_bytes import (
     safe_key,
 )
 from tidali.errors import TidaliError
-from tidali.files import printable, replacing, sync_folder
+from tidali.files import file_digest, printable, replacing, sync_folder
 
 QUARANTINE = "quarantine"
 
@@ -68,17 +68,18 @@ def finish_shard(
     Raises:
         TidaliError: the source or the store failed (unreadable, full, read-only).
     """
+    tar_name, index_name, record_name = task.file_names
     try:
         with store.workspace() as folder:
-            store.fetch(folder, [record_name(task)])
-            path = folder / record_name(task)
+            store.fetch(folder, [record_name])
+            path = folder / record_name
             there = path.read_bytes() if path.exists() else None
             kept = None if there is None else _finished(task, there, store, folder, plan_id)
             if kept is not None:
                 return ShardResult("kept", kept)
             record = _write(task, folder, reader, options, plan_id, digits)
             names = [entry["file"] for entry in record["quarantined"]]
-            store.commit(folder, [*names, tar_name(task), index_name(task), record_name(task)])
+            store.commit(folder, [*names, tar_name, index_name, record_name])
             repaired = there is not None and not _is_of_another_plan(there, plan_id)
             return ShardResult("repaired" if repaired else "written", summarise(task.stem, path.read_bytes(), record))
     except OSError as error:
@@ -86,23 +87,11 @@ def finish_shard(
         raise TidaliError(f"{where}; fix that and run the same command again, it goes on from here") from None
 
 
-def tar_name(task: ShardTask) -> str:
-    return f"{task.stem}.tar"
-
-
-def index_name(task: ShardTask) -> str:
-    return f"{task.stem}.idx"
-
-
-def record_name(task: ShardTask) -> str:
-    return f"{task.stem}.json"
-
-
 # ---------------------------------------------------------------------------------------------------------------------- write
 
 
 def _write(task: ShardTask, folder: Path, reader: Reader, options: ImageOptions, plan_id: str, digits: int) -> dict[str, Any]:
-    path = folder / tar_name(task)
+    path = folder / task.file_names[0]
     with reader.open() as read, replacing(path, partial_path(path)) as partial, open(partial, "wb", buffering=1 << 20) as tar:
         shard = _OpenShard(task, folder, digits, tar)
         for ordinal, item in task.samples:
@@ -199,8 +188,9 @@ class _OpenShard:
             "samples": self.samples,
             "quarantined": self.quarantined,
         }
-        publish_bytes(self.folder / index_name(self.task), index)
-        publish_bytes(self.folder / record_name(self.task), seal(record))
+        _, index_name, record_name = self.task.file_names
+        publish_bytes(self.folder / index_name, index)
+        publish_bytes(self.folder / record_name, seal(record))
         sync_folder(self.folder)
         return record
 
@@ -215,11 +205,12 @@ def _finished(task: ShardTask, sealed: bytes, store: Store, folder: Path, plan_i
         if record["plan"] != plan_id or _planned(task) != _recorded(record):
             return None
         summary = summarise(task.stem, sealed, record)  # refuses names that lead out of the folder, before one is used
-        store.fetch(folder, [index_name(task), tar_name(task), *(entry["file"] for entry in record["quarantined"])])
+        tar_name, index_name, _ = task.file_names
+        store.fetch(folder, [index_name, tar_name, *(entry["file"] for entry in record["quarantined"])])
         right = (
-            file_sha256(folder / index_name(task)) == record["index_sha256"]
-            and all(file_sha256(folder / entry["file"]) == entry["sha256"] for entry in record["quarantined"])
-            and file_sha256(folder / tar_name(task)) == record["sha256"]
+            file_digest(folder / index_name) == record["index_sha256"]
+            and all(file_digest(folder / entry["file"]) == entry["sha256"] for entry in record["quarantined"])
+            and file_digest(folder / tar_name) == record["sha256"]
         )
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

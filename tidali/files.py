@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import hashlib
 import os
 import platform
 import threading
@@ -25,6 +26,15 @@ def cache_folder() -> Path:
 def printable(name: str) -> str:
     """A file name with ``\\udc..`` escapes for bytes that are not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def file_digest(path: Path, algorithm: str = "sha256") -> str:
+    """The hexadecimal digest of a file's content, by an algorithm that hashlib knows."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------------------------- writing

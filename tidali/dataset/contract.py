@@ -95,6 +95,15 @@ class Shard:
     def record_name(self) -> str:
         return self.name.removesuffix(".tar") + ".json"
 
+    @property
+    def files(self) -> tuple[tuple[str, str, int | None], ...]:
+        """Name, SHA-256 and size in bytes of the tar, the index and the record; the manifest states only the tar's size."""
+        return (
+            (self.name, self.sha256, self.size_bytes),
+            (self.index_name, self.index_sha256, None),
+            (self.record_name, self.record_sha256, None),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
@@ -210,8 +219,6 @@ class Dataset:
 
     root: Path
     manifest: Manifest
-    indexes: Mapping[str, Path] = field(default_factory=dict)
-    """Tar name -> an index to read it by in place of its own."""
     fix: str = "pack the source again into this folder: what is right is kept"
     """What to do about damage."""
 
@@ -248,23 +255,13 @@ class Dataset:
         return [self.root / shard.name for shard in self.split(split).shards if shard.samples]
 
     def index_paths(self, split: str) -> list[Path]:
-        return [
-            self.indexes.get(shard.name, self.root / shard.index_name) for shard in self.split(split).shards if shard.samples
-        ]
+        return [self.root / shard.index_name for shard in self.split(split).shards if shard.samples]
 
 
 def parse_image_size(text: str) -> tuple[int, int]:
     """'HxW' -> (height, width), in pixels."""
     height, _, width = text.partition("x")
     return int(height), int(width)
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb", buffering=0) as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def manifest_text(root: Path) -> str:

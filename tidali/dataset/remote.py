@@ -1,14 +1,16 @@
-"""Locations behind a URL, by way of fsspec. Nothing of it is imported until one is opened."""
+"""Locations behind a URL, through fsspec, which is imported only when one is opened."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tidali.errors import TidaliError
 
 
 def is_remote(location: str) -> bool:
-    """Whether it is a URL such as ``s3://bucket/data`` rather than a path."""
+    """Whether a location is a URL such as ``s3://bucket/data`` rather than a path."""
     return "://" in location
 
 
@@ -29,3 +31,18 @@ def filesystem(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise TidaliError(f"{url}: {error}") from None
     return fs, path.rstrip("/")
+
+
+@contextmanager
+def reached(url: str) -> Iterator[tuple[Any, str]]:
+    """`filesystem`'s result, for a block that reads or writes there.
+
+    Raises:
+        TidaliError: the block failed; the message names the URL and the cause.
+    """
+    try:
+        yield filesystem(url)
+    except (TidaliError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # each fsspec implementation raises exceptions of its own
+        raise TidaliError(f"{url}: {type(error).__name__}: {error}") from None

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tidali.dataset.contract import MANIFEST_NAME, Dataset, Manifest, open_dataset
-from tidali.dataset.remote import filesystem, is_remote
+from tidali.dataset.remote import filesystem, is_remote, reached
 from tidali.errors import DatasetError, TidaliError
 from tidali.files import cache_folder, lock, remove_left_over, replacing, write_atomically
 
@@ -54,16 +54,7 @@ def stage(url: str) -> Path:
     text = _remote_manifest(url)
     manifest = Manifest.from_json(text.decode("utf-8", "replace"), f"{url}/{MANIFEST_NAME}")
     folder = cache_folder() / f"{url.rpartition('/')[2]}-{hashlib.sha256(text).hexdigest()[:16]}"
-    wanted = [
-        file
-        for split in manifest.splits.values()
-        for shard in split.shards
-        for file in (
-            (shard.name, shard.sha256, shard.size_bytes),
-            (shard.index_name, shard.index_sha256, None),
-            (shard.record_name, shard.record_sha256, None),
-        )
-    ]
+    wanted = [file for split in manifest.splits.values() for shard in split.shards for file in shard.files]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder, wait=True):
@@ -85,14 +76,12 @@ def _is_there(path: Path, size_bytes: int | None) -> bool:
 
 
 def _remote_manifest(url: str) -> bytes:
-    fs, root = filesystem(url)
-    try:
-        data: bytes = fs.cat_file(f"{root}/{MANIFEST_NAME}")
-    except FileNotFoundError:
-        raise DatasetError(f"{url}: no {MANIFEST_NAME} here; make a data set with 'tidali shard SOURCE {url}'") from None
-    except Exception as error:  # every kind of remote has exceptions of its own
-        raise TidaliError(f"{url}: {type(error).__name__}: {error}") from None
-    return data
+    with reached(url) as (fs, root):
+        try:
+            data: bytes = fs.cat_file(f"{root}/{MANIFEST_NAME}")
+        except FileNotFoundError:
+            raise DatasetError(f"{url}: no {MANIFEST_NAME} here; make a data set with 'tidali shard SOURCE {url}'") from None
+        return data
 
 
 def _fetch(url: str, folder: Path, name: str, sha256: str) -> None:

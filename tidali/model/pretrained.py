@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
 from tidali.config import IMAGENET_MEAN, IMAGENET_STD, StemInit
-from tidali.dataset.contract import Dataset, file_sha256
+from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError, UsageError, first_line
+from tidali.files import file_digest
 from tidali.model.checkpoint import SUFFIX, find_checkpoint, load_checkpoint, read_safetensors
 from tidali.model.resnet import LoadReport, load_matching, weights_only
 
@@ -38,7 +39,7 @@ def imagenet_weights() -> dict[str, Tensor]:
     weights, path = ResNet18_Weights.IMAGENET1K_V1, imagenet_weights_path()
     try:
         # torch checks only what it downloads itself; the name ends in the first digits of the hash.
-        if path.exists() and not file_sha256(path).startswith(path.stem.rpartition("-")[2]):
+        if path.exists() and not file_digest(path).startswith(path.stem.rpartition("-")[2]):
             raise TidaliError(
                 f"--init imagenet: {path} is damaged or another file (its SHA-256 is not that of its name); remove it"
             )

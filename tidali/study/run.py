@@ -20,9 +20,9 @@ import torch
 
 from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, Recipe, Stem, TrainSettings
 from tidali.console import say
-from tidali.dataset.contract import Dataset, file_sha256
+from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError, UsageError
-from tidali.files import write_atomically
+from tidali.files import file_digest, write_atomically
 from tidali.hardware.device import cpu_count, plan_device
 from tidali.hardware.versions import versions
 from tidali.model.checkpoint import SUFFIX, load_model
@@ -121,7 +121,7 @@ class Study:
                 path = file_weights(given)[2]
             except UsageError as error:
                 raise UsageError(str(error).replace("--init", "--imagenet-weights")) from None
-            self.weights = {"name": given, "path": path, "sha256": file_sha256(Path(path))}
+            self.weights = {"name": given, "path": path, "sha256": file_digest(Path(path))}
             return
         try:
             imagenet_weights()
@@ -129,7 +129,7 @@ class Study:
             self.why_no_weights = f"needs ImageNet weights, or --imagenet-weights PATH ({error})"
             say(f"rows that start from ImageNet weights are skipped: {error}; or give --imagenet-weights PATH")
             return
-        self.weights = {"name": IMAGENET_NAME, "path": IMAGENET, "sha256": file_sha256(imagenet_weights_path())}
+        self.weights = {"name": IMAGENET_NAME, "path": IMAGENET, "sha256": file_digest(imagenet_weights_path())}
 
     def document(self, command: str) -> dict[str, Any]:
         """The content of study.json, without rows."""
@@ -251,7 +251,7 @@ class Study:
             start, start_sha256 = self.weights["path"], self.weights["sha256"]
         elif start != "none":
             best = self.weights_of(start, seed, "best")
-            start, start_sha256 = str(best), file_sha256(best)
+            start, start_sha256 = str(best), file_digest(best)
         wanted = TrainSettings(
             data=self.settings.data,
             out=str(folder),
@@ -287,7 +287,7 @@ class Study:
         file = checkpoint.parent / "evaluations.json"
         known = read_json(file)
         how = "served" if served else self.plan.dtype_name
-        key = f"{file_sha256(checkpoint)} {self.split} {content_hash(self.dataset, self.split)} at {res} {how}"
+        key = f"{file_digest(checkpoint)} {self.split} {content_hash(self.dataset, self.split)} at {res} {how}"
         if key not in known:
             options: dict[str, Any] = dict(split=self.split, device=self.settings.device)
             if served:
