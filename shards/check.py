@@ -28,13 +28,13 @@ from tidali.dataset.shard_bytes import (
 from tidali.errors import DatasetError
 from tidali.files import file_digest
 
-_FIX = "pack the source again into this folder: what is right is kept, this is written anew"
+_FIX = "pack the source again into this folder: correct shards are kept, this one is rewritten"
 _MOST_FAULTS_A_FILE = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong, and the way out."""
+    """What is wrong with a file, and how to fix it."""
 
     file: str
     """Relative to the data set."""
@@ -53,13 +53,13 @@ class Fault:
 
 @dataclass(slots=True)
 class ShardCheck:
-    """What came of one shard."""
+    """The result of checking one shard."""
 
     faults: list[Fault] = field(default_factory=list)
     summary: ShardSummary | None = None
-    """From the record, where that is whole."""
+    """From the record, if it is intact."""
     ordinals: list[int] = field(default_factory=list)
-    """Of the samples and the quarantined ones."""
+    """Of the samples and of the quarantined files."""
 
 
 def check_shard(
@@ -79,7 +79,7 @@ def check_shard(
     tar_fault = _hash_fault(root, shard.name, shard.sha256, shard.size_bytes, file_of)
     index_fault = _hash_fault(root, shard.index_name, shard.index_sha256, None, file_of)
     if record is not None and record["sha256"] != shard.sha256:
-        record = None  # the record of another tar: judging this one by it would name a thousand wrong faults
+        record = None  # the record of another tar: checking this tar against it would report a thousand false faults
     if record is not None:
         expected = list(_expected_members(record, digits))
         index_fault = index_fault and _which_line(root, shard, record, digits, index_fault)
@@ -89,7 +89,7 @@ def check_shard(
         if len(found) > _MOST_FAULTS_A_FILE:
             check.faults.append(Fault(shard.name, f"and {len(found) - _MOST_FAULTS_A_FILE} more faults"))
         if found and tar_fault and "SHA-256" in tar_fault.text:
-            tar_fault = None  # the members' faults say it better
+            tar_fault = None  # the members' faults are more precise
         check.faults += _check_quarantine(root, record)
     check.faults += [fault for fault in (tar_fault, index_fault) if fault]
     return check
@@ -149,7 +149,7 @@ def _check_quarantine(root: Path, record: dict[str, Any]) -> Iterator[Fault]:
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """What a tar member must be."""
+    """The expected name, place and content of a tar member."""
 
     key: str
     component: Component
@@ -181,7 +181,7 @@ def _check_members(root: Path, shard: Shard, expected: list[_Member], decode: bo
             if tar[end:] != END_OF_ARCHIVE and len(tar) > end:
                 yield Fault(shard.name, "does not end as a tar does after its last sample", offset=end)
     except (OSError, ValueError):
-        return  # missing or empty: said already
+        return  # missing or empty: already reported
 
 
 def _check_member(name: str, tar: mmap.mmap, member: _Member, end: int, decode: bool) -> Iterator[Fault]:
@@ -219,7 +219,7 @@ def _check_labels(shard: Shard, record: dict[str, Any], num_classes: int, digits
 
 
 def _which_line(root: Path, shard: Shard, record: dict[str, Any], digits: int, fault: Fault) -> Fault:
-    """The first entry of a wrong index that does not fit the tar, where the index can be read at all."""
+    """The first line in which a wrong index differs from the tar, if the index can be read."""
     if "SHA-256" not in fault.text:
         return fault
     samples: dict[str, list[Component]] = {}

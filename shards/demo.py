@@ -1,9 +1,8 @@
-"""The built-in data set: drawn figures, deterministic, learnable, and not to be told apart by colour.
+"""The built-in data set: drawn figures, deterministic, learnable, whose classes cannot be told apart by colour alone.
 
 A class is a shape, a texture and, above 50 classes, a hue. Position, size, tilt, colours, background and noise are random, so
-that a network has to see the figure. Drawn with additions, multiplications and comparisons from raw PCG64 bits alone: those are
-the same in every numpy and on every machine, where `sin` or a normal distribution need not be.
-"""
+that a network has to recognise the figure. Drawn with additions, multiplications and comparisons from raw PCG64 bits alone:
+those are the same in every numpy and on every machine, where `sin` or a normal distribution need not be."""
 
 from __future__ import annotations
 
@@ -37,7 +36,8 @@ SHAPES: dict[str, Shape] = {
     "diamond": lambda x, y: 0.75 * (1.1 - abs(x) - abs(y)),
 }
 
-# Each gives where the figure's second colour goes: 0..1. None is another's mirror image: training flips at random.
+# Each returns where the figure's second colour goes: 0..1. No texture is another's mirror image, because training flips images
+# at random.
 TEXTURES: dict[str, Texture] = {
     "plain": lambda x, y: np.zeros_like(x),
     "banded": lambda x, y: _every(y, 3),
@@ -128,9 +128,6 @@ class DemoReader:
 
     seed: int
 
-    def inside(self, folder: str) -> DemoReader:
-        return self
-
     @contextmanager
     def open(self) -> Iterator[Read]:
         yield self._read
@@ -177,7 +174,7 @@ def _figure_coordinates(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _background(u: np.ndarray) -> np.ndarray:
-    """A smooth blend of two random colours and a block that means nothing, (3, 64, 64) in 0..1."""
+    """A smooth blend of two random colours and a distracting block, (3, 64, 64) in 0..1."""
     one, two = _colour(u[0], 0.5 * u[1], 0.25 + 0.6 * u[2]), _colour(u[3], 0.5 * u[4], 0.25 + 0.6 * u[5])
     slope = (np.arange(EDGE_PX) + 0.5) / EDGE_PX - 0.5
     blend = 0.5 + (u[6] - 0.5) * slope[None, :] + (u[7] - 0.5) * slope[:, None]
@@ -203,7 +200,7 @@ def pack_demo(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> PackReport:
-    """Draw and pack the demo. The same arguments give the same bytes; a second call keeps what is there and right.
+    """Draw and pack the demo. The same arguments give the same bytes; a second call keeps correct shards.
 
     Raises:
         UsageError: a number out of range, or a ``dest`` that holds something else.

@@ -1,4 +1,4 @@
-"""Fetch the real Tiny-ImageNet: resumed where it broke off, checked, and there whole or not at all."""
+"""Download Tiny-ImageNet: resumed after an interruption, checked by its MD5, and stored whole or not at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TIMEOUT_S = 30.0
 _BLOCK_BYTES = 1 << 18
 
 Progress = Callable[[int, int | None], None]
-"""``progress(done_bytes, total_bytes)``; the total is None where the server does not tell."""
+"""``progress(done_bytes, total_bytes)``; the total is None if the server does not state it."""
 
 
 def download(
@@ -34,16 +34,16 @@ def download(
 ) -> Path:
     """Download ``url`` to ``dest`` and return the file's path.
 
-    ``dest`` is a folder to put it in where there is such a folder, where it ends in a slash, or where its last part has no
-    suffix, and is made where it is not there; else it is the file.
+    ``dest`` is the folder for the file if such a folder exists, if it ends in a slash, or if its last part has no suffix; it is
+    created if it does not exist. Otherwise it is the file.
 
-    What has arrived is kept beside it as ``NAME.part``, also when the process is killed, and the rest is asked for.
-    A file that is there with the right MD5 is left alone. ``pause_s`` is the first wait between two attempts; it doubles.
+    What has arrived is kept beside it as ``NAME.part``, also if the process is killed, and the next call requests the rest.
+    An existing file with the right MD5 is left alone. ``pause_s`` is the first wait between two attempts; it doubles.
 
     Raises:
-        UsageError: another file is there, or the URL is none.
-        TidaliError: the place cannot be read or written, the server refused or went away for good, or the MD5 is wrong; then
-            nothing is left.
+        UsageError: another file of this name exists, or the URL is not http or https.
+        TidaliError: the place cannot be read or written, the server refused or went away for good, or the MD5 is wrong, in
+            which case the download is removed.
     """
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{url}: not an http or https URL")
@@ -54,7 +54,9 @@ def download(
         if path.exists():
             if file_digest(path, "md5") == md5:
                 return path
-            raise UsageError(f"{path}: there is another file already (its MD5 is not {md5}); remove it, or choose another DEST")
+            raise UsageError(
+                f"{path}: another file of this name exists (its MD5 is not {md5}); remove it, or choose another DEST"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not `replacing`: what has arrived is kept if the process is killed or the network fails.
         with open(partial, "ab") as file, lock(partial, wait=False):
@@ -66,7 +68,7 @@ def download(
             sync_and_rename(partial, path)
     except OSError as error:
         raise TidaliError(
-            f"{error.filename or dest}: {error.strerror or error}; fix that and run the same command again to go on"
+            f"{error.filename or dest}: {error.strerror or error}; fix that and run the same command again to resume"
         ) from None
     return path
 
@@ -78,7 +80,7 @@ def _target(dest: str | Path, url: str) -> Path:
 
 
 def _fetch(url: str, file: BinaryIO, progress: Progress | None, pause_s: float) -> None:
-    """Append to ``file`` until the server has no more; a broken connection is taken up again where it broke."""
+    """Append to ``file`` until the server has no more; after a broken connection the rest is requested."""
     failures = 0
     while True:
         start = file.tell()
@@ -87,7 +89,7 @@ def _fetch(url: str, file: BinaryIO, progress: Progress | None, pause_s: float) 
                 return
             reason = "the connection was closed early"
         except urllib.error.HTTPError as error:
-            if error.code == 416 and start:  # nothing lies behind what is here: it is whole, or the MD5 will tell
+            if error.code == 416 and start:  # there is nothing after what has arrived: it is complete, or its MD5 is wrong
                 return
             if error.code < 500:
                 raise TidaliError(f"{url}: the server answers {error.code} {error.reason}; is the URL right?") from None
@@ -98,16 +100,16 @@ def _fetch(url: str, file: BinaryIO, progress: Progress | None, pause_s: float) 
             reason = str(getattr(error, "reason", "") or error)
         failures = 1 if file.tell() > start else failures + 1
         if failures >= _ATTEMPTS_WITHOUT_PROGRESS:
-            raise TidaliError(f"{url}: {reason}, {failures} times on end; run the same command again to go on from here")
+            raise TidaliError(f"{url}: {reason}, {failures} times in a row; run the same command again to resume")
         time.sleep(pause_s * 2 ** (failures - 1))
 
 
 def _fetch_rest(url: str, file: BinaryIO, progress: Progress | None) -> bool:
-    """One request. Whether everything that the server announced has arrived."""
+    """Make one request. Returns whether everything that the server announced has arrived."""
     start = file.tell()
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
-        if start and response.status != 206:  # it does not do ranges: all of it comes again
+        if start and response.status != 206:  # the server ignores ranges and sends everything again
             file.truncate(0)
             file.seek(0)
             start = 0

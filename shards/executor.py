@@ -1,4 +1,4 @@
-"""Running independent tasks: in this process, or over worker processes."""
+"""Run independent tasks in this process or in worker processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 
 def run_tasks(job: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[tuple[int, R]]:
-    """Each task's index and result, as they get done.
+    """Each task's index and result, in the order in which they finish.
 
     Raises:
         TidaliError: a task failed, or a worker died; the other tasks are abandoned at once.
@@ -31,7 +31,7 @@ def run_tasks(job: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterat
 
 
 def default_workers() -> int:
-    """One more than there are cores: each waits a tenth of its time and more for the disk to say that a shard is safe.
+    """One more than there are cores, because each spends at least a tenth of its time waiting for the disk to sync a shard.
 
     Packing 110,000 images on two cores took 16.6 to 18.1 s with three workers and 18.4 to 19.7 s with two, taking turns.
     """
@@ -40,7 +40,7 @@ def default_workers() -> int:
 
 
 def start_early() -> None:
-    """Let the server that workers are forked from come up, 0.4 s of imports, while the caller still has other things to do."""
+    """Start the server that workers are forked from, which imports for 0.4 s, while the caller still does other work."""
     _context()
     forkserver.ensure_running()
 
@@ -61,19 +61,19 @@ def _run_in_pool(job: Callable[[T], R], tasks: Sequence[T], workers: int) -> Ite
             yield futures.pop(future), future.result()
         pool.shutdown()
     except BaseException as error:
-        # At once, as a kill would: what runs is not worth waiting for, the next run does it again.
+        # At once, as a kill would: the next run repeats the unfinished tasks.
         pool.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - children_before:
             process.terminate()
             process.join()
         if isinstance(error, BrokenProcessPool):
-            text = "a worker process died (killed, or out of memory); run the same command again, it goes on from here"
+            text = "a worker process died (killed, or out of memory); run the same command again to resume"
             raise TidaliError(text) from None
         raise
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and die with it however it dies: an orphan would wait for work for ever."""
+    """Leave Ctrl-C to the parent, and exit when it dies, for whatever reason: an orphan would wait for work for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

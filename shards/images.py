@@ -1,4 +1,4 @@
-"""What one image file is: usable or not, its stored bytes, its displayed size, its pixels."""
+"""Inspect one image file: whether it is usable, the bytes to store, its displayed size, its pixels."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from shards.resample import resize
 JPEG_QUALITY = 95
 """Of resized images: what OpenCV's ``imwrite`` uses, which the study's step 2 used."""
 
-# What the packer opens beside JPEG. A closed list: PIL would hand an EPS to Ghostscript.
+# What the packer opens besides JPEG. A closed list: PIL would hand an EPS to Ghostscript.
 _PIL_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 _EXIF_ORIENTATION = 0x0112
 
 
 class Unusable(Exception):
-    """The bytes are no usable image; the text says why."""
+    """The bytes are not a usable image; the text says why."""
 
 
 class Inspected(NamedTuple):
@@ -43,11 +43,11 @@ class Inspected(NamedTuple):
 
 
 def inspect(data: bytes, *, max_pixels: int, size_px: int | None = None, kernel: str = "pil") -> Inspected:
-    """Decode an image and say what to store of it.
+    """Decode an image and choose the bytes to store.
 
     A JPEG's bytes are kept. Where libjpeg-turbo warns (a missing end marker, a corrupt middle), DALI fails or silently shows
     other pixels, so the image is unusable. PNG of up to 8 bits, still WebP without EXIF and uncompressed BMP are kept: DALI
-    2.4.0 and PIL give the same pixels for them, alpha dropped. The rest is stored as PNG.
+    2.4.0 and PIL give the same pixels for them, alpha dropped. Everything else is stored as PNG.
 
     Raises:
         Unusable: empty, no image, truncated, corrupt, or more than ``max_pixels`` by its header.
@@ -74,7 +74,7 @@ class _Decoded:
 
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> _Decoded | None:
-    """None where libjpeg-turbo's header reader does not know the file: PIL shall say. Measured on 64-pixel images, one core:
+    """None if libjpeg-turbo's header reader does not know the file: PIL then decides. Measured on 64-pixel images, one core:
     37,000 to 42,000 images/s, PIL 5,600 to 5,900."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -134,8 +134,8 @@ def _upright(rgb: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _kept_extension(image: Image.Image, data: bytes) -> str | None:
-    """Under which extension the bytes are kept; None where DALI 2.4.0 fails on them or shows other pixels than PIL (both were
-    run over every kind named here)."""
+    """The extension under which the bytes are kept; None if DALI 2.4.0 fails on them or decodes other pixels than PIL (both
+    were run on every kind named here)."""
     if getattr(image, "n_frames", 1) > 1:
         return None
     match image.format:
@@ -184,7 +184,7 @@ def _encode_png(rgb: np.ndarray) -> bytes:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1..8; 1 where there is none or it is out of range, as decoders take it."""
+    """The EXIF orientation, 1..8; 1 if there is none or it is out of range, as decoders treat it."""
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # damaged EXIF is no damaged image

@@ -1,4 +1,4 @@
-"""Sums over pixels, for the mean and standard deviation of train: exact, so that nothing but the images decides them."""
+"""Sums over pixels, for the mean and standard deviation of train: exact, so that they depend on nothing but the images."""
 
 from __future__ import annotations
 

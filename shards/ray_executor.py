@@ -1,4 +1,4 @@
-"""Running shard tasks on a Ray cluster, with the same results as in local processes."""
+"""Run shard tasks on a Ray cluster, with the same results as in local processes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _RETRIES = 3  # of a task whose worker or machine is lost; a task that fails by 
 
 
 def run_tasks_on_ray(job: Callable[[T], R], tasks: Sequence[T], workers: int | None) -> Iterator[tuple[int, R]]:
-    """Each task's index and result, as they get done, from the cluster that ``RAY_ADDRESS`` names, or a local one of
-    ``workers`` processes (None: all cores) where it names none. The source and DEST must be reachable from its machines.
+    """Each task's index and result, in the order in which they finish, from the cluster that ``RAY_ADDRESS`` names, or a local
+    one of ``workers`` processes (None: all cores) if it is not set. The source and DEST must be reachable from its machines.
 
     Raises:
-        TidaliError: Ray is not installed or not reachable, a task failed, or its worker was lost time and again.
+        TidaliError: Ray is not installed or not reachable, a task failed, or its worker was lost repeatedly.
     """
     try:
         import ray

@@ -1,4 +1,4 @@
-"""What a source means: its layout, its classes in order, its splits. Everything is checked before DEST is touched."""
+"""A source's layout, its classes in order and its splits. Everything is checked before DEST is changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ANNOTATIONS = "val/val_annotations.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """A source, understood."""
+    """The classes and splits of a source."""
 
     name: str
     layout: str
@@ -33,7 +33,7 @@ class Scan:
     splits: Mapping[str, list[Item]]
     """Items sorted by name. Every split but an unlabelled test has labels."""
     ignored_files: int
-    """Files that are no images by their suffix."""
+    """Files whose suffix is not that of an image."""
     reader: Reader
     fingerprint: str
     """SHA-256 over every image's name, size and label, and in a zip its CRC-32."""
@@ -43,7 +43,7 @@ class Scan:
         return sum(len(items) for items in self.splits.values())
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of the source: nothing that depends on the machine."""
+        """The manifest's entry on the source: nothing in it depends on the machine."""
         return {"name": self.name, "layout": self.layout, "images": self.images, "fingerprint": self.fingerprint}
 
 
@@ -68,7 +68,7 @@ class FileSource:
     def scan(self) -> Scan:
         """
         Raises:
-            UsageError: it is no data set, or one with a fault; the message names the file.
+            UsageError: it is not a data set, or not a valid one; the message names the file.
         """
         listing = _unwrap(list_source(self.path))
         layout = self.layout
@@ -238,7 +238,7 @@ def _words(listing: Listing) -> dict[str, str]:
 
 
 def _refuse_same_but_for_case(where: str, classes: Iterable[ClassName]) -> None:
-    """Such a pair is nearly always one class spelt in two ways, and half the world's file systems hold just one of them."""
+    """Such a pair is nearly always one class spelt in two ways, and many file systems can store only one of the two."""
     seen: dict[str, str] = {}
     for class_ in classes:
         other = seen.setdefault(class_.id.casefold(), class_.id)

@@ -1,4 +1,4 @@
-"""A contact sheet: random samples of a split with their class names, to look at what was packed."""
+"""A contact sheet: random samples of a split with their class names."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def draw_sheet(captioned: Sequence[tuple[Image.Image, str]]) -> Image.Image:
         x, y = _GAP_PX + place % _COLUMNS * step_x, _GAP_PX + place // _COLUMNS * step_y
         image = ImageOps.contain(full, (_CELL_PX, _CELL_PX))
         sheet.paste(image, (x + (_CELL_PX - image.width) // 2, y + (_CELL_PX - image.height) // 2))
-        text = caption.encode("ascii", "replace").decode()  # PIL's built-in font knows no more
+        text = caption.encode("ascii", "replace").decode()  # PIL's built-in font has only these characters
         while len(text) > 1 and draw.textlength(text, font) > _CELL_PX:
             text = text[:-1]
         draw.text((x, y + _CELL_PX), text, "black", font)

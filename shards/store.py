@@ -23,14 +23,14 @@ def open_store(location: str | Path) -> Store:
     """
     text = str(location)
     if is_remote(text):
-        filesystem(text)  # a missing package shall be known before the source is read
+        filesystem(text)  # report a missing package before the source is read
         return RemoteStore(text.rstrip("/"))
     return LocalStore(Path(location))
 
 
 @contextmanager
 def local_copy(location: str) -> Iterator[Path]:
-    """The folder itself; of a URL a temporary copy of everything there, unchecked."""
+    """The folder itself; for a URL a temporary copy of everything there, unchecked."""
     store = open_store(location)
     with store.workspace() as folder:
         names = store.names() if is_remote(location) else []

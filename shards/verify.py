@@ -1,4 +1,4 @@
-"""Is a packed data set still what was packed? Every hash, header, label and count, and where wished every image."""
+"""Check that a packed data set is unchanged: every hash, header, label and count, and on request every image."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from shards.store import PARTIAL_SUFFIX
 from tidali.dataset.contract import MANIFEST_NAME, Manifest, Shard, manifest_text
 from tidali.errors import DatasetError
 
-_REPACK = "pack the source again into this folder: what is right is kept"
-_REPACK_ANEW = f"{_REPACK}, with --overwrite"  # a manifest that is read otherwise is of another pack
+_REPACK = "pack the source again into this folder: correct shards are kept"
+_REPACK_ANEW = f"{_REPACK}, with --overwrite"  # a manifest with other content belongs to another pack
 _MOST_DIFFERENCES = 8
 _SHARD_FILE = re.compile(r".*\.(tar|idx)|[a-z]+-\d{6,}\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What was looked at, and what is wrong with it."""
+    """How much was checked, and what is wrong."""
 
     faults: tuple[Fault, ...]
     shards: int
@@ -91,13 +91,13 @@ def _extra_files(root: Path, manifest: Manifest) -> Iterator[Fault]:
     for path in sorted(root.iterdir()):
         name = path.name
         if name == PLAN_NAME or name.endswith(PARTIAL_SUFFIX):
-            yield Fault(name, "left by a packer that did not end", "run the same 'tidali shard' command again")
+            yield Fault(name, "left by a packer that did not finish", "run the same 'tidali shard' command again")
         elif _SHARD_FILE.fullmatch(name) and name not in known:
             yield Fault(name, "is in no split of the manifest", "remove it, or pack again if the manifest is what is wrong")
 
 
 def _ordinals(shards: list[tuple[str, Shard]], checks: list[ShardCheck]) -> Iterator[Fault]:
-    """Each key begins with its place in the split's listing: none may come twice."""
+    """Each key begins with the sample's position in the split's listing, which must be unique."""
     for split in dict.fromkeys(name for name, _ in shards):
         mine = [(shard.name, check) for (name, shard), check in zip(shards, checks, strict=True) if name == split]
         counts = Counter(ordinal for _, check in mine for ordinal in check.ordinals)
@@ -109,12 +109,12 @@ def _ordinals(shards: list[tuple[str, Shard]], checks: list[ShardCheck]) -> Iter
 
 
 def _manifest_faults(manifest: Manifest, text: str, checks: list[ShardCheck]) -> Iterator[Fault]:
-    """The manifest follows from the shards' records: make it anew, and name what differs."""
+    """The manifest can be derived from the shards' records: build it again, and name what differs."""
     faults = list(_differences(manifest, checks))
     if len(faults) > _MOST_DIFFERENCES:
         faults[_MOST_DIFFERENCES:] = [f"and {len(faults) - _MOST_DIFFERENCES} more values differ"]
     if not faults and manifest.to_json() != text:
-        faults = ["was edited: its text is not what its checksum is of"]
+        faults = ["was edited: its checksum is not that of its text"]
     yield from (Fault(MANIFEST_NAME, fault, _REPACK_ANEW) for fault in faults)
 
 

@@ -33,14 +33,14 @@ from tidali.files import file_digest, printable, replacing, sync_folder
 QUARANTINE = "quarantine"
 
 # The most bytes that a file within the pixel limit needs: four 8-bit channels uncompressed, and 64 MiB of metadata. What is
-# larger is not read, so that neither a bomb in a zip nor a film named .jpg fills the memory.
+# larger is not read, so that neither a zip bomb nor a film named .jpg fills the memory.
 _BYTES_PER_PIXEL_LIMIT = 4
 _METADATA_BYTES_LIMIT = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageOptions:
-    """What `inspect` does with each image."""
+    """Options of `inspect`, for every image."""
 
     max_pixels: int
     size_px: int | None
@@ -56,14 +56,14 @@ class ShardResult:
     """A finished shard."""
 
     state: str
-    """'written', 'kept' (it was there and right) or 'repaired' (it was there, of this plan or unreadable, and wrong)."""
+    """'written', 'kept' (it existed and was correct) or 'repaired' (it existed, of this plan or unreadable, and was wrong)."""
     summary: ShardSummary
 
 
 def finish_shard(
     task: ShardTask, *, store: Store, reader: Reader, options: ImageOptions, plan_id: str, digits: int
 ) -> ShardResult:
-    """Make sure that the task's shard is in the store: keep one that is right in every byte, else write it.
+    """Make sure that the task's shard is in the store: keep one that is correct in every byte, else write it.
 
     Raises:
         TidaliError: the source or the store failed (unreadable, full, read-only).
@@ -84,7 +84,7 @@ def finish_shard(
             return ShardResult("repaired" if repaired else "written", summarise(task.stem, path.read_bytes(), record))
     except OSError as error:
         where = f"{error.filename or store.location}: {error.strerror or error}"
-        raise TidaliError(f"{where}; fix that and run the same command again, it goes on from here") from None
+        raise TidaliError(f"{where}; fix that and run the same command again to resume") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------- write
@@ -109,7 +109,7 @@ def _write(task: ShardTask, folder: Path, reader: Reader, options: ImageOptions,
 
 
 class _OpenShard:
-    """A shard while it grows: the tar's position and hash, and what its index and record will say."""
+    """A shard while it is written: the tar's position and hash, and the content of its index and record."""
 
     def __init__(self, task: ShardTask, folder: Path, digits: int, tar: BinaryIO) -> None:
         self.task = task
@@ -161,7 +161,7 @@ class _OpenShard:
         self.channels.add(image.rgb)
 
     def quarantine(self, key: str, item: Item, reason: str, data: bytes) -> None:
-        """Keep the bytes beside the shards, under a name of our own making."""
+        """Keep the bytes beside the shards, under a name that does not depend on the source's."""
         name = f"{QUARANTINE}/{self.task.split}-{key}.bin"
         (self.folder / QUARANTINE).mkdir(exist_ok=True)
         publish_bytes(self.folder / name, data)
@@ -199,12 +199,12 @@ class _OpenShard:
 
 
 def _finished(task: ShardTask, sealed: bytes, store: Store, folder: Path, plan_id: str) -> ShardSummary | None:
-    """The summary of the task's shard, if its sealed record is of this plan and every file is what it says; else None."""
+    """The summary of the task's shard, if its sealed record is of this plan and every file has its hash; else None."""
     try:
         record = unseal(sealed)
         if record["plan"] != plan_id or _planned(task) != _recorded(record):
             return None
-        summary = summarise(task.stem, sealed, record)  # refuses names that lead out of the folder, before one is used
+        summary = summarise(task.stem, sealed, record)  # refuses names that lead out of the folder, before any is used
         tar_name, index_name, _ = task.file_names
         store.fetch(folder, [index_name, tar_name, *(entry["file"] for entry in record["quarantined"])])
         right = (

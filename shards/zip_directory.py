@@ -1,9 +1,8 @@
 """A zip's central directory, read without an object for each of its 120,000 members.
 
-Python's zipfile spends 1.3 s on such a directory while every worker waits, this 0.3 s. It reads the plain case alone; whatever
-is out of the ordinary (a comment, bytes before the archive, a damaged or many-volume directory, a member beyond 4 GiB) goes
-to zipfile, whose errors then are the ones to show. Layout: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.12 to 4.3.16.
-"""
+Python's zipfile takes 1.3 s for such a directory while every worker waits, this module 0.3 s. It reads only the plain case;
+anything unusual (a comment, bytes before the archive, a damaged or many-volume directory, a member beyond 4 GiB) goes to
+zipfile, whose errors are then reported. Layout: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.12 to 4.3.16."""
 
 from __future__ import annotations
 
@@ -64,7 +63,7 @@ def read_directory(path: Path) -> list[Member]:
 
 
 def _read_plain(path: Path) -> list[Member] | None:
-    """None where zipfile shall read it."""
+    """The entries; None if zipfile has to read the directory."""
     with open(path, "rb") as file:
         end_at = os.fstat(file.fileno()).st_size - _END.size
         tail_at = max(end_at - _LOCATOR_64.size - _END_64.size, 0)

@@ -169,7 +169,7 @@ def test_server_errors(server: Server, tmp_path: Path) -> None:
     with pytest.raises(TidaliError, match="the server answers 404 Not Found; is the URL right"):
         fetch(server, tmp_path / "b.zip")
     server.errors = [503] * 9
-    with pytest.raises(TidaliError, match="the server answers 503, 5 times on end; run the same command again"):
+    with pytest.raises(TidaliError, match=r"the server answers 503, 5 times .*; run the same command again"):
         fetch(server, tmp_path / "c.zip")
 
 
@@ -177,7 +177,7 @@ def test_no_server(tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/x.zip"
-        with pytest.raises(TidaliError, match="Connection refused, 5 times on end"):
+        with pytest.raises(TidaliError, match="Connection refused, 5 times"):
             download(tmp_path / "x.zip", url=url, md5=MD5, pause_s=0.01)
 
 
@@ -187,7 +187,7 @@ def test_what_is_there_already(server: Server, tmp_path: Path) -> None:
     assert fetch(server, path) == path
     assert server.asked == []
     path.write_bytes(b"mine")
-    with pytest.raises(UsageError, match="another file already"):
+    with pytest.raises(UsageError, match=r"MD5 is not .*choose another DEST"):
         fetch(server, path)
     assert path.read_bytes() == b"mine"
 

@@ -214,7 +214,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], list[str], bool]] = {
     ),
     "unfinished run": (
         lambda d: (d / ".tidali-plan.json").write_text("{}"),
-        [".tidali-plan.json: left by a packer that did not end"],
+        [".tidali-plan.json: left by a packer"],
         False,
     ),
     "quarantined file changed": (
@@ -293,7 +293,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], list[str], bool]] = {
     ),
     "manifest: a path as a shard's name": (
         lambda d: edit_manifest(d, lambda m: m["splits"]["val"]["shards"][0].update(name="../../x.tar")),
-        ["'../../x.tar' is no name of a shard"],
+        ["'../../x.tar' is not a name"],
         True,
     ),
 }

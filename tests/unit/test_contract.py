@@ -62,14 +62,14 @@ def test_manifest_round_trip(manifest: Manifest) -> None:
         (lambda document: {**document, "splits": {"train": {"name": "train"}}}, "damaged manifest"),
         (
             lambda document: json.dumps(document).replace("val-000000.tar", "../000000.tar"),
-            "damaged manifest .*no name of a shard",
+            "damaged manifest .*not a name of a shard",
         ),
         (
             lambda document: {
                 **document,
                 "quarantine": [{"split": "train", "source": "a", "label": 0, "reason": "", "file": "quarantine/../../a.bin"}],
             },
-            "damaged manifest .*no name of a quarantined file",
+            "damaged manifest .*not a name of a quarantined file",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The one definition of what a packed data set is, shared by the packing tool and the loader. Standard library only.
+"""The format of a packed data set, shared by the packing tool and the loader. Standard library only.
 
 The bytes inside a tar and an index are `tidali.dataset.shard_bytes`'s.
 
@@ -39,7 +39,7 @@ _QUARANTINED_NAME = re.compile(r"quarantine/[A-Za-z0-9_][A-Za-z0-9_-]*\.bin")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRecord:
-    """What a shard's record says of one sample."""
+    """One sample's entry in a shard's record."""
 
     key: str
     source: str
@@ -58,7 +58,7 @@ class SampleRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quarantined:
-    """A source file that was left out, and why."""
+    """A source file that is not a usable image, and why."""
 
     split: str
     source: str
@@ -68,8 +68,8 @@ class Quarantined:
     """Where its bytes are, relative to the data set."""
 
     def __post_init__(self) -> None:
-        if not _QUARANTINED_NAME.fullmatch(self.file):  # a record may come from anywhere, and files are made by this name
-            raise ValueError(f"{self.file!r} is no name of a quarantined file")
+        if not _QUARANTINED_NAME.fullmatch(self.file):  # a record may come from anywhere, and this name becomes a path
+            raise ValueError(f"{self.file!r} is not a name of a quarantined file")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,8 +84,8 @@ class Shard:
     record_sha256: str
 
     def __post_init__(self) -> None:
-        if not _SHARD_NAME.fullmatch(self.name):  # a manifest may come from anywhere, and files are made by this name
-            raise ValueError(f"{self.name!r} is no name of a shard")
+        if not _SHARD_NAME.fullmatch(self.name):  # a manifest may come from anywhere, and this name becomes a path
+            raise ValueError(f"{self.name!r} is not a name of a shard")
 
     @property
     def index_name(self) -> str:
@@ -122,12 +122,12 @@ class Split:
 
     @property
     def single_image_size(self) -> tuple[int, int] | None:
-        """Height and width in pixels where all images have the same, else None."""
+        """Height and width in pixels if all images have the same, else None."""
         return parse_image_size(next(iter(self.image_sizes))) if len(self.image_sizes) == 1 else None
 
     @property
     def content(self) -> str:
-        """Says which samples these are, and in which order: what a saved position in them depends on."""
+        """Identifies the samples and their order, on which a saved position depends."""
         return "".join(f"{shard.sha256}{shard.samples}" for shard in self.shards)
 
     @property
@@ -145,7 +145,7 @@ class ClassName:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """``dataset.json``. Holds nothing that differs between two packs of the same source: no time, no path of a machine."""
+    """``dataset.json``. Contains nothing that differs between two packs of the same source: no time, no path."""
 
     classes: tuple[ClassName, ...]
     splits: Mapping[str, Split]
@@ -154,7 +154,7 @@ class Manifest:
     """Per RGB channel over every pixel of train, on a 0..1 scale."""
     quarantine: tuple[Quarantined, ...]
     counts: Mapping[str, int]
-    """What was seen and handled: 'grey', 'exif_rotated', 'reencoded', ..."""
+    """Images of each kind that was handled specially: 'grey', 'exif_rotated', 'reencoded', ..."""
     source: Mapping[str, Any]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
@@ -219,8 +219,8 @@ class Dataset:
 
     root: Path
     manifest: Manifest
-    fix: str = "pack the source again into this folder: what is right is kept"
-    """What to do about damage."""
+    fix: str = "pack the source again into this folder: correct shards are kept"
+    """How to fix damage, for messages."""
 
     def split(self, name: str) -> Split:
         """
@@ -246,7 +246,7 @@ class Dataset:
 
     @property
     def default_res(self) -> int:
-        """The train images' own side in pixels where they are all the same square of 32 or more, else 224."""
+        """The train images' own side in pixels if all are the same square of 32 or more, else 224."""
         height, width = self.split("train").single_image_size or (0, 0)
         return height if height == width >= 32 else 224
 
@@ -265,7 +265,7 @@ def parse_image_size(text: str) -> tuple[int, int]:
 
 
 def manifest_text(root: Path) -> str:
-    """The manifest as it stands in a folder.
+    """The manifest's text.
 
     Raises:
         DatasetError: there is none.
@@ -278,7 +278,7 @@ def manifest_text(root: Path) -> str:
 
 
 def open_dataset(root: Path) -> Dataset:
-    """The data set in a folder, checked for what costs milliseconds: see `check_shards`.
+    """The data set in a folder, with the quick checks of `check_shards`.
 
     Raises:
         DatasetError: no manifest, or a shard or index that is not what the manifest says.
@@ -297,9 +297,9 @@ def open_dataset(root: Path) -> Dataset:
 def check_shards(root: Path, split: Split) -> None:
     """Check each shard's size on disk, its index's SHA-256, and the tar header before the last member that the index names.
 
-    This is what keeps DALI from a crash or silent wrong data: it maps tars without looking at their headers, so a truncated
-    one ends the process (SIGSEGV) and a stale index reads whatever lies at its offsets. Hashing the tars themselves is left to
-    ``tidali verify``.
+    Without these checks DALI could crash or silently read wrong data: it maps tars without looking at their headers, so a
+    truncated one ends the process (SIGSEGV) and a stale index reads whatever lies at its offsets. Hashing the tars themselves
+    is left to ``tidali verify``.
 
     Raises:
         DatasetError: names the first file that is missing or damaged, and the fix.

@@ -1,4 +1,4 @@
-"""Open a packed data set wherever it is: a folder as it stands, anything behind a URL by way of a local copy."""
+"""Open a packed data set: a folder directly, a URL through a local copy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def open_data(location: str) -> Dataset:
 
     DALI reads a tar over a network one member after another, so each shard is copied once into the cache folder
     (`tidali.files.cache_folder`), its SHA-256 checked on the way. Processes that start together share one copy:
-    one fetches, the others wait. The copy is bound to the manifest's content, so a data set packed anew is fetched anew.
+    one fetches, the others wait. The copy is named after the manifest's SHA-256, so a repacked data set is fetched again.
 
     Raises:
         DatasetError: no data set there, or a file of it that is missing or damaged.
@@ -71,7 +71,7 @@ def stage(url: str) -> Path:
 
 
 def _is_there(path: Path, size_bytes: int | None) -> bool:
-    """Of the size that the manifest states, which it does of tars; an index is hashed whenever it is opened."""
+    """Whether the file exists, with the size that the manifest states. It states only tars'; an index is hashed when opened."""
     return path.exists() if size_bytes is None else path.exists() and path.stat().st_size == size_bytes
 
 
@@ -85,7 +85,7 @@ def _remote_manifest(url: str) -> bytes:
 
 
 def _fetch(url: str, folder: Path, name: str, sha256: str) -> None:
-    """Copy one file, hashing it on the way; it gets its name only if it is right, and on the disk."""
+    """Copy one file, hashing it on the way; it gets its name only if the hash is right and the content is on the disk."""
     fs, root = filesystem(url)
     digest = hashlib.sha256()
     fix = f"'tidali verify {url}' shows all damage, packing again repairs it"
@@ -105,5 +105,5 @@ def _fetch(url: str, folder: Path, name: str, sha256: str) -> None:
         if error.filename and str(error.filename).startswith(str(folder)):
             raise
         raise TidaliError(f"{url}/{name}: {error}") from None
-    except Exception as error:  # every kind of remote has exceptions of its own
+    except Exception as error:  # each fsspec implementation raises exceptions of its own
         raise TidaliError(f"{url}/{name}: {type(error).__name__}: {error}") from None
