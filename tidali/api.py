@@ -1,4 +1,4 @@
-"""What a program of somebody else's asks for, with the defaults that the command line has."""
+"""Functions for other programs, with the command line's defaults."""
 
 from __future__ import annotations
 
@@ -54,23 +54,23 @@ def make_loader(
     True
 
     Args:
-        data: an open data set, or where it is.
+        data: an open data set, or its folder or URL.
         res: side of the images in pixels; by default their own where they all agree, else 224.
         batch_size: of this rank.
-        train: shuffle and augment, and drop the images that fill no last batch; otherwise every image comes exactly once, in
+        train: shuffle, augment, and drop an incomplete last batch; otherwise the loader returns every image exactly once, in
             stored order. By default where the split is ``train``.
         augment: of training images; by default none.
         mean, std: per RGB channel on a 0..1 scale; by default those of the data set's train split.
         device: where the batches are; ``auto`` takes a GPU where there is one.
         cache: ``device`` decodes once into the device's memory, ``off`` streams; ``auto`` caches what takes less than half of
             what is free.
-        crop_fraction: share of the shorter side that the centre crop keeps, where no random crop is asked for.
+        crop_fraction: fraction of the shorter side that the centre crop keeps, where no random crop is asked for.
         seed: of the order and the augmentation.
-        rank, world_size: this process's share, both or neither. By default torch.distributed's where that is initialised, and
-            then every rank must make the loader, as the one with the least memory decides whether they cache; else all.
+        rank, world_size: both or neither. By default those of torch.distributed where it is initialised; every rank must then
+            make the loader, as the one with the least memory decides whether all cache. Otherwise one rank loads everything.
 
     Raises:
-        UsageError: values that cannot be right, such as a batch larger than the split.
+        UsageError: wrong arguments, such as a batch larger than the split.
         DatasetError: no data set there, or a damaged one, or no such split.
         TidaliError: it cannot be reached or read.
     """
@@ -99,7 +99,7 @@ def make_loader(
 
 
 def _joined_ranks() -> Ranks:
-    """Those that the program has joined itself."""
+    """The ranks of a process group that the calling program has joined."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return Ranks()
     return Ranks(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size(), joined=True)
@@ -109,7 +109,7 @@ def train_model(settings: TrainSettings, *, resume: bool = False) -> RunResult:
     """Train as ``tidali train`` does, into the run folder ``settings.out``.
 
     Args:
-        resume: go on from the state in ``settings.out``, which was saved by a run of the same settings.
+        resume: resume from the state in ``settings.out``, which was saved by a run of the same settings.
 
     Raises:
         TidaliError: the settings, the data or the device do not allow the run; see `tidali.training.run.train`.

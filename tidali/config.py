@@ -1,7 +1,4 @@
-"""Settings as frozen dataclasses. They stop at the wiring: `tidali.training.run` and the command line.
-
-Standard library only.
-"""
+"""Settings as frozen dataclasses, checked when they are made. Standard library only."""
 
 from __future__ import annotations
 
@@ -74,36 +71,38 @@ class Preprocess:
     """Per RGB channel on a 0..1 scale; the defaults give pixels in 0..1."""
     kernel: Kernel = "pil"
     crop_fraction: float = 1.0
-    """Share of the shorter side that the centre crop keeps: the shorter side is resized to ``res / crop_fraction``."""
+    """Fraction of the shorter side that the centre crop keeps: the shorter side is resized to ``res / crop_fraction``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """What is done to each training image, in this order."""
+    """Augmentation of each training image, in this order."""
 
     flip: Flip = "none"
-    """Mirror left to right: with probability 1/2, or ``alternating``: half of the images in the first epoch, the others in the
-    next, and so on, so that two epochs always show both sides (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds")."""
+    """Horizontal flip: with probability 1/2, or ``alternating``: half of the images in the first epoch, the others in the
+    next, and so on, so that any two epochs show each image both ways (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds")."""
     shift_px: int = 0
-    """Largest shift in each direction, in stored pixels; what comes in is mirrored at the border."""
+    """Largest shift in each direction, in stored pixels; the image is reflected at its border."""
     crop_scale: tuple[float, float] | None = None
-    """Random resized crop: range of its share of the image's area. None: none. torchvision's is (0.08, 1)."""
+    """Random resized crop: range of the crop's fraction of the image's area; None: no crop. torchvision's range is (0.08,
+    1)."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the crop's width to height."""
     brightness: float = 0.0
     """Colours are multiplied by a factor from 1 - brightness to 1 + brightness."""
     contrast: float = 0.0
-    """And their distance from the middle grey by one from 1 - contrast to 1 + contrast."""
+    """Their difference from middle grey is multiplied by a factor from 1 - contrast to 1 + contrast."""
     saturation: float = 0.0
-    """And their distance from their own grey."""
+    """Their difference from their own grey is multiplied by a factor from 1 - saturation to 1 + saturation."""
     hue: float = 0.0
-    """And they are turned about the grey axis by up to this share of a full turn, 0 to 0.5."""
+    """They are rotated about the grey axis by at most this fraction of a full turn, 0 to 0.5."""
     erase: float = 0.0
     """Probability that a rectangle is set to the mean colour."""
     mixup_alpha: float = 0.0
-    """Blend pairs, the share from Beta(alpha, alpha). 0: never. With `cutmix_alpha`, each batch gets one of the two."""
+    """MixUp: blend pairs of images by a fraction from Beta(alpha, alpha). 0: never. With `cutmix_alpha`, each batch gets one of
+    the two."""
     cutmix_alpha: float = 0.0
-    """Paste a rectangle of one image into another, its area from Beta(alpha, alpha). 0: never."""
+    """CutMix: paste a rectangle of one image into another, its area from Beta(alpha, alpha). 0: never."""
 
     def __post_init__(self) -> None:
         _check_types(self, "augment: ")
@@ -127,61 +126,62 @@ class Augment:
 
     @property
     def mixes(self) -> bool:
-        """Whether labels become shares of two classes."""
+        """Whether labels become probabilities of two classes."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train: everything that decides the weights besides the data, the model and the seed."""
+    """How to train: all that determines the weights besides the data, the model and the seed."""
 
     name: str
     epochs: int
     """Passes over the training split."""
     batch_size: int
-    """Samples a step, over all ranks."""
+    """Samples per step, over all ranks."""
     lr: float
     """Peak learning rate."""
     momentum: float = 0.9
-    """Of SGD, as torch has it: not dampened."""
+    """SGD's, in torch's definition, without dampening."""
     nesterov: bool = False
     """Nesterov's momentum (Sutskever et al. 2013) instead of the plain one."""
     weight_decay: float = 0.0
-    """Applied to convolution and linear weights alone, never to batch norm or biases."""
+    """Applied to the weights of convolutions and linear layers only, not to batch norm or biases."""
     label_smoothing: float = 0.0
-    """Share of each label that is spread over all classes (Szegedy et al. 2016); in training alone."""
+    """Fraction of each label that is spread over all classes (Szegedy et al. 2016); in training only."""
     schedule: Literal["step", "cosine"]
     """``step`` decays by `step_gamma`; ``cosine`` follows a linear warm-up by half a cosine to zero."""
     warmup_epochs: float = 0.0
     """Linear warm-up from zero, before a cosine to zero."""
     step_epochs: int = 7
-    """``step``: the learning rate is multiplied by `step_gamma` after each this many epochs."""
+    """``step``: the learning rate is multiplied by `step_gamma` every so many epochs."""
     step_gamma: float = 0.1
-    """``step``: that factor."""
+    """``step``: the factor."""
     ema_decay: float = 0.0
-    """Of the moving average of the weights that is evaluated and saved; 0 for none. Ramps up as (1 + step) / (10 + step)."""
+    """Decay of the moving average of the weights that is evaluated and saved; 0: no average. Ramps up as
+    (1 + step) / (10 + step)."""
     grad_clip_norm: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Largest norm of the gradient; 0: no clipping."""
     accumulate: int = 1
-    """Pieces, as equal as can be, that a batch is cut into, whose gradients are added up: less memory for the same step, but
-    for batch norm, which sees each piece by itself."""
+    """Gradient accumulation: number of micro-batches, as equal as possible, that a batch is split into. Less memory for the
+    same step, except that batch norm sees each micro-batch by itself."""
     normalise: bool
     """Subtract the mean and divide by the standard deviation; otherwise pixels are scaled to 0..1."""
     kernel: Kernel = "pil"
-    """Bicubic kernel that brings the stored images to the input size, in training and in evaluation."""
+    """Bicubic kernel that resizes stored images to the input size, in training and in evaluation."""
     crop_fraction: float = 1.0
     """Share of the shorter side that the centre crop keeps, in evaluation and in training without random crops."""
     train_sizes: tuple[int, ...] = ()
-    """Input sides in pixels that training goes through, instead of ``--res`` alone; evaluation is at ``--res``."""
+    """Input sides in pixels that training uses instead of ``--res``; evaluation is at ``--res``."""
     size_order: SizeOrder = "progressive"
-    """``progressive``: an equal share of the epochs at each of `train_sizes`, in their order, the small and cheap ones
-    first as a rule; ``mixed``: each step at one of them, drawn by seed, epoch and step, for one set of weights for all."""
+    """``progressive``: an equal number of epochs at each of `train_sizes`, in their order, usually the small and cheap ones
+    first; ``mixed``: each step at one of them, drawn by seed, epoch and step, so that one set of weights serves all."""
     augment: Augment = Augment()
     stem_bias: bool = False
     """Give the small stem's convolution a bias, as the original study's fifth row has; batch norm takes it out again."""
     eval_flip: bool = False
-    """Also score the last weights with the logits of each image and its mirror image averaged; reported beside the plain
-    figure, which decides."""
+    """Also evaluate the last weights with flip test-time augmentation: the mean of the logits of each image and of the image
+    flipped horizontally. Reported beside the plain result, which alone decides the best epoch."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -192,7 +192,7 @@ class Recipe:
         if not 0 < self.lr < math.inf:
             raise UsageError(f"--lr {self.lr}: must be above 0 and finite")
         if not 1 <= self.accumulate <= self.batch_size // 2:
-            raise UsageError(f"accumulate {self.accumulate}: at least 1, and at least two of {self.batch_size} samples a piece")
+            raise UsageError(f"accumulate {self.accumulate}: at least 1, with two of {self.batch_size} samples per micro-batch")
         if self.step_epochs < 1:
             raise UsageError(f"step_epochs {self.step_epochs}: at least 1")
         for name, most in (("momentum", 1), ("weight_decay", math.inf), ("warmup_epochs", math.inf), ("step_gamma", math.inf)):
@@ -266,10 +266,10 @@ def default_recipe(image_sizes: Mapping[str, int], res: int) -> str:
 
 
 def make_recipe(name: str, **changes: Any) -> Recipe:
-    """A named recipe with some fields changed; changes of None are left out.
+    """A named recipe with some fields changed; changes of None are ignored.
 
     Raises:
-        UsageError: no such recipe, or a value that cannot be right.
+        UsageError: no such recipe, or a wrong value.
     """
     if name not in RECIPES:
         raise UsageError(f"--recipe {name}: choose from {', '.join(RECIPES)}")
@@ -277,11 +277,11 @@ def make_recipe(name: str, **changes: Any) -> Recipe:
 
 
 def _recipe_from(document: Mapping[str, Any]) -> Recipe:
-    """A recipe as JSON has it: lists for tuples.
+    """The recipe of a JSON document, in which tuples are lists.
 
     Raises:
         TypeError, KeyError: not a recipe.
-        UsageError: a value that cannot be right.
+        UsageError: a wrong value.
     """
     if not isinstance(document, Mapping) or not isinstance(document["augment"], Mapping):
         raise TypeError("its recipe is not a table of fields")
@@ -293,10 +293,11 @@ def _recipe_from(document: Mapping[str, Any]) -> Recipe:
 
 
 def change(recipe: Recipe, changes: Sequence[str]) -> Recipe:
-    """The recipe with ``field=value`` changes, such as ``lr=0.1`` or ``augment.shift_px=4``; values as JSON has them.
+    """The recipe with ``field=value`` changes, such as ``lr=0.1`` or ``augment.shift_px=4``; values are in JSON, strings
+    unquoted.
 
     Raises:
-        UsageError: no such field, or no value of its type.
+        UsageError: no such field, or a wrong value.
     """
     document: dict[str, Any] = asdict(recipe)
     for text in changes:
@@ -306,29 +307,13 @@ def change(recipe: Recipe, changes: Sequence[str]) -> Recipe:
         if not equals or section not in ("", "augment") or field not in place or isinstance(place[field], dict):
             names = [name for name in document if name != "augment"] + [f"augment.{name}" for name in document["augment"]]
             raise UsageError(f"--set {text}: give field=value, with one of {', '.join(names)}")
+        if field == "train_sizes":
+            value = f"[{value.strip('[]')}]"  # ``64,128`` as well as ``[64,128]``
         try:
-            place[field] = _whole_numbers(value) if path == "train_sizes" else _as(type(place[field]), value)
-        except (TypeError, ValueError):
-            raise UsageError(f"--set {text}: {value!r} is no value for {path}, which is {place[field]!r}") from None
+            place[field] = value if isinstance(place[field], str) else json.loads(value)
+        except ValueError:
+            raise UsageError(f"--set {text}: {value!r} is not a JSON value; {path} is {place[field]!r}") from None
     return _recipe_from(document)
-
-
-def _as(kind: type, text: str) -> Any:
-    """The text as a value of this type; a field that is None or a pair takes a JSON list of two numbers, or null."""
-    if kind is str:
-        return text
-    value = json.loads(text)
-    if kind in (tuple, type(None)):
-        if value is not None and not (isinstance(value, list) and len(value) == 2):
-            raise ValueError
-    elif isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise ValueError
-    return value
-
-
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    """``[64,128]`` or ``64,128``."""
-    return tuple(int(part) for part in text.strip("[]").split(",") if part.strip())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +323,7 @@ class TrainSettings:
     data: str
     """Folder of a packed data set."""
     out: str
-    """Run folder; made, and refused where it holds anything."""
+    """Run folder; it is made, and must be empty if it exists."""
     res: int = 224
     """Input side in pixels."""
     stem: Stem = "imagenet"
@@ -346,10 +331,11 @@ class TrainSettings:
     init: str = "none"
     """``none`` (random), ``imagenet`` (torchvision's weights), or the path of a checkpoint."""
     stem_init: StemInit = "fresh"
-    """Where 7x7 kernels are loaded into the small stem: ``fresh`` leaves it random, ``resample`` brings them to 3x3."""
+    """Where 7x7 kernels are loaded into the small stem: ``fresh`` keeps its random weights, ``resample`` resamples them to
+    3x3."""
     recipe: Recipe
     seed: int = 0
-    """Of the weights, the order and the augmentation."""
+    """Seed of the weights, the order and the augmentation."""
     device: DeviceChoice = "auto"
     amp: AmpChoice = "auto"
     compile: CompileChoice = "auto"
@@ -358,13 +344,13 @@ class TrainSettings:
     decoder: DecoderChoice = "auto"
     """Where a GPU's images are decoded: by libjpeg-turbo on the CPU, or ``mixed``, by DALI; ``auto`` decides by their size."""
     max_bad: int | None = None
-    """Images of a split that may be damaged and are then left out; None: 0.1 % of it."""
+    """Corrupt images of a split that are dropped before the run fails; None: 0.1 % of the split."""
     deterministic: bool = False
-    """Two runs give the same weights, to the bit, on the same machine and number of ranks."""
+    """Two runs have the same weights, to the bit, on the same machine and number of ranks."""
     sync_bn: bool = False
-    """Batch norm sees the batches of all ranks instead of each its own."""
+    """Batch norm over the batches of all ranks, instead of each rank's own."""
     checkpoint_minutes: float = 10.0
-    """The complete state is saved this often, besides after each epoch and when the run is stopped."""
+    """How often the complete state is saved, in minutes, in addition to after each epoch and when the run is stopped."""
     tensorboard: bool = False
     """Also write what metrics.jsonl holds as TensorBoard events, under ``out``/tensorboard."""
 
@@ -378,7 +364,7 @@ class TrainSettings:
         if not 0 < self.checkpoint_minutes < math.inf:
             raise UsageError(f"checkpoint_minutes {self.checkpoint_minutes}: must be above 0 and finite")
         if self.compile == "max-autotune" and self.recipe.accumulate > 1:
-            # Its CUDA graphs write a piece's logits and gradients over those of the one before (pytorch issues 169545, 96693).
+            # Its CUDA graphs overwrite a micro-batch's logits and gradients with the next one's (pytorch issues 169545, 96693).
             raise UsageError(f"--compile max-autotune: not with accumulate {self.recipe.accumulate}; use --compile on")
 
     def to_dict(self) -> dict[str, Any]:
@@ -388,7 +374,7 @@ class TrainSettings:
     def from_dict(document: Mapping[str, Any], where: str) -> TrainSettings:
         """
         Raises:
-            UsageError: not the settings of a run, or of another version's, or values that cannot be right.
+            UsageError: not the settings of a run, or those of another version, or wrong values.
         """
         try:
             return TrainSettings(**{**document, "recipe": _recipe_from(document["recipe"])})

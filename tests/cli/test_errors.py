@@ -28,7 +28,7 @@ CASES = {
         (["train", "--seed", "99999999999999999999"], "--seed"),
         (["train", "--recipe", "old"], "--recipe"),
         (["train", "--set", "lr=high"], "--set lr=high"),
-        (["train", "--set", "accumulate=65"], "accumulate 65: at least 1, and at least two of 128 samples a piece"),
+        (["train", "--set", "accumulate=65"], "accumulate 65: at least 1, with two of 128 samples"),
         (["train", "--set", "train_sizes=64,16"], "train_sizes [64, 16]: at least 32 pixels"),
         (["train", "--set", "train_sizes=big"], "--set train_sizes=big"),
         (["train", "--set", "kernel=lanczos"], "kernel 'lanczos' is none of pil, opencv"),

@@ -171,7 +171,7 @@ def test_bad_images_are_named_and_skipped(tidali, trained, val_files, tmp_path: 
     lines = ended.stderr.splitlines()
     assert lines[0].startswith(f"warning: skipped: {tmp_path / 'cut.jpg'}: image file is truncated")
     assert lines[1:] == [
-        f"warning: skipped: {tmp_path / 'text.png'}: no image that can be identified",
+        f"warning: skipped: {tmp_path / 'text.png'}: not an image of a known format",
         "tidali: 2 of 3 images could not be read",
     ]
     document = json.loads(tidali("predict", trained[0], tmp_path, "--json", "--device", "cpu").stdout)

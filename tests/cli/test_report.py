@@ -155,7 +155,7 @@ def test_without_the_data_the_page_says_so(tidali, trained, tmp_path: Path, read
 
 WRONG = [
     (["plot", "{run}", "nowhere"], 2, "nowhere: no such run folder"),
-    (["plot", "{data}"], 2, "{data}: no run folder of 'tidali train'"),
+    (["plot", "{data}"], 2, "{data}: not a run folder"),
     (["plot", "{begun}"], 2, "{begun}: no finished epoch yet"),
     (["plot", "{run}", "-o", "curves.pdf"], 2, "--out curves.pdf: give a file that ends in .png or .svg"),
     (["plot", "{run}", "-o", "nowhere/curves.png"], 2, "--out nowhere/curves.png: there is no folder nowhere"),

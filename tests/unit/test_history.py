@@ -76,7 +76,7 @@ def test_folders_of_the_same_name_are_distinguished(write_run) -> None:
 
 @pytest.mark.parametrize(
     ("missing", "complaint"),
-    [(None, "no such run folder"), ("config.json", "no config.json of one"), ("metrics.jsonl", "no finished epoch yet")],
+    [(None, "no such run folder"), ("config.json", "config.json"), ("metrics.jsonl", "no finished epoch yet")],
 )
 def test_what_is_no_run_is_refused(write_run, missing: str | None, complaint: str) -> None:
     folder = write_run("a")

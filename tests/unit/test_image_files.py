@@ -122,11 +122,11 @@ def test_what_is_no_image_in_memory(wrong: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "no image that can be identified"),
-        (b"text", "no image that can be identified"),
+        (b"", "not an image of a known format"),
+        (b"text", "not an image of a known format"),
         (_encode("jpeg")[:-60], "truncated"),
         (_encode("png")[:4000], "truncated|broken|unrecognized"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image that can be identified"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of a known format"),
         (b"P5 4 4 65535\n", "truncated|not enough"),
     ],
 )

@@ -93,7 +93,7 @@ def test_a_file_put_there_by_hand_is_checked(
     imagenet_weights_path().write_bytes(stock_file.read_bytes() if content is None else content)
     with pytest.raises(TidaliError) as refused:
         imagenet_weights()
-    assert str(refused.value).startswith(f"--init imagenet: {imagenet_weights_path()} is damaged or another file")
+    assert str(refused.value).startswith(f"--init imagenet: {imagenet_weights_path()} is damaged")
     assert "\n" not in str(refused.value)
 
 

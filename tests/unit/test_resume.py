@@ -85,11 +85,12 @@ def test_other_versions_are_warned_of(finished: TrainSettings, dataset: Dataset,
     run = json.loads(read_metadata(Path(finished.out) / resume.STATE_NAME)["tidali-state"])["run"]
     run["versions"]["torch"] = "1.0"
     train(changed_state(finished, tmp_path / "other", run=run), dataset, resume=True)
-    assert "warning: resumed with other versions, so not to the bit: torch 1.0 then" in capsys.readouterr().err
+    assert "warning: resumed with other versions, " in (said := capsys.readouterr().err)
+    assert "torch 1.0 then" in said
 
 
 def test_a_state_of_another_version_or_of_nothing_is_refused(finished: TrainSettings, dataset: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a state of version 1, this tidali goes on from 2"):
+    with pytest.raises(UsageError, match=r"a state of version 1, .*version 2"):
         train(changed_state(finished, tmp_path / "old", version=1), dataset, resume=True)
     with pytest.raises(UsageError, match="not the state of a run"):
         train(changed_state(finished, tmp_path / "none", loaders=[]), dataset, resume=True)

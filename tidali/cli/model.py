@@ -132,11 +132,11 @@ def export(
 
     from tidali.console import print_table
     from tidali.model.checkpoint import find_checkpoint
-    from tidali.model.export import export_model, refuse_missing_packages
+    from tidali.model.export import export_model, require_packages
     from tidali.model.export_inputs import choose_inputs
     from tidali.model.predict import load_model
 
-    refuse_missing_packages(fmt)
+    require_packages(fmt)
     file = find_checkpoint(checkpoint)
     path = output_file(out if out is not None else file.with_suffix(f".{fmt}"), "--out")
     model = load_model(file, device="cpu", amp="off")

@@ -1,4 +1,5 @@
-"""A checkpoint as one file to serve: stored pixels in, probabilities out, resizing and normalisation inside the graph."""
+"""Exports a checkpoint as one file to serve: stored pixels in, probabilities out, with resizing and normalisation in the
+graph."""
 
 from __future__ import annotations
 
@@ -26,22 +27,24 @@ from tidali.model.served import ServedModel
 Format = Literal["onnx", "pt2"]
 
 METADATA_KEY = "tidali"
-"""Of ONNX's metadata properties; with ``.json``, of the extra files of a pt2. The value is a JSON document."""
+"""Key of ONNX's metadata property; with ``.json``, name of a pt2's extra file. The value is a JSON document."""
 MOST_DIFFERENCE = 1e-4
-"""Between the file's and the model's probabilities: both are float32 and differ by the order of their sums, at most 2e-6 on 500
-photographs at 64 and 224 px. The other kernel differed by 0.06 at 128 px, an unclamped overshoot by 0.007."""
+"""Largest difference between the file's and the model's probabilities that is accepted. Both are float32 and differ by the
+order
+of their sums: at most 2e-6 on 500 photographs at 64 and 224 px. With the wrong kernel they differed by 0.06 at 128 px, with an
+unclamped overshoot by 0.007."""
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_OPSET = 18  # what torch's exporter is written for; newer ones shut out older runtimes
+_OPSET = 18  # torch's exporter is written for this one; newer ones exclude older runtimes
 _BATCH = 64  # of the check
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """What the check of a file against its model found."""
+    """Result of comparing an exported file with its model."""
 
     images: int
     largest_difference: float
-    """Of any class's probability."""
+    """Over all images and classes."""
     same_top1: int
 
 
@@ -53,22 +56,22 @@ class ExportReport:
 
 
 def export_model(model: Classifier, path: Path, format: Format, size: tuple[int, int], check_on: np.ndarray) -> ExportReport:
-    """Write the model as ONNX or as torch.export's program, once the bytes to be written have been run and agree with it.
+    """Write the model as ONNX or as torch.export's program, after running the exported bytes and comparing them with the model.
 
     Args:
         model: on the CPU, in float32.
         path: the file; it appears whole or not at all.
-        size: height and width of the pixels that the file will take.
+        size: height and width of the file's input, in pixels.
         check_on: (N, *size, 3) uint8 RGB images.
 
     Raises:
-        TidaliError: a package is missing, the file differs from the model, or it cannot be written; no file is left.
+        TidaliError: a package is missing, the file differs from the model, or it cannot be written; no file is written then.
     """
-    refuse_missing_packages(format)
+    require_packages(format)
     metadata = describe(model.card, size)
     served = ServedModel(model.model, model.card, size)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporters' own, about themselves
+        warnings.simplefilter("ignore")  # the exporters warn about their own internals
         content = {"onnx": to_onnx, "pt2": to_pt2}[format](served, size, json.dumps(metadata))
         run, found = {"onnx": open_onnx, "pt2": open_pt2}[format](content)
     if json.loads(found) != metadata:
@@ -83,10 +86,10 @@ def export_model(model: Classifier, path: Path, format: Format, size: tuple[int,
     return ExportReport(path=path, size_bytes=len(content), agreement=agreement)
 
 
-def refuse_missing_packages(format: Format) -> None:
+def require_packages(format: Format) -> None:
     """
     Raises:
-        TidaliError: names the extra that brings them.
+        TidaliError: a package is missing; names the extra that installs it.
     """
     missing = [name for name in _PACKAGES if format == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
@@ -94,7 +97,7 @@ def refuse_missing_packages(format: Format) -> None:
 
 
 def describe(card: ModelCard, size: tuple[int, int]) -> dict[str, Any]:
-    """The metadata: what whoever serves the file has to know, as JSON has it."""
+    """The metadata for serving the file, as a JSON document."""
     height, width = size
     return {
         "tidali": __version__,
@@ -112,12 +115,12 @@ def describe(card: ModelCard, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def compare(run: Callable[[np.ndarray], np.ndarray], model: Classifier, images: np.ndarray) -> Agreement:
-    """Run the file on one image, and on all of them in batches, beside the model on its own route (`Classifier`)."""
+    """Compare the file's probabilities with those of `Classifier`, on all images in batches and on a single image."""
     expected = model.logits(images).softmax(1).numpy()
     found = np.concatenate([run(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)])
     alone = run(images[:1])
     if found.shape != expected.shape or alone.shape != expected[:1].shape or found.dtype != np.float32:
-        raise TidaliError(f"the file gives {found.dtype} {found.shape} for {len(images)} images, {alone.shape} for one")
+        raise TidaliError(f"the file returns {found.dtype} {found.shape} for {len(images)} images, {alone.shape} for one")
     differences = np.abs(found - expected).max(), np.abs(alone - expected[:1]).max()
     return Agreement(
         images=len(images),
@@ -162,11 +165,11 @@ def to_pt2(served: ServedModel, size: tuple[int, int], metadata: str) -> bytes:
 
 
 def _example(size: tuple[int, int]) -> Tensor:
-    return torch.zeros(2, *size, 3, dtype=torch.uint8)  # two: a batch of one is taken for a constant
+    return torch.zeros(2, *size, 3, dtype=torch.uint8)  # two images: the exporter would make a batch size of one a constant
 
 
 def open_onnx(content: bytes) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
-    """What runs the file's bytes on a batch, and its metadata."""
+    """A function that runs the exported bytes on a batch, and the metadata."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -178,7 +181,7 @@ def open_onnx(content: bytes) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
 
 
 def open_pt2(content: bytes) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
-    """What runs the file's bytes on a batch, and its metadata."""
+    """A function that runs the exported bytes on a batch, and the metadata."""
     extra = {f"{METADATA_KEY}.json": ""}
     program = torch.export.load(io.BytesIO(content), extra_files=extra).module()
 

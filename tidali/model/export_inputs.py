@@ -1,4 +1,4 @@
-"""What an exported file takes: the size of its images, and images of that size to check it on."""
+"""Chooses the input size of an exported file, and images of that size to check it on."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class Inputs:
     images: np.ndarray
     """(N, *size, 3) uint8 RGB."""
     what: str
-    """The images, for people."""
+    """A readable description of the images."""
 
 
 def choose_inputs(card: ModelCard, checkpoint: str, data: str | None, size: tuple[int, int] | None) -> Inputs:
     """
     Args:
-        data: a packed data set; by default the one that the checkpoint was trained on, where it is still there.
-        size: by default what the data set's images have; the checkpoint's ``res`` where they have several.
+        data: a packed data set; by default the one that the checkpoint was trained on, if it still exists.
+        size: height and width; by default those of the data set's images, or the checkpoint's ``res`` where they differ.
 
     Raises:
-        UsageError: neither a size nor a data set to take it from.
-        DatasetError, TidaliError: the data set that was asked for cannot be opened.
+        UsageError: neither a size nor a data set was given, and the checkpoint's own data set is gone.
+        DatasetError, TidaliError: the given data set cannot be opened.
     """
     dataset = open_data(data) if data is not None else trained_on(card)
     if dataset is not None:
@@ -55,7 +55,7 @@ def choose_inputs(card: ModelCard, checkpoint: str, data: str | None, size: tupl
 
 
 def trained_on(card: ModelCard) -> Dataset | None:
-    """The checkpoint's own data set, where it is a folder that is still there and whole."""
+    """The data set that the checkpoint was trained on, if its folder still exists and is complete."""
     location = card.settings.get("data")
     if not isinstance(location, str) or is_remote(location):
         return None
@@ -71,7 +71,7 @@ def stored_size(dataset: Dataset, split: str, res: int) -> tuple[int, int]:
 
 
 def photographs(dataset: Dataset, split: str, size: tuple[int, int], most: int = MOST_PHOTOGRAPHS) -> np.ndarray:
-    """Images from all over a split, (N, *size, 3) uint8 RGB; those of another size are cut and resized to it."""
+    """Images spread evenly over a split, (N, *size, 3) uint8 RGB; those of another size are cropped and resized."""
     samples = dataset.split(split).samples
     count = min(most, samples)
     wanted = {i * samples // count for i in range(count)}
@@ -88,7 +88,7 @@ def photographs(dataset: Dataset, split: str, size: tuple[int, int], most: int =
 
 
 def synthetic(size: tuple[int, int]) -> np.ndarray:
-    """Random smooth images with noise on them, (N, *size, 3) uint8: colours of every level, edges of every sharpness."""
+    """Random smooth images with noise, (N, *size, 3) uint8: all grey levels, and edges of different sharpness."""
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (_SYNTHETIC, 6, 6, 3), np.uint8)
     smooth = np.stack([np.asarray(Image.fromarray(one).resize(size[::-1], Image.Resampling.BICUBIC)) for one in coarse])

@@ -1,4 +1,4 @@
-"""Image files that a person names: found by path, folder or pattern, and read into pixels."""
+"""Finds image files by path, folder or pattern, and reads them into pixels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tidali.errors import TidaliError, UsageError, first_line
 from tidali.loading.decode import upright_rgb
 
 _NOT_OPENED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-"""PIL knows these by name, and leaves the opening to Ghostscript, to Windows, or to nobody."""
+"""Formats that PIL only identifies, or decodes with Ghostscript or on Windows."""
 
 
 class ImageError(TidaliError):
@@ -28,13 +28,13 @@ class ImageError(TidaliError):
 
 
 def find_images(given: Sequence[str]) -> list[Path]:
-    """The files that arguments mean, in their order: a file as it is, a folder for the images anywhere below it, a pattern
-    (``*``, ``?``, ``[...]``, ``**`` for any depth) for the files that match it.
+    """The files that the arguments name, in order: a file itself, all images below a folder, or the files that match a pattern
+    (``*``, ``?``, ``[...]``, ``**`` for any depth).
 
-    In a folder, files count whose suffix is an image's, hidden ones left out, sorted by path.
+    In a folder, images are found by suffix and sorted by path; hidden ones are skipped.
 
     Raises:
-        UsageError: an argument that no image goes by.
+        UsageError: an argument that names no image.
     """
     found: list[Path] = []
     for argument in given:
@@ -72,7 +72,7 @@ def read_pixels(source: Any) -> np.ndarray:
             (H, W) grey.
 
     Raises:
-        ImageError: none of these, or damaged.
+        ImageError: none of these, or a corrupt image.
     """
     try:
         if isinstance(source, Image.Image):
@@ -82,7 +82,7 @@ def read_pixels(source: Any) -> np.ndarray:
                 return np.asarray(upright_rgb(image))
     except OSError as error:
         identified = type(error).__name__ != "UnidentifiedImageError"
-        reason = (error.strerror or first_line(error)) if identified else "no image that can be identified"
+        reason = (error.strerror or first_line(error)) if identified else "not an image of a known format"
         raise ImageError(source, reason) from None
     except Exception as error:  # PIL's decoders raise whatever hostile bytes lead them to
         raise ImageError(source, first_line(error)) from None

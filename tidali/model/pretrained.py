@@ -1,4 +1,4 @@
-"""Where starting weights come from: nothing, torchvision's ImageNet weights, or a file."""
+"""Starting weights: none, torchvision's ImageNet weights, or a file."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ NO_NORMALISATION: Normalisation = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def imagenet_weights_path() -> Path:
-    """Where torchvision keeps the file: torch's cache folder."""
+    """The file in torch's cache folder where torchvision stores the weights."""
     return Path(torch.hub.get_dir()) / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
 
 
 def imagenet_weights() -> dict[str, Tensor]:
-    """torchvision's ``ResNet18_Weights.IMAGENET1K_V1``, from its cache or downloaded, its hash checked.
+    """torchvision's ``ResNet18_Weights.IMAGENET1K_V1``, from the cache or downloaded, with the hash checked.
 
     Raises:
-        TidaliError: it is not in the cache and cannot be downloaded, or what is there is something else.
+        TidaliError: not in the cache and not downloadable, or the cached file is a different one.
     """
     weights, path = ResNet18_Weights.IMAGENET1K_V1, imagenet_weights_path()
     try:
-        # torch checks only what it downloads itself; the name ends in the first digits of the hash.
+        # torch checks the hash of its own downloads only; the file's name ends in the first digits of the hash.
         if path.exists() and not file_digest(path).startswith(path.stem.rpartition("-")[2]):
             raise TidaliError(
-                f"--init imagenet: {path} is damaged or another file (its SHA-256 is not that of its name); remove it"
+                f"--init imagenet: {path} is damaged or a different file (its SHA-256 is not the one in its name); remove it"
             )
         return dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except (URLError, OSError, RuntimeError) as error:
@@ -55,11 +55,11 @@ def file_weights(given: str) -> tuple[dict[str, Tensor], Normalisation | None, s
     """The tensors of a tidali checkpoint, a plain safetensors file or a torchvision ``.pth``; no pickled code is run.
 
     Returns:
-        The tensors, the normalisation they were trained with where that is known (a tidali checkpoint says it; a head of 1,000
-        classes is taken for ImageNet's), and the file that was read.
+        The tensors; the normalisation that they were trained with, if known (it is in a tidali checkpoint, and a head of 1,000
+        classes is taken to be ImageNet's); and the file that was read.
 
     Raises:
-        UsageError: no such file, or not weights.
+        UsageError: no such file, or it does not hold weights.
     """
     if given.endswith((".pth", ".pt")):
         path = Path(given)
@@ -82,7 +82,7 @@ def file_weights(given: str) -> tuple[dict[str, Tensor], Normalisation | None, s
 
 
 def _normalisation_of(weights: Mapping[str, Tensor]) -> Normalisation | None:
-    """ImageNet's for a head of as many classes; unknown otherwise."""
+    """ImageNet's for a head of 1,000 classes; otherwise unknown."""
     head = weights.get("fc.bias")
     return (IMAGENET_MEAN, IMAGENET_STD) if head is not None and len(head) == IMAGENET_CLASSES else None
 
@@ -91,7 +91,7 @@ def apply_init(model: nn.Module, init: str, stem_init: StemInit = "fresh") -> tu
     """Load the starting weights into the model.
 
     Returns:
-        What was loaded, and the normalisation that those weights were trained with, where known.
+        A report of the loaded tensors, and the normalisation that the weights were trained with, if known.
     """
     if init == "none":
         return None, None
@@ -102,10 +102,10 @@ def apply_init(model: nn.Module, init: str, stem_init: StemInit = "fresh") -> tu
     return load_matching(model, weights, where, stem_init=stem_init), normalisation
 
 
-def choose_normalisation(normalise: bool, of_init: Normalisation | None, dataset: Dataset) -> Normalisation:
-    """None where the recipe has none; else that of the starting weights, whose filters expect it; else the data set's own."""
+def choose_normalisation(normalise: bool, init_normalisation: Normalisation | None, dataset: Dataset) -> Normalisation:
+    """No normalisation where the recipe has none; else that of the starting weights, if known; else the data set's own."""
     if not normalise:
         return NO_NORMALISATION
-    if of_init is not None:
-        return of_init
+    if init_normalisation is not None:
+        return init_normalisation
     return dataset.manifest.mean, dataset.manifest.std

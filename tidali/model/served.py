@@ -1,4 +1,4 @@
-"""A network as it is served: stored pixels in, probabilities out, the resize and the normalisation a part of it."""
+"""The network for serving: stored pixels in, probabilities out, with resizing and normalisation in the network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tidali.model.checkpoint import ModelCard
 
 
 class ServedModel(nn.Module):
-    """uint8 pixels (N, H, W, 3) RGB -> probabilities (N, classes) float32, as `Classifier` gives them in float32.
+    """uint8 pixels (N, H, W, 3) RGB -> probabilities (N, classes) float32, equal to those of `Classifier` in float32.
 
     The resize is `tidali.loading.resample`'s, ``Y = A_y X A_x^T`` and the clamp of what the cubic overshoots, in whole
     matrices: constants that every runtime multiplies fast.
@@ -27,7 +27,7 @@ class ServedModel(nn.Module):
         """
         Args:
             network: on the CPU; copied.
-            size: height and width of the pixels that will be given.
+            size: height and width of its input, in pixels.
         """
         super().__init__()
         self.network = copy.deepcopy(network).to(memory_format=torch.contiguous_format).eval()
@@ -47,9 +47,9 @@ class ServedModel(nn.Module):
 
 
 def _matrix(size: tuple[int, int], card: ModelCard, axis: int) -> Tensor:
-    """(res, size of the axis) float32: what `Resample` multiplies an axis by, in full."""
+    """(res, size of the axis) float32: the whole matrix with which `Resample` multiplies an axis."""
     start, scale = centre_crop(size, card.res, axis, card.crop_fraction)
     taps = bicubic_taps(card.res, torch.tensor([start]), torch.tensor([scale]), max_scale=scale, kernel=card.kernel)
     columns = taps.first[0, :, None] + torch.arange(taps.weights.shape[2])
-    columns = columns.clamp(0, size[axis] - 1)  # beyond the image its border pixel counts
+    columns = columns.clamp(0, size[axis] - 1)  # beyond the image, its border pixel is repeated
     return torch.zeros(card.res, size[axis]).scatter_add_(1, columns, taps.weights[0])

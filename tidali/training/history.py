@@ -1,4 +1,4 @@
-"""Runs read back from their folders, finished or not. Standard library only."""
+"""Reads training runs from their folders, finished or not. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from tidali.errors import UsageError
 
-_OF_THE_PLACE = {"out"}
-"""Settings that say where a run is and not what it does."""
-_DIFFERENCES_IN_A_LABEL = 3
+_NOT_COMPARED = {"out"}
+"""Settings that name a run's place and do not change its results."""
+_MAX_DIFFERENCES = 3
 _SPLITS = ("heldout", "val")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run folder says."""
+    """The contents of a run folder."""
 
     folder: Path
     name: str
@@ -32,16 +32,16 @@ class Run:
 
     @property
     def split(self) -> str:
-        """What each epoch was evaluated on."""
+        """The split that each epoch was evaluated on."""
         return next(name for name in _SPLITS if f"{name}_top1_percent" in self.epochs[-1])
 
     @property
     def best_epoch(self) -> Mapping[str, Any]:
-        """The first of the epochs with the highest top-1, as training chooses it."""
+        """The first epoch with the highest top-1, which training also chooses."""
         return max(self.epochs, key=lambda epoch: float(epoch[f"{self.split}_top1_percent"]))
 
     def column(self, field: str) -> list[float]:
-        """A field of every epoch; NaN where an epoch lacks it."""
+        """A field's value in every epoch; NaN where it is missing."""
         return [float(epoch.get(field, "nan")) for epoch in self.epochs]
 
 
@@ -51,7 +51,7 @@ def read_runs(given: Sequence[str]) -> list[Run]:
         given: run folders.
 
     Raises:
-        UsageError: one is no run folder, or holds no finished epoch yet.
+        UsageError: a folder is not a run folder, or has no finished epoch yet.
     """
     folders = [Path(one) for one in given]
     names = [folder.absolute().name for folder in folders]
@@ -61,19 +61,19 @@ def read_runs(given: Sequence[str]) -> list[Run]:
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Setting -> its value in each run, for those that are not the same in all."""
-    fields = list(dict.fromkeys(field for run in runs for field in run.settings if field not in _OF_THE_PLACE))
+    """Setting -> its value in each run, for the settings that differ."""
+    fields = list(dict.fromkeys(field for run in runs for field in run.settings if field not in _NOT_COMPARED))
     rows = {field: [run.settings.get(field, "-") for run in runs] for field in fields}
     return {field: values for field, values in rows.items() if len(set(values)) > 1}
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """A run's name and what sets it apart, such as 'small (stem small, lr 0.1)'."""
+    """Each run's name and the settings that differ, such as 'small (stem small, lr 0.1)'."""
     differing = differing_settings(runs)
     out = []
     for place, run in enumerate(runs):
-        parts = [f"{field} {values[place]}" for field, values in list(differing.items())[:_DIFFERENCES_IN_A_LABEL]]
-        more = ["…"] if len(differing) > _DIFFERENCES_IN_A_LABEL else []
+        parts = [f"{field} {values[place]}" for field, values in list(differing.items())[:_MAX_DIFFERENCES]]
+        more = ["…"] if len(differing) > _MAX_DIFFERENCES else []
         out.append(f"{run.name} ({', '.join(parts + more)})" if parts else run.name)
     return out
 
@@ -83,7 +83,7 @@ def _read_run(folder: Path, name: str) -> Run:
         raise UsageError(f"{folder}: no such run folder")
     config = _json_object(folder / "config.json")
     if config is None or not isinstance(config.get("recipe"), dict):
-        raise UsageError(f"{folder}: no run folder of 'tidali train': it has no config.json of one")
+        raise UsageError(f"{folder}: not a run folder of 'tidali train': it has no such config.json")
     epochs = _epochs(folder / "metrics.jsonl")
     if not epochs:
         raise UsageError(f"{folder}: no finished epoch yet (metrics.jsonl is missing or empty)")
@@ -97,7 +97,8 @@ def _read_run(folder: Path, name: str) -> Run:
 
 
 def _epochs(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """One entry an epoch. Of two the later counts, as a killed run writes an epoch again when it goes on; torn lines do not."""
+    """One entry per epoch. The later of two counts, as a killed run writes an epoch again when it is resumed. Incomplete lines
+    are ignored."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -122,7 +123,7 @@ def _json_object(path: Path) -> dict[str, Any] | None:
 
 
 def _flattened(document: Mapping[str, Any], section: str = "") -> list[tuple[str, str]]:
-    """Every setting and its value as text. A recipe's fields go without its section, as ``--set`` names them."""
+    """Every setting and its value as text. The names of a recipe's fields have no prefix, as for ``--set``."""
     out: list[tuple[str, str]] = []
     for field, value in document.items():
         if isinstance(value, dict):

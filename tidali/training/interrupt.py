@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request to stop after the step in hand; a second one stops at once."""
+"""SIGTERM and Ctrl-C request a stop after the current step; the second one stops at once."""
 
 from __future__ import annotations
 

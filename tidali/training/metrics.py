@@ -1,4 +1,4 @@
-"""Counting on the device, reading it late, and the run's log of JSON lines."""
+"""Loss and accuracy, accumulated on the device, and the run's log of JSON lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tidali.hardware.ranks import Ranks
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Sums over samples, as counted; the ratios are derived so that ranks can be added."""
+    """Sums over samples; means are derived from them, so that the sums of several ranks can be added."""
 
     samples: int
     loss_sum: float
@@ -49,7 +49,7 @@ class Score:
 
 
 class Meter:
-    """Adds up loss and hits on the device; the host waits for it only in `read` ."""
+    """Accumulates loss and correct predictions on the device; the host waits for the device in `read` alone."""
 
     def __init__(self, device: torch.device) -> None:
         # Samples, loss, top-1 and top-5 hits. float64 on a CPU and CUDA alike: 100,000 losses add up to 1e-11 relative.
@@ -72,11 +72,11 @@ class Meter:
         )
 
     def read(self, ranks: Ranks | None = None) -> Score:
-        """The counts so far, of all ranks where they are given. Waits for the device."""
+        """The counts so far, summed over the ranks if given. Waits for the device."""
         return _score(self.sums if ranks is None else ranks.all_reduce_sum(self.sums.clone()))
 
     def peek(self) -> Score:
-        """The counts as of an earlier call, for a display: never waits for the device."""
+        """The counts at the time of an earlier call, for the progress bar. Never waits for the device."""
         if self._late_ready is None:
             return self.read()
         if not self._late_ready.query():
@@ -93,13 +93,13 @@ def _score(sums: Tensor) -> Score:
 
 
 class JsonlLog:
-    """Appends one JSON object a line, each flushed to disk whole."""
+    """Appends JSON objects to a file, one per line, each flushed to disk."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def keep_through(self, epoch: int) -> None:
-        """Drop what a killed run wrote of later epochs, which will be written again, and a torn last line.
+        """Remove the lines of later epochs, which a killed run will write again, and an incomplete last line.
 
         Raises:
             TidaliError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""The complete state of a run, in one file: what lets a killed run go on as if nothing had happened."""
+"""The complete state of a run in one file, from which a killed run is resumed with the same results."""
 
 from __future__ import annotations
 
@@ -25,36 +25,28 @@ _METADATA_KEY = "tidali-state"
 _VERSION = 2
 _MAY_CHANGE = frozenset(
     {
-        "data",
-        "out",
-        "init",
-        "device",
-        "compile",
-        "cache",
-        "decoder",
-        "max_bad",
-        "deterministic",
-        "checkpoint_minutes",
-        "tensorboard",
+        *("data", "out", "init", "device", "compile", "cache", "decoder", "max_bad"),
+        *("deterministic", "checkpoint_minutes", "tensorboard"),
     }
 )
-"""Settings that a resumed run may have otherwise: those that weights do not depend on, but for rounding, and those that are
-compared by content instead, the data by the order and the starting weights by the normalisation that they bring."""
+"""Settings that may differ in a resumed run: those that change weights by rounding at most, and those whose contents are
+compared
+instead: the data through the order, and the starting weights through their normalisation."""
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where a run is, besides its tensors."""
+    """How far a run is, without its tensors."""
 
     epoch: int = 0
-    """Of the step to come, counted from 0."""
+    """Of the next step, counted from 0."""
     best: Score | None = None
     best_epoch: int = 0
     last: Score | None = None
     images_per_s: list[float]
     """Of each epoch done."""
     seconds: float = 0.0
-    """Spent in earlier sittings."""
+    """Spent before the run was last resumed."""
 
 
 def save_state(
@@ -65,10 +57,10 @@ def save_state(
     loaders: Sequence[Mapping[str, Any]],
     card: ModelCard,
 ) -> None:
-    """Write everything; the file appears whole or not at all.
+    """Write the state; the file appears whole or not at all.
 
     Args:
-        meter: the running counts of the epoch in hand.
+        meter: the counts of the current epoch so far.
         loaders: `state_dict` of every rank's training batches, JSON-able.
         card: of the run's checkpoints: its classes, settings and versions.
 
@@ -100,28 +92,28 @@ def save_state(
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """What a saved state says besides its tensors.
+    """The JSON document of a saved state.
 
     Raises:
-        UsageError: no state, or none that can be read.
+        UsageError: no state, or it cannot be read.
     """
     if not path.is_file():
-        raise UsageError(f"--resume {path.parent}: holds no {STATE_NAME}, so there is nothing to go on from")
+        raise UsageError(f"--resume {path.parent}: holds no {STATE_NAME}, so there is nothing to resume")
     try:
         document = json.loads(read_metadata(path)[_METADATA_KEY])
         version = document["version"]
     except (KeyError, ValueError, TypeError):
         raise UsageError(f"{path}: not the state of a run") from None
     if version != _VERSION:
-        raise UsageError(f"{path}: a state of version {version}, this tidali goes on from {_VERSION}; train anew")
+        raise UsageError(f"{path}: a state of version {version}, this tidali resumes version {_VERSION} only; train again")
     return dict(document)
 
 
 def saved_route(path: Path) -> CacheChoice:
-    """The route that the run's order is of, which free memory may not decide anew.
+    """The route that the run began with: free memory must not change it on resuming.
 
     Raises:
-        UsageError: no state, or none that can be read.
+        UsageError: no state, or it cannot be read.
     """
     try:
         return "device" if read_document(path)["loaders"][0]["order"]["route"] == "cache" else "off"
@@ -130,20 +122,20 @@ def saved_route(path: Path) -> CacheChoice:
 
 
 def load_state(path: Path, state: TrainState, meter: Meter, card: ModelCard, rank: int = 0) -> tuple[Progress, dict[str, Any]]:
-    """Put a saved state into a freshly made one of the same settings. Says so where it was saved by other versions.
+    """Load a saved state into a new one of the same settings. Warns where it was saved with other versions.
 
     Args:
         card: of this run's checkpoints.
 
     Returns:
-        The progress, and the `state_dict` of this rank's training batches, or of the last rank's where there were fewer.
+        The progress, and the `state_dict` of this rank's training batches, or the last rank's where there were fewer ranks.
 
     Raises:
-        UsageError: no state, or one that does not fit, or of other settings or classes.
+        UsageError: no state, or one that does not fit, or one of other settings or classes.
     """
     document = read_document(path)
     try:
-        _refuse_another_run(path, document["run"], json.loads(json.dumps(asdict(card))))
+        _check_same_run(path, document["run"], json.loads(json.dumps(asdict(card))))
         _restore(read_safetensors(path)[0], document, state, meter, rank)
         progress = document["progress"]
         for name in ("best", "last"):
@@ -154,10 +146,10 @@ def load_state(path: Path, state: TrainState, meter: Meter, card: ModelCard, ran
         raise UsageError(f"{path}: does not fit this run ({first_line(error)})") from None
 
 
-def _refuse_another_run(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def _check_same_run(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """
     Raises:
-        UsageError: what decides the weights is not what it was.
+        UsageError: settings that determine the weights differ.
     """
 
     def deciding(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +163,7 @@ def _refuse_another_run(path: Path, saved: Mapping[str, Any], own: Mapping[str, 
     different = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if different:
         raise UsageError(
-            f"{path}: saved with other settings ({', '.join(different)}); go on with those, or train anew with --config"
+            f"{path}: saved with other settings ({', '.join(different)}); resume with those, or train again with --config"
         )
     changed = [
         f"{name} {saved['versions'].get(name)} then, {version} now"
@@ -179,7 +171,7 @@ def _refuse_another_run(path: Path, saved: Mapping[str, Any], own: Mapping[str, 
         if saved["versions"].get(name) != version
     ]
     if changed:
-        warn(f"resumed with other versions, so not to the bit: {'; '.join(changed)}")
+        warn(f"resumed with other versions, so results may differ in the last bit: {'; '.join(changed)}")
 
 
 def _restore(tensors: Mapping[str, Tensor], document: Mapping[str, Any], state: TrainState, meter: Meter, rank: int) -> None:
@@ -199,7 +191,7 @@ def _restore(tensors: Mapping[str, Tensor], document: Mapping[str, Any], state: 
         values.update({key: torch.empty_like(parameter).copy_(value) for key, value in values.items() if value is not None})
     state.scaler.load_state_dict(document["scaler"])
     state.step = document["step"]
-    if rank == 0:  # rank 0 saved its own counts; those of the others up to here are lost to the epoch's training figures
+    if rank == 0:  # rank 0 saved its own counts; the other ranks' counts of this epoch so far are lost
         meter.sums.copy_(tensors["meter"])
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and state.plan.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What a run leaves: the folder, its JSON files, and what they say."""
+"""The run folder: its JSON files and their contents."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from tidali.training.metrics import Score
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run came to."""
+    """The result of a training run."""
 
     out: Path
     best: Score
     best_epoch: int
     last: Score
     last_flip: Score | None
-    """Of the last weights with mirrored images averaged in, where the recipe asks for it."""
+    """The last weights with flip test-time augmentation, where the recipe has it."""
     images_per_s: float
-    """Median over the epochs, evaluation not counted."""
+    """Median over the epochs, without evaluation."""
     minutes: float
 
 
 def make_run_folder(out: Path) -> Path:
     """
     Raises:
-        UsageError: it exists and holds something.
+        UsageError: it exists and is not empty.
         TidaliError: it cannot be made.
     """
     try:
@@ -47,7 +47,7 @@ def make_run_folder(out: Path) -> Path:
 
 
 def epoch_fields(trained: EpochResult, score: Score, split: str) -> dict[str, float]:
-    """One line of metrics.jsonl, units in the names."""
+    """The fields of a line of metrics.jsonl, with units in their names."""
     return {
         "train_loss": trained.score.loss,
         "train_top1_percent": trained.score.top1_percent,

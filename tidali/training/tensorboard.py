@@ -1,4 +1,4 @@
-"""A run's figures as TensorBoard events; the package is an extra."""
+"""A run's metrics as TensorBoard events; the package is an optional dependency."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tidali.errors import UsageError
 
 
 class TensorBoardLog:
-    """One scalar a field and epoch, under the names of metrics.jsonl."""
+    """Writes one scalar per field and epoch, named as in metrics.jsonl."""
 
     def __init__(self, folder: Path, *, first_epoch: int) -> None:
         """
         Args:
-            first_epoch: events of it and of later ones, written before a kill, are void.
+            first_epoch: events of this and later epochs, written before the run was killed, are discarded.
         """
         from torch.utils.tensorboard import SummaryWriter
 
