@@ -2,8 +2,8 @@
 
     python tests/accuracy/photographs.py tidali|plain SOURCE PACKED --res 128 --epochs 12 --seeds 3
 
-SOURCE is a folder of ``train|val/CLASS/*.jpg``, PACKED what ``tidali shard SOURCE PACKED`` made of it. Each seed's accuracy on val
-after the last epoch is printed, and then mean, standard deviation and standard error of them.
+SOURCE is a folder of ``train|val/CLASS/*.jpg``, PACKED what ``tidali shard SOURCE PACKED`` made of it. Each seed's accuracy on
+val after the last epoch is printed, and then mean, standard deviation and standard error of them.
 
 The plain loop has torchvision's ImageFolder, RandomResizedCrop and RandomHorizontalFlip, and the recipe's optimizer, schedule,
 label smoothing and batch size; no averaged weights and no changes of colour.
@@ -91,10 +91,8 @@ def main() -> None:
         found.append(by_tidali(given.packed, **common) if given.loop == "tidali" else by_plain_loop(given.source, **common))
         print(f"{given.loop}, seed {seed}: {found[-1]:.2f} %", flush=True)
     if len(found) > 1:
-        deviation = statistics.stdev(found)
-        print(
-            f"{given.loop}: mean {statistics.mean(found):.2f}, deviation {deviation:.2f}, error {deviation / len(found) ** 0.5:.2f}"
-        )
+        mean, deviation = statistics.mean(found), statistics.stdev(found)
+        print(f"{given.loop}: mean {mean:.2f}, deviation {deviation:.2f}, standard error {deviation / len(found) ** 0.5:.2f}")
 
 
 if __name__ == "__main__":
