@@ -6,13 +6,30 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tidali.config import IMAGENET_MEAN, IMAGENET_STD, Stem
-from tidali.loading import cache
-from tidali.loading.augment import AUGMENTS, Augment, Mix, erase, erase_boxes, mix_batch
-from tidali.loading.cache import CachedBatches, PixelCache
+from tidali.config import IMAGENET_MEAN, IMAGENET_STD, Augment, Preprocess, Stem
+from tidali.loading import batches
+from tidali.loading.augment import AUGMENTS, Mix, erase, erase_boxes, mix_batch
+from tidali.loading.batches import Batches, Training
+from tidali.loading.cache import ANY_SIDE, PixelCache
 from tidali.model.resnet import build_resnet18
 
-EVERYTHING = Augment(flip="alternating", shift_px=4, crop_scale=(0.25, 1.0), erase=0.25)
+EVERYTHING = Augment(
+    flip="alternating", shift_px=4, crop_scale=(0.25, 1.0), brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1, erase=0.25
+)
+
+
+class NoneCorrupt:
+    positions: frozenset[int] = frozenset()
+
+
+def cached_on(device: torch.device, samples: int) -> PixelCache:
+    return PixelCache(
+        pixels={ANY_SIDE: torch.empty(samples, 64, 64, 3, dtype=torch.uint8, device=device)},
+        labels=torch.empty(samples, dtype=torch.int64, device=device),
+        identity="fake",
+        size=(64, 64),
+        corrupt=NoneCorrupt(),  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.parametrize("augment", [*AUGMENTS.values(), EVERYTHING], ids=[*AUGMENTS, "everything"])
@@ -23,14 +40,8 @@ def test_every_operation_stays_on_the_device(augment: Augment, res: int, dtype: 
     """Fake tensors refuse any operation on tensors of two devices and any value that the host would have to wait for."""
     with FakeTensorMode():
         device = torch.device("cuda", 0)
-        stored = PixelCache(
-            pixels=torch.empty(1000, 64, 64, 3, dtype=torch.uint8, device=device),
-            labels=torch.empty(1000, dtype=torch.int64, device=device),
-            identity="fake",
-        )
-        loader = CachedBatches(
-            stored, res=res, batch_size=256, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype, train=True, augment=augment
-        )
+        preprocess = Preprocess(res=res, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        loader = Batches(cached_on(device, 1000), preprocess, 256, training=Training(augment=augment), dtype=dtype)
         images, labels = next(loader._rest_of_epoch(0, 0))  # without the side stream, which needs a driver
         assert images.device == labels.device == device
         assert (images.dtype, labels.dtype) == (dtype, torch.int64)
@@ -53,14 +64,8 @@ def test_the_forward_pass_and_loss_stay_on_the_device(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     with FakeTensorMode():
         device = torch.device("cuda", 0)
-        stored = PixelCache(
-            pixels=torch.empty(100, 64, 64, 3, dtype=torch.uint8, device=device),
-            labels=torch.empty(100, dtype=torch.int64, device=device),
-            identity="fake",
-        )
-        loader = CachedBatches(
-            stored, res=128, batch_size=32, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=images_dtype, train=True
-        )
+        preprocess = Preprocess(res=128, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        loader = Batches(cached_on(device, 100), preprocess, 32, training=Training(), dtype=images_dtype)
         images, labels = next(loader._rest_of_epoch(0, 0))
         with device:
             model = build_resnet18(200, stem)
@@ -81,8 +86,8 @@ def test_the_forward_pass_and_loss_stay_on_the_device(
 def test_every_epoch_is_prepared_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream's freed memory is kept for it alone, so a new stream each epoch would strand the last one's."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
-    cache._side_stream.cache_clear()
-    first, again, other = (cache._side_stream(torch.device("cuda", index)) for index in (0, 0, 1))
+    batches._side_stream.cache_clear()
+    first, again, other = (batches._side_stream(torch.device("cuda", index)) for index in (0, 0, 1))
     assert first is again
     assert first is not other
-    cache._side_stream.cache_clear()
+    batches._side_stream.cache_clear()

@@ -5,70 +5,80 @@ DALI keeps the defined graph in private attributes; a release that renames them 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+import torch
 
-from tidali.loading.dali import Placement, ShardFiles, batch_pipeline, decode_pipeline
+from tidali.config import DecoderChoice
+from tidali.errors import UsageError
+from tidali.loading.dali import Placement, Work, define_graph
+from tidali.loading.stream import choose_decoder
 
-FILES = ShardFiles(tars=[Path("a.tar")], indexes=[Path("a.idx")], extensions=("jpg", "png"), num_digits=3)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def defined(pipe) -> tuple[dict[str, str], list[str]]:
-    """Operator -> device of a defined pipeline, and its outputs' devices."""
+def defined(device: torch.device, work: Work) -> tuple[dict[str, str], list[str]]:
+    """Operator -> device of a defined graph, and its outputs' devices."""
+    pipe = define_graph(Placement.on(device), work, batch_size=8, num_threads=2)
     pipe._build_graph()
-    operators = [(op._op.schema_name, op._op.device) for op in pipe._ops]
-    assert len(operators) >= 3
+    operators = [(getattr(op._op, "schema_name", type(op._op).__name__), op._op.device) for op in pipe._ops]
+    assert len(operators) >= 2
     return dict(operators), [node.device for node in pipe._graph_outputs]
 
 
-def training_pipeline(placement: Placement):
-    return batch_pipeline(
-        FILES,
-        batch_size=8,
-        res=64,
-        resize=True,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.2, 0.2, 0.2),
-        flip=True,
-        shuffle_buffer=100,
-        rank=0,
-        world_size=1,
-        seed=0,
-        num_threads=2,
-        placement=placement,
-    )
-
-
-def test_on_a_gpu_pixels_never_come_back_and_labels_follow() -> None:
-    operators, outputs = defined(training_pipeline(Placement.of("cuda", 0)))
-    assert operators["readers__Webdataset"] == "cpu"
+@pytest.mark.parametrize("work", ["decode", "resize boxes"])
+def test_on_a_gpu_pixels_never_come_back(work: Work) -> None:
+    operators, outputs = defined(GPU, work)
     assert operators["decoders__Image"] == "mixed"
-    assert operators["Resize"] == operators["CropMirrorNormalize"] == "gpu"
-    assert operators["random__CoinFlip"] == "cpu"  # a named argument: DALI takes those from the CPU alone
-    assert outputs == ["gpu", "gpu"]
+    assert operators["ExternalSource"] == "cpu"  # encoded bytes, and named arguments, which DALI takes from the CPU alone
+    assert operators.get("Resize", "gpu") == "gpu"
+    assert ("Resize" in operators) == (work == "resize boxes")
+    assert outputs == ["gpu"]
 
 
-def test_on_a_cpu_the_same_operators_run_there() -> None:
-    on_gpu, _ = defined(training_pipeline(Placement.of("cuda", 0)))
-    on_cpu, outputs = defined(training_pipeline(Placement.of("cpu", None)))
-    assert on_cpu.keys() == on_gpu.keys()
+def test_no_region_is_decoded_on_a_gpu() -> None:
+    """nvImageCodec 0.9 crashes there on Hopper (its issue 55)."""
+    for work in ("decode", "resize boxes"):
+        assert "decoders__ImageSlice" not in defined(GPU, work)[0]
+    assert defined(CPU, "decode boxes")[0]["decoders__ImageSlice"] == "cpu"
+
+
+@pytest.mark.parametrize("work", ["decode", "resize boxes"])
+def test_on_a_cpu_the_same_operators_run_there(work: Work) -> None:
+    on_cpu, outputs = defined(CPU, work)
+    assert on_cpu.keys() == defined(GPU, work)[0].keys()
     assert set(on_cpu.values()) == {"cpu"}
-    assert outputs == ["cpu", "cpu"]
-
-
-def test_decoding_alone_ends_on_the_device() -> None:
-    operators, outputs = defined(
-        decode_pipeline(
-            FILES, batch_size=8, square=None, rank=0, world_size=1, num_threads=2, placement=Placement.of("cuda", 0)
-        )
-    )
-    assert operators["decoders__Image"] == "mixed"
-    assert outputs[0] == "gpu"
+    assert outputs == ["cpu"]
 
 
 @pytest.mark.parametrize(("index", "device_id"), [(None, 0), (0, 0), (3, 3)])
 def test_the_devices_number_reaches_dali(index: int | None, device_id: int) -> None:
-    pipe = training_pipeline(Placement.of("cuda", index))
-    assert pipe.device_id == device_id
-    assert Placement.of("cpu", None).device_id is None
+    device = torch.device("cuda") if index is None else torch.device("cuda", index)
+    assert Placement.on(device).device_id == device_id
+    assert Placement.on(CPU).device_id is None
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "size", "has_dali", "expected"),
+    [
+        ("auto", CPU, (64, 64), True, "threads"),
+        ("auto", CPU, None, True, "dali"),
+        ("auto", CPU, None, False, "threads"),
+        ("auto", GPU, (64, 64), True, "threads"),
+        ("auto", GPU, (128, 128), True, "threads"),
+        ("auto", GPU, (256, 256), True, "dali"),
+        ("auto", GPU, None, True, "dali"),
+        ("auto", GPU, None, False, "threads"),
+        ("mixed", GPU, (64, 64), True, "dali"),
+        ("cpu", GPU, (256, 256), True, "threads"),
+    ],
+)
+def test_who_decodes(
+    choice: DecoderChoice, device: torch.device, size: tuple[int, int] | None, has_dali: bool, expected: str
+) -> None:
+    assert choose_decoder(choice, device, size, has_dali=has_dali) == expected
+
+
+@pytest.mark.parametrize(("device", "has_dali", "says"), [(CPU, True, "the device is the CPU"), (GPU, False, "DALI")])
+def test_mixed_where_it_cannot_be(device: torch.device, has_dali: bool, says: str) -> None:
+    with pytest.raises(UsageError, match=f"--decoder mixed .*{says}"):
+        choose_decoder("mixed", device, (64, 64), has_dali=has_dali)

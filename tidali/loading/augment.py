@@ -147,8 +147,9 @@ def colour_matrices(augment: Augment, samples: Tensor, *, seed: int, epoch: int)
     )
     identity = torch.eye(3, device=samples.device)
     luma = torch.tensor(_GREY, device=samples.device).expand(3, 3)
-    turn = _hue_rotations(2 * math.pi * augment.hue * draws[:, 3])
-    linear = turn @ (saturation * identity + (1 - saturation) * luma)
+    linear = saturation * identity + (1 - saturation) * luma
+    if augment.hue:
+        linear = _hue_rotations(2 * math.pi * augment.hue * draws[:, 3]) @ linear
     offset = linear @ (0.5 * (1 - contrast)).expand(-1, 3, 1)
     return torch.cat((linear * (brightness * contrast), offset), 2)
 
