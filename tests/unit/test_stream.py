@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
-import tarfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tidali.config import Augment, Flip, Preprocess
 from tidali.dataset.contract import Dataset, open_dataset
 from tidali.errors import DatasetError, TidaliError, UsageError
-from tidali.loading.stream import StreamBatches
+from tidali.hardware.ranks import Ranks
+from tidali.loading.batches import Batches, Training
+from tidali.loading.data import Data
+from tidali.loading.stream import choose_decoder
 
+CPU = torch.device("cpu")
+BICUBIC = Image.Resampling.BICUBIC
 MEAN, STD = (0.48, 0.45, 0.41), (0.23, 0.22, 0.24)
 
 
-def stored(dataset: Dataset, split: str) -> list[tuple[Image.Image, int]]:
-    """Every sample of a split as PIL and Python's tarfile read it, in stored order."""
-    samples = []
-    for path in dataset.tar_paths(split):
-        with tarfile.open(path) as tar:
-            files = {member.name: tar.extractfile(member).read() for member in tar}
-        for name in files:
-            if name.endswith(".jpg"):
-                label = int(files[name.replace(".jpg", ".cls")])
-                samples.append((Image.open(io.BytesIO(files[name])).convert("RGB"), label))
-    assert len(samples) == dataset.split(split).samples
-    return samples
+def stream(
+    dataset: Dataset,
+    split: str,
+    *,
+    batch_size: int,
+    train: bool = False,
+    flip: Flip = "none",
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_threads: int | None = None,
+    **preprocess: Any,
+) -> Batches:
+    data = Data(dataset, CPU, cache="off", ranks=Ranks(rank=rank, world_size=world_size))
+    training = Training(augment=Augment(flip=flip), seed=seed) if train else None
+    how = Preprocess(**{"res": 64, **preprocess})
+    if num_threads is None:
+        return data.batches(split, how, batch_size, training=training)
+    source = data.streamed(split, how, batch_size, num_threads=num_threads)
+    return Batches(source, how, batch_size, training=training, ranks=data.ranks)
 
 
 def grey_levels(images: torch.Tensor) -> np.ndarray:
@@ -41,13 +55,16 @@ def grey_levels(images: torch.Tensor) -> np.ndarray:
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def seen(batches: StreamBatches) -> list[tuple[bytes, int]]:
-    """One epoch's samples in the order given, each as its pixels and its label."""
+def steps_of(batches: Batches) -> list[list[tuple[bytes, int]]]:
+    """One epoch's batches in the order given, each sample as its pixels and its label."""
     return [
-        (pixels.tobytes(), int(label))
+        [(pixels.tobytes(), int(label)) for pixels, label in zip(grey_levels(images), labels, strict=True)]
         for images, labels in batches
-        for pixels, label in zip(grey_levels(images), labels, strict=True)
     ]
+
+
+def seen(batches: Batches) -> list[tuple[bytes, int]]:
+    return list(itertools.chain(*steps_of(batches)))
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +73,9 @@ def dataset(demo_data: Path) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def truth(dataset: Dataset) -> dict[str, list[tuple[bytes, int]]]:
+def truth(dataset: Dataset, upright: Callable[..., Any]) -> dict[str, list[tuple[bytes, int]]]:
     """What `seen` has to give, in stored order. No two samples are equal, so that a multiset tells them apart."""
-    found = {split: [(image.tobytes(), label) for image, label in stored(dataset, split)] for split in ("train", "val")}
+    found = {split: [(pixels.tobytes(), label) for pixels, label, _ in upright(dataset, split)] for split in ("train", "val")}
     assert {split: len(set(samples)) for split, samples in found.items()} == {"train": 160, "val": 32}
     return found
 
@@ -66,21 +83,22 @@ def truth(dataset: Dataset) -> dict[str, list[tuple[bytes, int]]]:
 # ---------------------------------------------------------------------------------------------------------- coverage and order
 
 
-# 32 samples over 3 ranks are 10, 11 and 11: with batches of 5 the first rank's last batch is empty.
+# 32 samples over 3 ranks in batches of 5 are steps of 15, 15 and 2: the first rank's last batch is empty.
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 5), (1, 32), (1, 100), (2, 7), (3, 5), (3, 11)])
 def test_evaluation_gives_every_sample_exactly_once(dataset, truth, world_size: int, batch_size: int) -> None:
     ranks = [
-        StreamBatches(dataset, "val", res=64, batch_size=batch_size, rank=rank, world_size=world_size, num_threads=1)
+        stream(dataset, "val", batch_size=batch_size, rank=rank, world_size=world_size, num_threads=1)
         for rank in range(world_size)
     ]
     assert len({len(rank) for rank in ranks}) == 1
     for _ in range(2):  # the second epoch has to start clean
-        epoch = [seen(rank) for rank in ranks]
-        assert list(itertools.chain(*epoch)) == truth["val"]  # the ranks' ranges one after the other are the stored order
+        steps = zip(*(steps_of(rank) for rank in ranks), strict=True)
+        # The ranks' parts of a step one after the other are the stored order.
+        assert [sample for parts in steps for part in parts for sample in part] == truth["val"]
 
 
 def test_an_evaluation_batch_is_channels_last_float32(dataset) -> None:
-    batches = StreamBatches(dataset, "val", res=64, batch_size=20, num_threads=1)
+    batches = stream(dataset, "val", batch_size=20, num_threads=1)
     shapes = []
     for images, labels in batches:
         assert images.is_contiguous(memory_format=torch.channels_last)
@@ -92,7 +110,7 @@ def test_an_evaluation_batch_is_channels_last_float32(dataset) -> None:
 
 
 def test_training_epochs_are_new_permutations_without_their_tails(dataset, truth) -> None:
-    batches = StreamBatches(dataset, "train", res=64, batch_size=48, train=True, num_threads=2)
+    batches = stream(dataset, "train", batch_size=48, train=True, num_threads=2)
     epochs = [seen(batches) for _ in range(3)]
     assert len(batches) == 3
     for epoch in epochs:
@@ -105,8 +123,8 @@ def test_training_epochs_are_new_permutations_without_their_tails(dataset, truth
 
 def test_a_seed_decides_the_order_and_the_flips(dataset) -> None:
     def epochs(seed: int, num_threads: int) -> list[list[tuple[bytes, int]]]:
-        batches = StreamBatches(
-            dataset, "train", res=64, batch_size=32, train=True, flip=True, seed=seed, num_threads=num_threads
+        batches = stream(
+            dataset, "train", batch_size=32, train=True, flip="random", seed=seed, num_threads=num_threads
         )
         return [seen(batches) for _ in range(2)]
 
@@ -117,7 +135,7 @@ def test_a_seed_decides_the_order_and_the_flips(dataset) -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_training_ranks_share_an_epoch_without_overlap(dataset, truth, world_size: int) -> None:
     ranks = [
-        StreamBatches(dataset, "train", res=64, batch_size=10, train=True, rank=rank, world_size=world_size, num_threads=1)
+        stream(dataset, "train", batch_size=10, train=True, rank=rank, world_size=world_size, num_threads=1)
         for rank in range(world_size)
     ]
     for _ in range(2):
@@ -130,7 +148,7 @@ def test_flips_are_mirror_images_of_about_half(dataset, truth) -> None:
     mirrored = {
         (np.frombuffer(pixels, np.uint8).reshape(64, 64, 3)[:, ::-1].tobytes(), label) for pixels, label in truth["train"]
     }
-    epoch = seen(StreamBatches(dataset, "train", res=64, batch_size=160, train=True, flip=True, num_threads=2))
+    epoch = seen(stream(dataset, "train", batch_size=160, train=True, flip="random", num_threads=2))
     flipped = sum(sample in mirrored for sample in epoch)
     assert len(epoch) == 160 == flipped + sum(sample in set(truth["train"]) for sample in epoch)
     # 160 fair coins: outside 40..120 is six standard deviations, and the seed is fixed.
@@ -139,14 +157,39 @@ def test_flips_are_mirror_images_of_about_half(dataset, truth) -> None:
 
 @pytest.mark.parametrize("taken", [1, 3])
 def test_an_epoch_left_early_does_not_leak_into_the_next(dataset, truth, taken: int) -> None:
-    train = StreamBatches(dataset, "train", res=64, batch_size=48, train=True, num_threads=2)
+    train = stream(dataset, "train", batch_size=48, train=True, num_threads=2)
     assert len(list(itertools.islice(train, taken))) == taken
     again = seen(train)
     assert len(again) == len(set(again)) == 144
 
-    val = StreamBatches(dataset, "val", res=64, batch_size=10, num_threads=1)
+    val = stream(dataset, "val", batch_size=10, num_threads=1)
     assert len(list(itertools.islice(val, taken))) == taken
     assert seen(val) == truth["val"]
+
+
+HELD = pytest.mark.xfail(reason="DALI's outputs are taken in the order of all iterators", strict=True)
+
+
+@pytest.mark.parametrize("data", ["dataset", pytest.param("photographs", marks=HELD)])
+def test_an_iterator_that_is_still_held_does_not_disturb_the_next_one(data: str, request: pytest.FixtureRequest) -> None:
+    """As after ``first = iter(batches)``, or where a traceback keeps a loop's frame."""
+    batches = stream(request.getfixturevalue(data), "train", batch_size=4, train=True, seed=1)
+    expected = [(images.clone(), labels) for images, labels in batches]
+    batches.set_epoch(0)
+    held = iter(batches)
+    next(held)
+    batches.set_epoch(0)
+    got = [(images.clone(), labels) for images, labels in batches]
+    held.close()  # type: ignore[attr-defined]
+    assert [torch.equal(labels, of) for (_, labels), (_, of) in zip(got, expected, strict=True)] == [True] * len(expected)
+    assert [torch.equal(images, of) for (images, _), (of, _) in zip(got, expected, strict=True)] == [True] * len(expected)
+
+
+@pytest.mark.parametrize("data", ["dataset", "photographs"])
+def test_a_batch_that_is_held_keeps_its_pixels(data: str, request: pytest.FixtureRequest) -> None:
+    held = [(images, images.clone()) for images, _ in stream(request.getfixturevalue(data), "train", batch_size=4, train=True)]
+    assert len(held) > 5  # more than are in hand at once
+    assert all(torch.equal(images, copy) for images, copy in held)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- resume
@@ -155,8 +198,8 @@ def test_an_epoch_left_early_does_not_leak_into_the_next(dataset, truth, taken: 
 # 160 samples are five batches of 32, or of 30 and a tail that training drops: after the fifth nothing is left of the epoch.
 @pytest.mark.parametrize(("batch_size", "taken"), [(30, 1), (30, 3), (30, 5), (32, 5)])
 def test_a_restored_position_goes_on_to_the_bit(dataset, batch_size: int, taken: int) -> None:
-    def batches() -> StreamBatches:
-        return StreamBatches(dataset, "train", res=64, batch_size=batch_size, train=True, flip=True, seed=3, num_threads=1)
+    def batches() -> Batches:
+        return stream(dataset, "train", batch_size=batch_size, train=True, flip="random", seed=3, num_threads=1)
 
     uncut = batches()
     epochs = [list(uncut) for _ in range(3)]
@@ -176,23 +219,23 @@ def test_a_restored_position_goes_on_to_the_bit(dataset, batch_size: int, taken:
 
 
 def test_a_position_of_another_order_is_refused(dataset) -> None:
-    state = StreamBatches(dataset, "train", res=64, batch_size=30, train=True, seed=3, num_threads=1).state_dict()
-    other = StreamBatches(dataset, "train", res=64, batch_size=32, train=True, seed=4, num_threads=1)
-    with pytest.raises(UsageError, match="batch_size 30 then, 32 now; seed 3 then, 4 now"):
+    state = stream(dataset, "train", batch_size=30, train=True, seed=3, num_threads=1).state_dict()
+    other = stream(dataset, "train", batch_size=32, train=True, seed=4, num_threads=1)
+    with pytest.raises(UsageError, match="seed 3 then, 4 now; global_batch_size 30 then, 32 now"):
         other.load_state_dict(state)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- pixels
 
 
-def test_pixels_are_pils_and_normalised(dataset) -> None:
-    batches = StreamBatches(dataset, "val", res=64, batch_size=32, mean=MEAN, std=STD, num_threads=1)
+def test_pixels_are_pils_and_normalised(dataset, upright) -> None:
+    batches = stream(dataset, "val", batch_size=32, mean=MEAN, std=STD, num_threads=1)
     images, labels = next(iter(batches))
-    samples = stored(dataset, "val")
-    expected = np.stack([(np.asarray(image, np.float64) / 255 - MEAN) / STD for image, _ in samples])
-    # DALI computes (pixel - 255 mean) * (1 / (255 std)) in float32: three roundings of values up to 255 / (255 * 0.22).
+    samples = upright(dataset, "val")
+    expected = np.stack([(pixels.astype(np.float64) / 255 - MEAN) / STD for pixels, _, _ in samples])
+    # pixel * scale + offset in float32: roundings of the two factors, the product and the sum, of values up to 1 / 0.22.
     np.testing.assert_allclose(images.permute(0, 2, 3, 1).numpy(), expected, rtol=0, atol=2e-6)
-    assert labels.tolist() == [label for _, label in samples]
+    assert labels.tolist() == [label for _, label, _ in samples]
 
 
 @pytest.fixture(scope="module")
@@ -219,19 +262,19 @@ def pack_photos(tmp_path_factory, write_photos):
         (48, 72, 64, (64, 96)),  # and of a tall one
     ],
 )
-def test_resize_is_pils_bicubic_of_the_shorter_side_and_the_centre(pack_photos, width, height, res, resized) -> None:
+def test_resize_is_pils_bicubic_of_the_shorter_side_and_the_centre(pack_photos, upright, width, height, res, resized) -> None:
     dataset = pack_photos(width, height)
-    images, _ = next(iter(StreamBatches(dataset, "val", res=res, batch_size=6, num_threads=1)))
+    images, _ = next(iter(stream(dataset, "val", res=res, batch_size=6, num_threads=1)))
     left, top = (resized[0] - res) // 2, (resized[1] - res) // 2
     expected = np.stack(
         [
-            np.asarray(image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + res, top + res)), np.int16)
-            for image, _ in stored(dataset, "val")
+            np.asarray(Image.fromarray(pixels).resize(resized, BICUBIC).crop((left, top, left + res, top + res)), np.int16)
+            for pixels, _, _ in upright(dataset, "val")
         ]
     )
     difference = np.abs(grey_levels(images).astype(np.int16) - expected)
     assert expected.shape == (6, res, res, 3)
-    # PIL rounds to whole grey levels after each of its two passes, DALI once at the end, and they treat the border differently.
+    # PIL rounds to whole grey levels after each of its two passes, tidali once at the end, and they treat the border differently.
     assert difference.max() <= 1, f"largest {difference.max()}, mean {difference.mean():.4f}"
 
 
@@ -240,28 +283,29 @@ def test_resize_is_pils_bicubic_of_the_shorter_side_and_the_centre(pack_photos, 
 
 def test_a_batch_that_the_split_cannot_fill(dataset) -> None:
     with pytest.raises(UsageError, match=r"--batch-size 161: the 'train' split has 160 samples.*use at most --batch-size 160"):
-        StreamBatches(dataset, "train", res=64, batch_size=161, train=True)
+        stream(dataset, "train", batch_size=161, train=True)
     with pytest.raises(UsageError, match="use at most --batch-size 159"):
-        StreamBatches(dataset, "train", res=64, batch_size=54, train=True, world_size=3)
+        stream(dataset, "train", batch_size=54, train=True, world_size=3)
 
 
 def test_a_split_without_labels(dataset) -> None:
     splits = {**dataset.manifest.splits, "test": replace(dataset.manifest.splits["val"], labelled=False)}
     unlabelled = replace(dataset, manifest=replace(dataset.manifest, splits=splits))
     with pytest.raises(UsageError, match="the 'test' split has no labels"):
-        StreamBatches(unlabelled, "test", res=64, batch_size=4)
+        stream(unlabelled, "test", batch_size=4)
 
 
 def test_a_split_that_is_not_there(dataset) -> None:
     with pytest.raises(DatasetError, match="no 'test' split"):
-        StreamBatches(dataset, "test", res=64, batch_size=4)
+        stream(dataset, "test", batch_size=4)
 
 
-def test_files_that_dali_cannot_read_are_one_line(demo_copy: Path) -> None:
+@pytest.mark.parametrize("name", ["val-000000.tar", "val-000000.json"])
+def test_a_file_that_is_gone_is_one_line_that_names_it(demo_copy: Path, name: str) -> None:
     dataset = open_dataset(demo_copy)
-    (demo_copy / "val-000000.idx").write_text("v1.2 1\n")
-    with pytest.raises(TidaliError, match=r"DALI cannot read the 'val' split: .*val-000000\.idx") as refused:
-        StreamBatches(dataset, "val", res=64, batch_size=4)
+    (demo_copy / name).unlink()
+    with pytest.raises(DatasetError, match=f"{name}.*pack the source again") as refused:
+        list(stream(dataset, "val", batch_size=4))
     assert "\n" not in str(refused.value)
 
 
@@ -271,8 +315,8 @@ def test_an_image_that_cannot_be_decoded_is_one_line(demo_copy: Path) -> None:
     content = bytearray(tar.read_bytes())
     content[512 + 20 : 512 + 220] = bytes(200)  # inside the first image's quantisation tables
     tar.write_bytes(content)
-    with pytest.raises(TidaliError, match=r"'tidali verify --decode' names") as refused:
-        list(StreamBatches(dataset, "val", res=64, batch_size=4, num_threads=1))
+    with pytest.raises(TidaliError, match=r"1 of the 32 samples of 'val'.*--max-bad is 0.*'tidali verify'") as refused:
+        list(stream(dataset, "val", batch_size=4, num_threads=1))
     assert "\n" not in str(refused.value)
 
 
@@ -281,19 +325,41 @@ def test_labels_of_three_digits(tmp_path: Path) -> None:
 
     pack_demo(tmp_path / "wide", classes=101, per_class=1, workers=1)
     dataset = open_dataset(tmp_path / "wide")
-    batches = StreamBatches(dataset, "train", res=64, batch_size=101, train=True, num_threads=2)
+    batches = stream(dataset, "train", batch_size=101, train=True, num_threads=2)
     assert Counter(label for _, label in seen(batches)) == Counter(range(101))
 
 
-def test_the_two_resamplers_of_a_stream_agree(dataset) -> None:
-    """DALI's whole graph, which runs on a GPU, and DALI's decodes resampled here: the same samples, mirrored alike."""
-    keys = dict(res=96, batch_size=32, train=True, flip=True, seed=5)
-    ours, dalis = StreamBatches(dataset, "train", **keys), StreamBatches(dataset, "train", **keys)
-    assert ours._resample is not None
-    dalis._resample = None
-    dalis._open(None)
-    for (images, labels), (expected_images, expected_labels) in zip(ours, dalis, strict=True):
-        assert torch.equal(labels, expected_labels)
-        # Tolerance: DALI rounds to uint8 and reads its kernel from a table, see tidali.doctor.parity.
-        assert (images - expected_images).abs().max() <= 1 / 255
-        assert images.is_contiguous(memory_format=torch.channels_last)
+# --------------------------------------------------------------------------------------------------------------- who decodes
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "size", "has_dali", "expected"),
+    [
+        ("auto", "cpu", (64, 64), True, "threads"),
+        ("auto", "cpu", None, True, "dali"),  # a part of each image
+        ("cpu", "cpu", None, True, "dali"),
+        ("cpu", "cpu", (224, 224), True, "threads"),
+        ("auto", "cpu", None, False, "threads"),
+        ("auto", "cuda", (64, 64), True, "threads"),
+        ("auto", "cuda", (128, 128), True, "threads"),
+        ("auto", "cuda", (129, 128), True, "dali"),
+        ("auto", "cuda", None, True, "dali"),
+        ("auto", "cuda", None, False, "threads"),
+        ("cpu", "cuda", (224, 224), True, "threads"),
+        ("cpu", "cuda", None, True, "dali"),
+        ("mixed", "cuda", (64, 64), True, "dali"),
+    ],
+)
+def test_who_decodes(choice, device: str, size, has_dali: bool, expected: str) -> None:
+    assert choose_decoder(choice, torch.device(device), size, has_dali=has_dali) == expected
+
+
+@pytest.mark.parametrize(("device", "has_dali"), [("cpu", True), ("cuda", False)])
+def test_a_decoder_that_the_machine_lacks_is_refused_with_a_way_out(device: str, has_dali: bool) -> None:
+    with pytest.raises(UsageError, match="--decoder mixed.*--decoder (at auto|cpu)"):
+        choose_decoder("mixed", torch.device(device), (64, 64), has_dali=has_dali)
+
+
+def test_a_decoder_is_refused_where_batches_are_asked_for(dataset) -> None:
+    with pytest.raises(UsageError, match="--decoder mixed"):
+        Data(dataset, CPU, cache="off", decoder="mixed").batches("val", Preprocess(res=64), 4)
