@@ -302,7 +302,7 @@ def test_unequal_images_are_kept_as_squares_of_each_side(photographs: Dataset) -
 def test_an_autocast_around_batches_changes_nothing() -> None:
     """Of what is drawn for an image, too: bfloat16 has 8 bits."""
     cache, key = coloured(12), dict(train=True, augment=EVERYTHING, batch_size=12)
-    (expected, _), = batches(cache, **key)
+    ((expected, _),) = batches(cache, **key)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (images, _), = batches(cache, **key)
+        ((images, _),) = batches(cache, **key)
     assert torch.equal(images, expected)

@@ -156,7 +156,12 @@ def test_training_gives_no_sample_twice_in_an_epoch_and_every_rank_as_many_steps
 
 @ROUTES
 @COVERED
-@given(samples=SIZES.filter(lambda samples: samples >= 2), batch_size=st.integers(1, 300), seed=st.integers(0, 1000), data=st.data())
+@given(
+    samples=SIZES.filter(lambda samples: samples >= 2),
+    batch_size=st.integers(1, 300),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
 def test_a_restored_position_gives_what_was_left(
     route: Route, samples: int, batch_size: int, seed: int, data: st.DataObject
 ) -> None:

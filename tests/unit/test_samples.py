@@ -69,7 +69,9 @@ def test_places_of_any_positions_are_those_of_all(photographs: Dataset, data: st
 
 # ---------------------------------------------------------------------------------------------------------------------- records
 
-TEXTS = st.text(max_size=20) | st.sampled_from(['"', "\\", '\\"', '"],', '{"label":7}', "ä\u2028", "\\u0041", "null", "12,3", "]}"])
+TEXTS = st.text(max_size=20) | st.sampled_from(
+    ['"', "\\", '\\"', '"],', '{"label":7}', "ä\u2028", "\\u0041", "null", "12,3", "]}"]
+)
 NUMBERS = st.integers(0, 2**63 - 1)
 ENTRIES = st.builds(
     lambda *values: dict(zip(("key", "source", "label", "extension", *FIELDS[1:]), values, strict=True)),

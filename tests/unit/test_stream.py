@@ -123,9 +123,7 @@ def test_training_epochs_are_new_permutations_without_their_tails(dataset, truth
 
 def test_a_seed_decides_the_order_and_the_flips(dataset) -> None:
     def epochs(seed: int, num_threads: int) -> list[list[tuple[bytes, int]]]:
-        batches = stream(
-            dataset, "train", batch_size=32, train=True, flip="random", seed=seed, num_threads=num_threads
-        )
+        batches = stream(dataset, "train", batch_size=32, train=True, flip="random", seed=seed, num_threads=num_threads)
         return [seen(batches) for _ in range(2)]
 
     assert epochs(seed=5, num_threads=1) == epochs(seed=5, num_threads=2)
@@ -274,7 +272,7 @@ def test_resize_is_pils_bicubic_of_the_shorter_side_and_the_centre(pack_photos, 
     )
     difference = np.abs(grey_levels(images).astype(np.int16) - expected)
     assert expected.shape == (6, res, res, 3)
-    # PIL rounds to whole grey levels after each of its two passes, tidali once at the end, and they treat the border differently.
+    # PIL rounds to whole grey levels after each of its two passes, tidali once at the end; they treat the border differently.
     assert difference.max() <= 1, f"largest {difference.max()}, mean {difference.mean():.4f}"
 
 
@@ -356,7 +354,7 @@ def test_who_decodes(choice, device: str, size, has_dali: bool, expected: str) -
 
 @pytest.mark.parametrize(("device", "has_dali"), [("cpu", True), ("cuda", False)])
 def test_a_decoder_that_the_machine_lacks_is_refused_with_a_way_out(device: str, has_dali: bool) -> None:
-    with pytest.raises(UsageError, match="--decoder mixed.*--decoder (at auto|cpu)"):
+    with pytest.raises(UsageError, match=r"--decoder mixed.*--decoder (at auto|cpu)"):
         choose_decoder("mixed", torch.device(device), (64, 64), has_dali=has_dali)
 
 
