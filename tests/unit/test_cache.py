@@ -257,7 +257,6 @@ def test_a_position_of_dalis_own_order_is_refused() -> None:
         loader.load_state_dict({**loader.state_dict(), "dali": "checkpoint"})
 
 
-@pytest.mark.xfail(reason="its default is compared as a tuple with a list", strict=True)
 def test_a_position_from_before_a_field_was_added_is_taken() -> None:
     """What the saved state does not know was not used: brightness, say, in one of an earlier tidali's."""
     loader = batches(numbered(40), train=True)
@@ -298,7 +297,6 @@ def test_unequal_images_are_kept_as_squares_of_each_side(photographs: Dataset) -
     assert torch.equal(alone.pixels[48], cache.pixels[48])  # whatever is asked for beside it
 
 
-@pytest.mark.xfail(reason="colour_matrices multiplies under the caller's autocast", strict=True)
 def test_an_autocast_around_batches_changes_nothing() -> None:
     """Of what is drawn for an image, too: bfloat16 has 8 bits."""
     cache, key = coloured(12), dict(train=True, augment=EVERYTHING, batch_size=12)

@@ -161,7 +161,7 @@ def test_the_rank_with_the_least_memory_decides_for_all(demo_data: Path, tmp_pat
     assert [(tmp_path / f"cached{rank}").read_text() for rank in range(2)] == ["False ShardSource 16"] * 2
 
 
-# ------------------------------------------------------------------------------------------------- both routes' batches are equal
+# ------------------------------------------------------------------------------------------ both routes' batches are equal
 
 NORMALISED: dict[str, Any] = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 SINGLY = {
@@ -305,10 +305,7 @@ def test_an_evaluation_has_the_same_pixels_whatever_else_is_asked_for(photograph
     assert all(torch.equal(*pair) for pair in zip(alone, beside, strict=True))
 
 
-CMYK = pytest.mark.xfail(reason="libjpeg-turbo's CMYK conversion is one grey level off DALI's and PIL's", strict=True)
-
-
-@pytest.mark.parametrize("split_data", ["demo", pytest.param("photographs", marks=CMYK)])
+@pytest.mark.parametrize("split_data", ["demo", "photographs"])
 @pytest.mark.parametrize("cache", ["device", "off"])
 def test_without_dali_the_batches_are_the_same(
     split_data: str, cache: CacheChoice, demo_data: Path, photographs: Dataset, monkeypatch: pytest.MonkeyPatch

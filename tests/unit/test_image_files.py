@@ -88,7 +88,7 @@ def test_pixels_are_those_of_the_packed_data_set(tmp_path: Path) -> None:
         stream = data.streamed("train", Preprocess(res=64), len(IMAGES))
         if decoder is DaliDecoder:
             stream._decoder = DaliDecoder(stream._decoder, torch.device("cpu"), batch_size=len(IMAGES), num_threads=1)
-        ((_, found),) = stream.read(stored_order(stream, 64, 1.0))
+        ((_, found),) = stream.read(stored_order(stream, 64, 1.0, len(IMAGES)))
         for (_, record), packed in zip(iter_records(dataset, "train"), found.stored.numpy(), strict=True):
             assert np.array_equal(read_pixels(source / record.source), packed), (record.source, decoder)
 

@@ -157,7 +157,7 @@ def test_a_tar_that_cannot_be_mapped_is_one_line_that_names_it(demo_copy: Path, 
         assert "\n" not in str(refused.value)
 
 
-# ------------------------------------------------------------------------------------------------------------------- many shards
+# -------------------------------------------------------------------------------------------------------------- many shards
 
 
 def many_shards(pack_files: Callable[..., Dataset], image: bytes, count: int) -> Dataset:
@@ -225,7 +225,6 @@ sys.held = table  # what an executor's thread or a reference cycle may do: it go
 """
 
 
-@pytest.mark.xfail(reason="a mapping is undone after its module is gone", strict=True)
 def test_a_table_that_lives_to_the_end_says_nothing(demo_data: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", HELD, str(demo_data)],
@@ -254,7 +253,6 @@ table._tars.clear()
 """
 
 
-@pytest.mark.xfail(reason="two threads map the same tar, and the first one's mapping is undone while it is read", strict=False)
 def test_threads_that_read_a_tar_first_share_its_mapping(pack_files: Callable[..., Dataset]) -> None:
     """As where there is no C compiler, and so no `expect` that maps the tars before the threads begin."""
     import io

@@ -144,7 +144,7 @@ class Batches:
             raise UsageError("the data position is of an earlier tidali's stream, whose order was DALI's own; train anew")
         for order in (saved, own):
             order.pop("route", None)  # both routes have one order
-        check_order({**asdict(Augment()), **saved}, own)  # fields that the saved state does not know were not used
+        check_order({**_as_json(asdict(Augment())), **saved}, own)  # fields that the saved state does not know were not used
         self._epoch, self._step, self._underway = state["epoch"], state["step"], False
 
     def _order(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Batches:
             "global_batch_size": self._batch_size * self._world_size,
             **asdict(self._training.augment),
         }
-        return dict(json.loads(json.dumps(settings)))  # as it comes back from a file: lists for tuples
+        return _as_json(settings)
 
     def _next_epoch(self) -> None:
         self._epoch, self._step, self._underway = self._epoch + 1, 0, False
@@ -191,6 +191,10 @@ class Batches:
 
     def _images(self, pixels: Pixels, epoch: int, side: int) -> Tensor:
         """From stored pixels to what the network sees. Nothing in it makes the host wait for the device."""
+        with torch.autocast(self.source.device.type, enabled=False):  # the consumer's would make its products bfloat16
+            return self._augmented(pixels, epoch, side)
+
+    def _augmented(self, pixels: Pixels, epoch: int, side: int) -> Tensor:
         augment, size, samples = self._training.augment, self.source.size, pixels.samples
         key = {"seed": self._training.seed, "epoch": epoch}
         flipped = flip_flags(augment.flip, samples, **key) if augment.flip != "none" else None
@@ -205,6 +209,11 @@ class Batches:
         if augment.erase:
             erase(images, erase_boxes((side, side), augment.erase, samples, **key))
         return images
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file: lists for tuples."""
+    return dict(json.loads(json.dumps(settings)))
 
 
 def prefetch(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -71,7 +71,7 @@ def fill_cache(
     pixels = {}
     for done, side in enumerate(sides if source.size is None else (ANY_SIDE,)):
         pixels[side] = torch.zeros(count, *(source.size or (side, side)), 3, dtype=torch.uint8, device=source.device)
-        for request, found in source.read(stored_order(source, side, crop_fraction)):
+        for request, found in source.read(stored_order(source, side, crop_fraction, FILL_BATCH)):
             first, last = int(request.samples[0]), int(request.samples[-1])
             if len(found.samples) == len(request.samples):
                 pixels[side][first : last + 1].copy_(found.stored)
@@ -82,7 +82,7 @@ def fill_cache(
     return PixelCache(pixels=pixels, labels=source.labels, identity=source.identity, size=source.size, corrupt=source.corrupt)
 
 
-def stored_order(source: ShardSource, side: int, crop_fraction: float, batch_size: int = FILL_BATCH) -> Iterator[Request]:
+def stored_order(source: ShardSource, side: int, crop_fraction: float, batch_size: int) -> Iterator[Request]:
     """A split in stored order, each image's centre."""
     sizes = source.table.sizes
     for samples in torch.arange(len(sizes)).split(batch_size):

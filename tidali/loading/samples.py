@@ -7,12 +7,14 @@ import hashlib
 import json
 import mmap
 import os
+import weakref
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,6 +59,7 @@ class SampleTable:
         self.shards = [shard for shard in info.shards if shard.samples]
         self._starts = np.array([0, *accumulate(shard.samples for shard in self.shards)])
         self._tars: dict[int, _Mapped] = {}
+        self._mapping = Lock()
         # numpy's: other threads must not write tensors that were made in torch's inference mode.
         self._labels, self._image_sizes = np.empty(info.samples, np.int64), np.empty((info.samples, 2), np.int32)
         self._offsets, self._sizes_bytes = np.empty(info.samples, np.int64), np.empty(info.samples, np.uint32)
@@ -118,13 +121,16 @@ class SampleTable:
         return f"{shard.name}: {record.key} at offset {record.offset}"
 
     def _tar(self, shard: int) -> _Mapped:
-        if shard not in self._tars:
-            path = self.dataset.root / self.shards[shard].name
-            try:
-                self._tars[shard] = _Mapped(path)
-            except OSError as error:
-                raise DatasetError(f"{path}: cannot be mapped ({os.strerror(error.errno or 0)}); {self.dataset.fix}") from None
-        return self._tars[shard]
+        with self._mapping:  # two threads must not map one tar: the first's mapping would end while it is read
+            if shard not in self._tars:
+                path = self.dataset.root / self.shards[shard].name
+                try:
+                    self._tars[shard] = _Mapped(path)
+                except OSError as error:
+                    raise DatasetError(
+                        f"{path}: cannot be mapped ({os.strerror(error.errno or 0)}); {self.dataset.fix}"
+                    ) from None
+            return self._tars[shard]
 
 
 class _Mapped:
@@ -137,18 +143,16 @@ class _Mapped:
         """
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            self._length = os.fstat(descriptor).st_size
-            address = _libc().mmap(None, self._length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+            length = os.fstat(descriptor).st_size
+            address = _libc().mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
         finally:
             os.close(descriptor)
         if address == ctypes.c_void_p(-1).value:
             raise OSError(ctypes.get_errno(), "mmap")
         self.address: int = address
-        self.view = memoryview((ctypes.c_ubyte * self._length).from_address(address)).cast("B").toreadonly()
-
-    def __del__(self) -> None:
-        if hasattr(self, "address"):
-            _libc().munmap(self.address, self._length)
+        end = weakref.finalize(self, _libc().munmap, address, length)
+        end.atexit = False  # the process's end undoes it, and whoever still reads is not cut off before
+        self.view = memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B").toreadonly()
 
 
 @cache
