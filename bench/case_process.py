@@ -69,6 +69,14 @@ class CaseProcess:
         """
         return self._request({"do": "check", "batches": batches})
 
+    def crops(self, count: int) -> dict[str, Any]:
+        """Where a loader's crops of the check set come from: `bench.case_worker.Stream.crops`.
+
+        Raises:
+            CaseFailed: it failed.
+        """
+        return self._request({"do": "crops", "count": count})
+
     def measure(self, min_seconds: float | None = None) -> Rates:
         """One measurement, by the clock of that process.
 

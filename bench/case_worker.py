@@ -77,6 +77,8 @@ class DataJob(Job):
     as_stored: bool
     """Every stored image has the requested size, so none needs a resize."""
     cores: int
+    crops: bool = False
+    """Random resized crops (`bench.crops`) instead of whole images."""
 
 
 class Subject(Protocol):
@@ -133,6 +135,26 @@ class Stream:
             self._batches = None
         return batch
 
+    def crops(self, count: int) -> dict[str, Any]:
+        """Where the next crops of the check set, at least ``count``, come from: `bench.crops.read_crops` of all, their labels,
+        and the shapes and dtypes of the images."""
+        import torch
+
+        from bench.crops import read_crops
+
+        found: dict[str, Any] = {"labels": [], "shapes": set(), "dtypes": set()}
+        while len(found["labels"]) < count:
+            batch = self.next()
+            images = batch[0]
+            found["shapes"].add(tuple(images.shape[1:]))
+            found["dtypes"].add(str(images.dtype).removeprefix("torch."))
+            if images.shape[1:] != (3, self._job.res, self._job.res):
+                break
+            found["labels"] += torch.as_tensor(batch[1]).reshape(-1).tolist()
+            for name, values in read_crops(images, self._job.mean, self._job.std).items():
+                found.setdefault(name, []).extend(values)
+        return {**found, "shapes": sorted(found["shapes"]), "dtypes": sorted(found["dtypes"])}
+
     def check(self, batches: int | None) -> dict[str, Any]:
         """Over these batches: the number of images per label, the mean of their pixels per label and channel, and the standard
         deviation."""
@@ -172,8 +194,8 @@ class Stream:
 
 
 def serve(job: Job) -> None:
-    """Answer requests until standard input ends: ``check`` with facts, ``measure`` with the fields of a `bench.measure.Rates`,
-    ``profile`` with the lines of `bench.profile.profile_step`."""
+    """Answer requests until standard input ends: ``check`` and ``crops`` with facts, ``measure`` with the fields of a
+    `bench.measure.Rates`, ``profile`` with the lines of `bench.profile.profile_step`."""
     os.setpgid(0, 0)  # a process group of its own, workers included, which the parent suspends while others are measured
     # SIGHUP ends a suspended group when its parent is killed. Under nohup it would be ignored.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -194,6 +216,9 @@ def serve(job: Job) -> None:
             request = json.loads(line)
             if request["do"] == "check":
                 answer(subject.check(request["batches"]))
+            elif request["do"] == "crops":
+                assert isinstance(subject, Stream)
+                answer(subject.crops(request["count"]))
             elif request["do"] == "profile":
                 from bench.profile import profile_step
 

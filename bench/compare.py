@@ -14,7 +14,7 @@ from tidali.errors import UsageError
 from tidali.hardware.cpu_threads import WAITING
 
 _HARDWARE = ("cpu", "cpu_flags", "cores", "gpu")
-_CONDITIONS = ("device", "dtype", "compile", "stem", "batch_size", "data", "cached", "images", "workers")
+_CONDITIONS = ("device", "dtype", "compile", "stem", "batch_size", "data", "cached", "crops", "images", "workers")
 
 
 @dataclass(frozen=True, kw_only=True)

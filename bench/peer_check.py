@@ -32,12 +32,9 @@ def why_wrong_loader(
         carried_over: how many samples of the next epoch it may contain.
     """
     counts, expected = facts["counts"], reference["counts"]
-    if not facts["shapes"]:
-        return "it returns no batch"
-    if [list(shape) for shape in facts["shapes"]] != [[3, job.res, job.res]]:
-        return f"its images have shape {facts['shapes']}, not (3, {job.res}, {job.res})"
-    if not set(facts["dtypes"]) <= {"float32", "bfloat16"}:
-        return f"its images are {', '.join(facts['dtypes'])}, not floating-point"
+    wrong = why_wrong_form(facts, job)
+    if wrong is not None:
+        return wrong
     if facts["unknown_labels"]:
         return f"{facts['unknown_labels']} of its labels belong to no class"
     surplus = sum(max(count - most, 0) for count, most in zip(counts, expected, strict=True))
@@ -45,12 +42,25 @@ def why_wrong_loader(
         return f"{surplus} of its labels are not in the train split"
     if whole and job.samples - sum(counts) >= job.batch_size * job.cores:  # each worker may drop a last batch
         return f"an epoch has {sum(counts)} of the {job.samples} samples"
+    if job.crops:  # their pixels are not those of whole images; `bench.crops` checks them on images of its own
+        return None
     if abs(facts["mean"] - reference["mean"]) > MEAN_TOLERANCE:
         return f"the mean of its pixels is {facts['mean']:.2f}, not {reference['mean']:.2f}"
     if abs(facts["std"] / reference["std"] - 1) > STD_TOLERANCE:
         return f"the standard deviation of its pixels is {facts['std']:.2f}, not {reference['std']:.2f}"
     if whole and _class_distance(facts, reference) > CLASS_MEANS_TOLERANCE:
         return "its labels are not those of its images"
+    return None
+
+
+def why_wrong_form(facts: Mapping[str, Any], job: DataJob) -> str | None:
+    """What is wrong with the shape or dtype of a loader's batches; None if nothing is."""
+    if not facts["shapes"]:
+        return "it returns no batch"
+    if [list(shape) for shape in facts["shapes"]] != [[3, job.res, job.res]]:
+        return f"its images have shape {facts['shapes']}, not (3, {job.res}, {job.res})"
+    if not set(facts["dtypes"]) <= {"float32", "bfloat16"}:
+        return f"its images are {', '.join(facts['dtypes'])}, not floating-point"
     return None
 
 

@@ -1,8 +1,9 @@
 """The loaders that are measured, each set up as its own documentation shows, with one worker or thread per core.
 
 Each function takes the job and returns batches: images (N, 3, res, res), shuffled, flipped horizontally at random and
-normalised, and labels (N,). A loader that has a bicubic kernel resizes with it. If the stored images have the requested size,
-loaders whose resize would copy them omit it. They run in processes of their own, see `bench.case_worker`.
+normalised, and labels (N,). If the job asks for crops, each image is a random resized crop, otherwise the centre square. A
+loader that has a bicubic kernel resizes with it. If the stored images have the requested size, loaders whose resize would copy
+them omit it. They run in processes of their own, see `bench.case_worker`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.case_worker import DataJob
+from bench.crops import CROP_RATIO, CROP_SCALE
 from tidali.config import Augment, CacheChoice, Preprocess
 from tidali.files import replacing
 
@@ -53,7 +55,10 @@ def transform_v1(job: DataJob, *, flip: bool = True) -> Callable[[Any], Any]:
     """PIL image -> tensor."""
     from torchvision import transforms
 
-    steps: list[Any] = [transforms.Resize(job.res, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(job.res)]
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps: list[Any] = [transforms.Resize(job.res, bicubic), transforms.CenterCrop(job.res)]
+    if job.crops:
+        steps = [transforms.RandomResizedCrop(job.res, CROP_SCALE, CROP_RATIO, bicubic)]
     steps += [transforms.RandomHorizontalFlip()] if flip else []
     return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(job.mean, job.std)])
 
@@ -63,16 +68,12 @@ def transform_v2(job: DataJob, first: Any) -> Callable[[Any], Any]:
     import torch
     from torchvision.transforms import InterpolationMode, v2
 
-    return v2.Compose(
-        [
-            first,
-            v2.Resize(job.res, InterpolationMode.BICUBIC, antialias=True),
-            v2.CenterCrop(job.res),
-            v2.RandomHorizontalFlip(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(job.mean, job.std),
-        ]
-    )
+    bicubic = InterpolationMode.BICUBIC
+    square = [v2.Resize(job.res, bicubic, antialias=True), v2.CenterCrop(job.res)]
+    if job.crops:
+        square = [v2.RandomResizedCrop(job.res, CROP_SCALE, CROP_RATIO, bicubic, antialias=True)]
+    last = [v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(job.mean, job.std)]
+    return v2.Compose([first, *square, *last])
 
 
 def _image_folder(job: DataJob, transform: Callable[[Any], Any]) -> Batches:
@@ -179,8 +180,14 @@ def _dali_pipeline(job: DataJob, read: Callable[[], Any]) -> Any:
     @pipeline_def(batch_size=job.batch_size, num_threads=job.cores, device_id=None)
     def define() -> tuple[Any, Any]:
         encoded, labels = read()
-        images = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
-        if not job.as_stored:
+        if job.crops:
+            images = fn.decoders.image_random_crop(
+                encoded, device="cpu", output_type=types.RGB, random_area=CROP_SCALE, random_aspect_ratio=CROP_RATIO
+            )
+            images = fn.resize(images, size=(job.res, job.res), interp_type=types.INTERP_CUBIC)
+        else:
+            images = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+        if not (job.crops or job.as_stored):
             images = fn.resize(images, size=job.res, mode="not_smaller", interp_type=types.INTERP_CUBIC)
         images = fn.crop_mirror_normalize(
             images,
@@ -199,11 +206,20 @@ def _dali_pipeline(job: DataJob, read: Callable[[], Any]) -> Any:
 # ----------------------------------------------------------------------------------------------------------------------- FFCV
 
 
+FFCV_CROPS_FROM_PX = 400
+
+
 def _ffcv(job: DataJob, mode: str) -> Batches:
-    """As jpg, FFCV encodes the decoded pixels as JPEG again."""
+    """As jpg, FFCV encodes the decoded pixels as JPEG again. Of images to crop it keeps 400 px of the longer side, as its
+    ImageNet example does for a ResNet-18."""
     import numpy as np
     from ffcv.fields import IntField, RGBImageField
-    from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder, SimpleRGBImageDecoder
+    from ffcv.fields.decoders import (
+        CenterCropRGBImageDecoder,
+        IntDecoder,
+        RandomResizedCropRGBImageDecoder,
+        SimpleRGBImageDecoder,
+    )
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
     from ffcv.writer import DatasetWriter
@@ -211,11 +227,16 @@ def _ffcv(job: DataJob, mode: str) -> Batches:
 
     path = Path(job.scratch) / f"{mode}.beton"
     if not path.exists():
-        fields = {"image": RGBImageField(write_mode=mode), "label": IntField()}
+        shrunk = {"max_resolution": FFCV_CROPS_FROM_PX} if job.crops else {}
+        fields = {"image": RGBImageField(write_mode=mode, **shrunk), "label": IntField()}
         with replacing(path) as temporary:
             writer = DatasetWriter(str(temporary), fields, num_workers=job.cores)
             writer.from_indexed_dataset(datasets.ImageFolder(job.folder))
-    decoder = SimpleRGBImageDecoder() if job.as_stored else CenterCropRGBImageDecoder((job.res, job.res), 1.0)
+    size = (job.res, job.res)
+    if job.crops:
+        decoder: Any = RandomResizedCropRGBImageDecoder(size, CROP_SCALE, CROP_RATIO)
+    else:
+        decoder = SimpleRGBImageDecoder() if job.as_stored else CenterCropRGBImageDecoder(size, 1.0)
     normalise = NormalizeImage(255 * np.array(job.mean), 255 * np.array(job.std), np.float32)
     return Loader(
         str(path),
@@ -291,10 +312,12 @@ def mosaic(job: DataJob) -> Batches:
 
 
 def spdl(job: DataJob) -> Batches:
-    """FFmpeg's libraries decode and resize batches in threads, as in SPDL's ImageNet example."""
+    """FFmpeg's libraries decode and resize batches in threads, as in SPDL's ImageNet example. Its documentation writes crops as
+    FFmpeg's filter; the box is drawn by torchvision, from the size in the JPEG's header."""
     import spdl.io
     import torch
     from spdl.pipeline import PipelineBuilder
+    from torchvision.transforms import RandomResizedCrop
 
     files = files_of(job)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (job.mean, job.std))
@@ -303,9 +326,23 @@ def spdl(job: DataJob) -> Batches:
         **({} if job.as_stored else scale), crop_width=job.res, crop_height=job.res, pix_fmt="rgb24"
     )
 
+    def cropped(path: str) -> Any:
+        packets = spdl.io.demux_image(path)
+        of_size = torch.empty(1).expand(1, packets.codec.height, packets.codec.width)
+        top, left, height, width = RandomResizedCrop.get_params(of_size, list(CROP_SCALE), list(CROP_RATIO))
+        # exact: otherwise a box in an image with chroma subsampling is moved to even pixels.
+        box = f"crop={width}:{height}:{left}:{top}:exact=1"
+        filters = f"{box},scale={job.res}:{job.res}:flags=bicubic,format=pix_fmts=rgb24"
+        return spdl.io.decode_packets(packets, filter_desc=filters)
+
+    def load(paths: list[str]) -> Any:
+        if job.crops:
+            return spdl.io.convert_frames([cropped(path) for path in paths])
+        return spdl.io.load_image_batch(paths, width=None, height=None, pix_fmt=None, filter_desc=described)
+
     def decode(items: list[tuple[str, int]]) -> tuple[Any, Any]:
         paths, labels = zip(*items, strict=True)
-        buffer = spdl.io.load_image_batch(list(paths), width=None, height=None, pix_fmt=None, filter_desc=described)
+        buffer = load(list(paths))
         images = spdl.io.to_torch(buffer).permute(0, 3, 1, 2)
         flipped = torch.rand(len(images)) < 0.5
         images[flipped] = images[flipped].flip(3)
@@ -339,11 +376,12 @@ def _tidali(job: DataJob, cache: CacheChoice, dtype: str) -> Batches:
     from tidali.loading.batches import Training
     from tidali.loading.data import Data
 
+    crops: dict[str, Any] = {"crop_scale": CROP_SCALE, "crop_ratio": CROP_RATIO} if job.crops else {}
     return Data(open_dataset(Path(job.root)), torch.device("cpu"), cache=cache).batches(
         "train",
         Preprocess(res=job.res, mean=job.mean, std=job.std),
         job.batch_size,
-        training=Training(augment=Augment(flip="random")),
+        training=Training(augment=Augment(flip="random", **crops)),
         dtype=getattr(torch, dtype),
     )
 

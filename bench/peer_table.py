@@ -34,6 +34,12 @@ class Peer:
     """Id of the case that this one's rate is divided by."""
     decodes: bool = True
     """For a loader: it decodes JPEGs for every batch."""
+    kernel: str = "bicubic"
+    """For a loader: what it resizes crops with. All of them are antialiased."""
+    no_crops: str = ""
+    """For a loader: why it has no random resized crops."""
+    own_files: str = ""
+    """For a loader that reads a format of its own: a glob pattern of its files in the scratch folder."""
     pixel_dtype: torch.dtype = torch.float32
     """For a loader: dtype of its batches."""
     product_dtype: Callable[[DevicePlan], torch.dtype | None] = lambda plan: None
@@ -58,20 +64,28 @@ def _training(loop: str, name: str, package: str, **fields: Any) -> list[Peer]:
     ]
 
 
+_CACHE_NO_CROPS = "its cache keeps images of unequal size as squares, of which random crops would be blurred"
 LOADERS = (
     _loader("torchvision-v1", "torchvision v1", "torchvision"),
     _loader("torchvision-v2", "torchvision v2", "torchvision"),
     _loader("webdataset", "webdataset", "webdataset"),
     _loader("dali-file", "DALI file reader", "nvidia-dali-cuda120"),
     _loader("dali-webdataset", "DALI webdataset reader", "nvidia-dali-cuda120", carried_over=1024),  # its buffer's default size
-    _loader("ffcv-raw", "FFCV raw", "ffcv", env="ffcv", decodes=False),
-    _loader("ffcv-jpg", "FFCV jpg", "ffcv", env="ffcv"),
-    _loader("litdata", "LitData", "litdata", env="litdata"),
-    _loader("mosaic", "MosaicML Streaming", "mosaicml-streaming", env="mosaic"),
+    _loader("ffcv-raw", "FFCV raw", "ffcv", env="ffcv", decodes=False, kernel="area (OpenCV)", own_files="raw.beton"),
+    _loader("ffcv-jpg", "FFCV jpg", "ffcv", env="ffcv", kernel="area (OpenCV)", own_files="jpg.beton"),
+    _loader("litdata", "LitData", "litdata", env="litdata", own_files="chunks/*"),
+    _loader("mosaic", "MosaicML Streaming", "mosaicml-streaming", env="mosaic", own_files="mds/*"),
     _loader("spdl", "SPDL", "spdl", env="spdl", hint="it needs FFmpeg's libraries, 4 or later: apt-get install ffmpeg"),
     _loader("tidali-streaming", "tidali streaming", "tidali"),
-    _loader("tidali-cached", "tidali cached", "tidali", decodes=False),
-    _loader("tidali-cached-bf16", "tidali cached, bf16", "tidali", decodes=False, pixel_dtype=torch.bfloat16),
+    _loader("tidali-cached", "tidali cached", "tidali", decodes=False, no_crops=_CACHE_NO_CROPS),
+    _loader(
+        "tidali-cached-bf16",
+        "tidali cached, bf16",
+        "tidali",
+        decodes=False,
+        no_crops=_CACHE_NO_CROPS,
+        pixel_dtype=torch.bfloat16,
+    ),
 )
 TRAINING = (
     *_training("study", "original study", "torch"),

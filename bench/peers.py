@@ -1,8 +1,9 @@
 """tidali compared with its peers, the loaders and training loops that people use today, on the same images, in turns.
 
 Every case, tidali's too, runs in a process of its own (`bench.case_process`), with the peer's packages in an environment of its
-own if they could clash (`bench.peer_env`). Before a case is measured, its batches are checked (`bench.peer_check`). A case that
-cannot be installed, fails, or returns something else becomes a row with the reason.
+own if they could clash (`bench.peer_env`). Before a case is measured, its batches are checked (`bench.peer_check`), and its
+crops, if it crops (`bench.crops`). A case that cannot be installed, fails, or returns something else becomes a row with the
+reason.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench.case_process import CaseProcess
 from bench.case_worker import DataJob
 from bench.ceilings import COPY, DECODE, ceiling_cases, ceiling_rows, lowest_ceiling, sample_jpegs, stored_images
+from bench.crops import CHECK_CROPS, SIZES, pack_check_set, torchvision_crops, why_wrong_crops
 from bench.document import make_document, make_row
 from bench.measure import CaseFailed, Measurable, Rates, measure, progress
 from bench.peer_check import CHECK_SAMPLES, why_wrong_loader, why_wrong_training
@@ -28,6 +31,8 @@ from tidali.dataset.contract import Dataset, parse_image_size
 from tidali.errors import UsageError
 from tidali.hardware.device import DevicePlan, cpu_count, plan_device
 
+_CHECK_BATCH_SIZE = 32
+
 
 def bench_peers(
     dataset: Dataset,
@@ -37,6 +42,7 @@ def bench_peers(
     repeats: int,
     peers: Sequence[str] | None,
     training: bool = False,
+    crops: bool = False,
 ) -> dict[str, Any]:
     """Measure loaders on the CPU, or training loops on a GPU if there is one, and return the JSON document.
 
@@ -46,6 +52,7 @@ def bench_peers(
     Args:
         peers: ids or families of `LOADERS`, or of `TRAINING`; None: all.
         training: measure training loops instead of loaders.
+        crops: every loader returns random resized crops, of 0.08 to 1 of the area, instead of centre squares.
 
     Raises:
         UsageError: there is no such peer, or the batch is larger than the train split.
@@ -57,7 +64,7 @@ def bench_peers(
     limits = ceiling_cases(plan, jpegs=() if training else sample_jpegs(dataset))
     rows, ceilings = [], []
     with tempfile.TemporaryDirectory(prefix="tidali-peers-", ignore_cleanup_errors=True) as scratch:
-        run = _Run(dataset, plan, Path(scratch), batch_size, min(resolutions), training=training)
+        run = _Run(dataset, plan, Path(scratch), batch_size, min(resolutions), training=training, crops=crops)
         for res in resolutions:
             rates, failed = run.measure(cases, limits, res, repeats)
             rows += [run.row(peer, res, rates, failed) for peer in cases]
@@ -69,6 +76,7 @@ def bench_peers(
         batch_size=batch_size,
         repeats=repeats,
         peer_versions=run.versions,
+        **({"crops": True} if crops else {}),
         rows=rows,
         ceilings=ceilings,
     )
@@ -79,7 +87,15 @@ class _Run:
     against."""
 
     def __init__(
-        self, dataset: Dataset, plan: DevicePlan, scratch: Path, batch_size: int, first_res: int, *, training: bool
+        self,
+        dataset: Dataset,
+        plan: DevicePlan,
+        scratch: Path,
+        batch_size: int,
+        first_res: int,
+        *,
+        training: bool,
+        crops: bool,
     ) -> None:
         """
         Args:
@@ -88,9 +104,14 @@ class _Run:
         """
         self._dataset, self._plan, self._scratch = dataset, plan, scratch
         self._batch_size, self._first_res, self._training = batch_size, first_res, training
+        self._crops = crops
         self._pythons = Pythons()
         self._folder = extract(dataset, scratch / "train")
         self.versions: dict[str, str] = {}
+        if crops:
+            self._check_set = pack_check_set(scratch / "check-set")
+            self._check_folder = extract(self._check_set, scratch / "check-train")
+            self._expected_crops = torchvision_crops()
         if not training:
             with self._start(REFERENCE, self._job(REFERENCE, first_res)) as process:
                 self._reference = process.check(None)
@@ -119,6 +140,8 @@ class _Run:
                 for peer in cases:
                     begin(peer.id)
                     try:
+                        if self._crops:
+                            self._check_crops(peer, res)
                         job = self._job(peer, res)
                         process = running[peer.id] = self._start(peer, job)
                         self.versions[peer.package] = process.version
@@ -136,8 +159,10 @@ class _Run:
         if peer.id in failed:
             return {"res": res, "case": peer.name, "not_run": failed[peer.id]}
         base = rates.get(peer.base)
-        ratio = {"times_torchvision": rates[peer.id].median / base.median} if base is not None else {}
-        return make_row(peer.name, rates[peer.id], lowest_ceiling(rates, self._cost(peer, res)), res=res, **ratio)
+        more: dict[str, Any] = {"times_torchvision": rates[peer.id].median / base.median} if base is not None else {}
+        if self._crops:
+            more |= {"kernel": peer.kernel, "stored_kib_per_image": self._stored_bytes(peer) / 1024}
+        return make_row(peer.name, rates[peer.id], lowest_ceiling(rates, self._cost(peer, res)), res=res, **more)
 
     def _job(self, peer: Peer, res: int) -> DataJob:
         manifest, split = self._dataset.manifest, self._dataset.split("train")
@@ -155,7 +180,35 @@ class _Run:
             samples=split.samples,
             as_stored=set(split.image_sizes) == {f"{res}x{res}"},
             cores=cpu_count(),
+            crops=self._crops and peer is not REFERENCE,
         )
+
+    def _check_job(self, job: DataJob) -> DataJob:
+        """The same case, reading the check set of crops. With few workers, so that each has whole batches of the few images."""
+        return replace(
+            job,
+            root=str(self._check_set.root.resolve()),
+            folder=str(self._check_folder),
+            scratch=f"{job.scratch}-check",
+            batch_size=_CHECK_BATCH_SIZE,
+            classes=len(SIZES),
+            samples=self._check_set.split("train").samples,
+            as_stored=False,
+            cores=min(job.cores, 4),
+        )
+
+    def _check_crops(self, peer: Peer, res: int) -> None:
+        """
+        Raises:
+            CaseFailed: the case has no random resized crops, or they are distributed otherwise than torchvision's.
+        """
+        if peer.no_crops:
+            raise CaseFailed(f"not with --crops: {peer.no_crops}")
+        job = self._check_job(self._job(peer, res))
+        with self._start(peer, job) as process:
+            wrong = why_wrong_crops(process.crops(CHECK_CROPS), self._expected_crops, job)
+        if wrong is not None:
+            raise CaseFailed(wrong)
 
     def _start(self, peer: Peer, job: DataJob) -> CaseProcess:
         """
@@ -188,10 +241,18 @@ class _Run:
         if self._training:
             return step_cost(peer.product_dtype(self._plan), res=res, stem="imagenet")
         split = self._dataset.split("train")
+        decoding = {DECODE: 1.0} if peer.decodes else {}
+        if self._crops:  # How much of an image is read depends on its crop; the pixels of the batch are written in any case.
+            return {COPY: 3 * res * res * peer.pixel_dtype.itemsize / 2, **decoding}
         stored_bytes = sum(3 * math.prod(parse_image_size(size)) * count for size, count in split.image_sizes.items())
         # The stored pixels are read and those of the batch are written; a copy does both with each byte.
         moved = (stored_bytes / split.samples + 3 * res * res * peer.pixel_dtype.itemsize) / 2
-        return {COPY: moved, **({DECODE: 1.0} if peer.decodes else {})}
+        return {COPY: moved, **decoding}
+
+    def _stored_bytes(self, peer: Peer) -> float:
+        """What a loader stores of one image, on average: in its own format, or the JPEG."""
+        files = (self._scratch / peer.id).glob(peer.own_files) if peer.own_files else self._folder.glob("*/*")
+        return sum(file.stat().st_size for file in files) / self._dataset.split("train").samples
 
 
 def extract(dataset: Dataset, folder: Path) -> Path:

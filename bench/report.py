@@ -26,12 +26,17 @@ def ratio(value: float) -> str:
     return f"{value:.2f}" if value < 10 else number(value)
 
 
-_FORMATS: dict[str, Callable[[float], str]] = {
+_FORMATS: dict[str, Callable[[Any], str]] = {
     "gmacs": lambda value: f"{value:.3f}",
     "times_original": ratio,
     "times_torchvision": ratio,
     "first_step_s": lambda value: f"{value:.1f}",
+    "kernel": str,
 }
+
+
+_COLUMNS = ("gmacs", "peak_rss_mib", "kernel", "stored_kib_per_image")
+"""Fields that have a column in the table if any row has them."""
 
 
 def parts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -73,6 +78,7 @@ def software(document: Mapping[str, Any]) -> str:
 def conditions(document: Mapping[str, Any]) -> list[str]:
     """The conditions that all rows share."""
     found = [document["dtype"]] if document["benchmark"] in ("train", "step") else []
+    found += ["random crops"] if document.get("crops") else []
     return found + ([f"batch {document['batch_size']}"] if "batch_size" in document else [])
 
 
@@ -93,7 +99,10 @@ def _show_rows(document: Mapping[str, Any]) -> None:
     about += conditions(document)
     rows = document["rows"]
     ratios = sorted({name for row in rows for name in row if name.startswith("times_")})
-    extra = [*ratios, *(name for name in ("gmacs", "peak_rss_mib") if any(name in row for row in rows))]
+    extra = [
+        *ratios,
+        *(name for name in _COLUMNS if any(name in row for row in rows)),
+    ]
     if document["compile"]:  # nearly all of the first step is compilation
         rows = [{**row, "first_step_s": row.get("measured", {}).get("first_step_s")} for row in rows]
         extra.append("first_step_s")

@@ -186,6 +186,31 @@ def test_pack(monkeypatch, quick, demo_data: Path, of_data: bool) -> None:
     assert document.get("data", {}).get("name") == (demo_data.name if of_data else None)
 
 
+@pytest.mark.slow
+def test_peers_at_random_crops(tidali, quick, write_photos, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(case_process, "MIN_SECONDS", 0.1)
+    photos, packed, out, plot = tmp_path / "photos", tmp_path / "packed", tmp_path / "out.json", tmp_path / "out.svg"
+    write_photos(photos, {"train/wide": 16}, size=(120, 80))
+    write_photos(photos, {"train/high": 16}, size=(70, 100))
+    assert tidali("shard", photos, packed, "--workers", 1).code == 0
+    peers = ("--crops", "--peers", "torchvision-v1,tidali", "--batch-size", 8)
+    ended = tidali("bench", "peers", "--data", packed, "--res", 48, "--repeats", 1, *peers, "--json", out, "--plot", plot)
+    assert ended.code == 0, ended.stderr
+    document = json.loads(out.read_text())
+    check(document)
+    assert document["crops"] is True
+    rows = {row["case"]: row for row in document["rows"]}
+    assert list(rows) == ["torchvision v1", "tidali streaming", "tidali cached", "tidali cached, bf16"]
+    for case in ("torchvision v1", "tidali streaming"):
+        assert rows[case]["images_per_s"]["median"] > 0
+        assert rows[case]["kernel"] == "bicubic"
+        stored = sum(path.stat().st_size for path in photos.rglob("*.jpg"))
+        assert rows[case]["stored_kib_per_image"] == pytest.approx(stored / 32 / 1024)
+    assert "--crops" in rows["tidali cached"]["not_run"]
+    assert "random crops" in ended.stdout
+    assert "random crops" in plot.read_text()
+
+
 def test_all_is_kept_part_by_part() -> None:
     kept: list[int] = []
     part = {"benchmark": "step", **environment(plan_device("cpu", "off", "off")), "repeats": 1}
@@ -297,6 +322,8 @@ def test_a_wait_around_the_step_is_found(tidali, quick, small, monkeypatch) -> N
         (["step", "--peers", "ffcv"], "--peers: goes with 'bench peers', not with 'bench step'"),
         (["loader", "--device", "cuda"], "--device: goes with 'bench train', 'bench step', not with 'bench loader'"),
         (["step", "--data", "data/tiny"], "--data: goes with 'bench train', 'bench loader', 'bench pack', 'bench peers', not"),
+        (["train", "--crops"], "--crops: goes with 'bench peers', not with 'bench train'"),
+        (["peers", "--crops", "--training"], "--crops: measures loaders; it does not go with --training"),
         (["--compare", "nowhere.json"], "--compare nowhere.json: cannot be read"),
         (["--tolerance", "-1"], "--tolerance"),
         (["stages"], "stages"),

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import io
 import json
+import math
 import os
+import random
 import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
 
-from bench import case_process, peer_env, peer_loaders, peers
+from bench import case_process, crops, peer_env, peer_loaders, peers
 from bench.case_worker import DataJob, Stream
 from bench.peer_check import why_wrong_loader, why_wrong_training
 from bench.peer_env import Environment, PeerMissing, python_of, what_failed
@@ -326,3 +333,128 @@ def test_spdl_fails_at_once_where_it_cannot_decode(monkeypatch, tmp_path: Path) 
 def test_a_batch_larger_than_the_split_is_refused(demo_data: Path) -> None:
     with pytest.raises(UsageError, match="--batch-size 161: the train split has 160 samples"):
         peers.bench_peers(open_dataset(demo_data), resolutions=[32], batch_size=161, repeats=1, peers=["tidali"])
+
+
+# --------------------------------------------------------------------------------------------------------------- random crops
+
+CROP_JOB = make_job(res=64, batch_size=64, classes=len(crops.SIZES), crops=True, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+Box = tuple[float, float, float, float]
+"""Top, left, height and width in pixels."""
+
+
+@pytest.fixture(scope="module")
+def expected_crops() -> dict[str, list[float]]:
+    return crops.torchvision_crops()
+
+
+@functools.cache
+def check_image(label: int) -> Any:
+    """As a loader decodes it: the drawn pixels after JPEG."""
+    buffer = io.BytesIO()
+    crops.draw(label).save(buffer, "JPEG", quality=100, subsampling=0)
+    return Image.open(buffer).convert("RGB")
+
+
+def cropped(box_of: Callable[[Any, int, int], Box], *, flip: float = 0.5, count: int = 1024) -> Iterator[Any]:
+    """Batches of the check set's images, resized by PIL from the boxes that the function draws of (draws, width, height)."""
+    draws = random.Random(0)
+    shift, scale = (torch.tensor(values)[:, None, None] for values in (CROP_JOB.mean, CROP_JOB.std))
+    labels = [number % len(crops.SIZES) for number in range(count)]
+    for first in range(0, count, CROP_JOB.batch_size):
+        images = []
+        for label in labels[first : first + CROP_JOB.batch_size]:
+            top, left, height, width = box_of(draws, *crops.SIZES[label])
+            box = (left, top, left + width, top + height)
+            image = check_image(label).resize((CROP_JOB.res, CROP_JOB.res), Image.Resampling.BICUBIC, box)
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+            images.append(((pixels.flip(2) if draws.random() < flip else pixels) - shift) / scale)
+        yield torch.stack(images), torch.tensor(labels[first : first + CROP_JOB.batch_size])
+
+
+def torchvision_box(draws: Any, width: int, height: int) -> Box:
+    image = torch.empty(1).expand(1, height, width)
+    return RandomResizedCrop.get_params(image, list(crops.CROP_SCALE), list(crops.CROP_RATIO))
+
+
+def centre_square(draws: Any, width: int, height: int) -> Box:
+    side = min(width, height)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+def square(draws: Any, width: int, height: int) -> Box:
+    """Of the area of torchvision's boxes, as far as it fits."""
+    _, _, box_height, box_width = torchvision_box(draws, width, height)
+    side = min((box_height * box_width) ** 0.5, width, height)
+    return draws.uniform(0, height - side), draws.uniform(0, width - side), side, side
+
+
+def uniform_sides(draws: Any, width: int, height: int) -> Box:
+    """Aspect ratios as torchvision's, but the side is uniform, not the area."""
+    while True:
+        side = draws.uniform(0.08**0.5, 1) * (width * height) ** 0.5
+        stretch = math.exp(draws.uniform(*(math.log(ratio) / 2 for ratio in crops.CROP_RATIO)))
+        if side * stretch <= width and side / stretch <= height:
+            room_y, room_x = height - side / stretch, width - side * stretch
+            return draws.uniform(0, room_y), draws.uniform(0, room_x), side / stretch, side * stretch
+
+
+def central(draws: Any, width: int, height: int) -> Box:
+    """torchvision's boxes, moved to the middle."""
+    _, _, box_height, box_width = torchvision_box(draws, width, height)
+    return (height - box_height) / 2, (width - box_width) / 2, box_height, box_width
+
+
+def crops_verdict(batches: Iterable[Any], expected: dict[str, list[float]], count: int = 1024) -> str | None:
+    return crops.why_wrong_crops(Stream(batches, CROP_JOB).crops(count), expected, CROP_JOB)
+
+
+def test_the_crops_of_torchvision_pass(expected_crops: dict[str, list[float]]) -> None:
+    assert crops_verdict(cropped(torchvision_box), expected_crops) is None
+
+
+@pytest.mark.parametrize("res", [32, 64, 224])
+def test_a_box_is_read_off_its_crop(res: int) -> None:
+    draws, half = random.Random(1), {name: error / 2 for name, error in crops.READ_ERROR.items()}
+    for number in range(64):
+        label = number % len(crops.SIZES)
+        width, height = crops.SIZES[label]
+        top, left, box_height, box_width = torchvision_box(draws, width, height)
+        image = check_image(label).resize((res, res), Image.Resampling.BICUBIC, (left, top, left + box_width, top + box_height))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        for flipped in (False, True):
+            found = crops.read_crops(pixels.flip(3) if flipped else pixels, (0.0,) * 3, (1.0,) * 3)
+            read = {name: values[0] for name, values in found.items()}
+            assert (read["flipped"], read["label"]) == (flipped, label)
+            area = box_width * box_height / (width * height)
+            assert read["width"] * read["height"] == pytest.approx(area, abs=half["area share"])
+            aspect = read["width"] * width / (read["height"] * height)
+            assert math.log(aspect) == pytest.approx(math.log(box_width / box_height), abs=half["log aspect ratio"])
+            assert read["left"] == pytest.approx(left / width, abs=half["left edge"])
+            assert read["top"] == pytest.approx(top / height, abs=half["top edge"])
+
+
+@pytest.mark.parametrize(
+    ("box_of", "flip", "reason"),
+    [
+        (centre_square, 0.5, r"the mean area share of its crops is 0\.\d+, torchvision's 0\.\d+"),
+        (square, 0.5, r"\d+ % of its crops have a log aspect ratio below -0\.\d+, 10 % of torchvision's"),
+        (uniform_sides, 0.5, "(the mean area share of its crops is|.* area share below)"),
+        (central, 0.5, r"\d+ % of its crops have a left edge below"),
+        (torchvision_box, 0.0, "0 % of its crops are flipped horizontally, not half of them"),
+    ],
+)
+def test_other_crops_are_refused(
+    expected_crops: dict[str, list[float]], box_of: Callable[..., Box], flip: float, reason: str
+) -> None:
+    said = crops_verdict(cropped(box_of, flip=flip), expected_crops)
+    assert said is not None
+    assert re.match(reason, said), said
+
+
+def test_what_is_no_crop_of_the_check_set_is_refused(expected_crops: dict[str, list[float]]) -> None:
+    turned = [(x.transpose(2, 3), y) for x, y in cropped(torchvision_box, count=64)]
+    assert crops_verdict(turned, expected_crops, 64) == "64 of 64 images are no upright crops of the check images"
+    mislabelled = [(x, (y + 1) % len(crops.SIZES)) for x, y in cropped(torchvision_box, count=64)]
+    assert crops_verdict(mislabelled, expected_crops, 64) == "64 of 64 labels are not those of their images"
+    small = [(x[:, :, 1:], y) for x, y in cropped(torchvision_box, count=64)]
+    assert crops_verdict(small, expected_crops, 64) == "its images have shape [(3, 63, 64)], not (3, 64, 64)"

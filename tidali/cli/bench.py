@@ -37,6 +37,7 @@ USED_BY: dict[str, tuple[Case, ...]] = {
     "cache": ("train",),
     "peers": ("peers",),
     "training": ("peers",),
+    "crops": ("peers",),
     "profile": ("train", "step"),
 }
 """Each option and the cases that use it. All cases use the options that are not listed."""
@@ -68,6 +69,12 @@ def bench(
     training: Annotated[
         bool, what_option("--training", help="peers: measure whole training loops instead of loaders.")
     ] = False,
+    crops: Annotated[
+        bool,
+        what_option(
+            "--crops", help="peers: every loader returns random resized crops of 0.08 to 1 of the area, not centre squares."
+        ),
+    ] = False,
     json_: Annotated[
         str | None, result_option("--json", metavar="FILE", help="Also write the results as one JSON document; '-' prints it.")
     ] = None,
@@ -98,6 +105,8 @@ def bench(
     if plot is not None:
         output_file(plot, "--plot", (".png", ".svg", ".html"))
     _refuse_unused(context, case)
+    if crops and training:
+        raise UsageError("--crops: measures loaders; it does not go with --training")
 
     from bench.compare import load
     from bench.report import show, write_json
@@ -143,7 +152,7 @@ def bench(
 
         names = peers.split(",") if peers is not None else None
         size = batch_size or (TRAINING_BATCH_SIZE if training else LOADER_BATCH_SIZE)
-        return bench_peers(dataset(), batch_size=size, peers=names, training=training, **shared)
+        return bench_peers(dataset(), batch_size=size, peers=names, training=training, crops=crops, **shared)
 
     benchmarks = {"train": run_train, "step": run_step, "loader": run_loader, "pack": run_pack, "peers": run_peers}
     if case == "all":
