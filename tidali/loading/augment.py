@@ -27,7 +27,7 @@ _ATTEMPTS = 10  # torchvision's, for a box that fits
 
 AUGMENTS = {
     "none": Augment(),
-    # For small images and few epochs. 4 of 64 pixels is the share that 2 of CIFAR's 32 are in the paper cited above.
+    # For small images and few epochs. 4 of 64 pixels are the same share of the side as 2 of CIFAR's 32 in Jordan's recipe.
     "light": Augment(flip="alternating", shift_px=4),
 }
 
@@ -36,7 +36,7 @@ AUGMENTS = {
 
 
 def flip_flags(flip: Flip, samples: Tensor, *, seed: int, epoch: int) -> Tensor:
-    """Which samples are mirrored.
+    """Which samples are flipped horizontally.
 
     Args:
         samples: (N,) int64, positions in the split: what makes a sample's draw its own.
@@ -75,7 +75,7 @@ def crop_boxes(
     Returns:
         (N, 4) float32 top, left, height, width in whole pixels, inside the image.
     """
-    # 0-dimensional on the CPU where all have one size: such tensors go with any device's.
+    # If all images have one size, these are 0-dimensional CPU tensors, which torch combines with tensors of any device.
     height, width = (size.T if isinstance(size, Tensor) else torch.tensor(size)).to(torch.float32)
     draws = counter.uniforms(counter.key(seed, _CROP, epoch), samples, 2 * _ATTEMPTS + 2)
     heights, widths, fits = _first_fitting(height, width, scale, ratio, draws[:, 2:])
@@ -159,7 +159,7 @@ def _hue_rotations(angles: Tensor) -> Tensor:
     to_yiq = torch.tensor([_GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)])
     back = torch.linalg.inv(to_yiq.to(torch.float64)).to(torch.float32).to(angles.device)
     to_yiq = to_yiq.to(angles.device)
-    # Both as sums of outer products: no product of two matrices on the device for what is nine numbers.
+    # Sums of outer products instead of a product of matrices, which would cost a launch on a GPU for nine numbers.
     luma, i, q = (back[:, k : k + 1] * to_yiq[k] for k in range(3))
     i_to_q, q_to_i = back[:, 2:] * to_yiq[1], back[:, 1:2] * to_yiq[2]
     cos, sin = torch.cos(angles)[:, None, None], torch.sin(angles)[:, None, None]
@@ -169,41 +169,42 @@ def _hue_rotations(angles: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------- changes
 
 
-def take(pixels: Tensor, samples: Tensor | None, mirrored: Tensor | None) -> Tensor:
-    """(n, H, W, 3) uint8: the samples (n,) of (N, H, W, 3) pixels, or all of them, flipped left to right where flagged.
+def take(pixels: Tensor, samples: Tensor | None, flips: Tensor | None) -> Tensor:
+    """(n, H, W, 3) uint8: the samples (n,) of (N, H, W, 3) pixels, or all of them, flipped
+    horizontally where flagged.
 
     On a CPU one pass of compiled code where there is a compiler.
     """
-    library = native.load() if mirrored is not None and pixels.device.type == "cpu" else None
-    if library is not None and mirrored is not None:
-        return native.gather(library, pixels, torch.arange(len(pixels)) if samples is None else samples, mirrored)
+    library = native.load() if flips is not None and pixels.device.type == "cpu" else None
+    if library is not None and flips is not None:
+        return native.gather(library, pixels, torch.arange(len(pixels)) if samples is None else samples, flips)
     taken = pixels if samples is None else pixels.index_select(0, samples)
-    return taken if mirrored is None else flip_where(taken, mirrored)
+    return taken if flips is None else flip_where(taken, flips)
 
 
 def flip_where(pixels: Tensor, flags: Tensor) -> Tensor:
-    """(N, H, W, 3) uint8 with the flagged samples mirrored left to right.
+    """(N, H, W, 3) uint8 with the flagged samples flipped horizontally.
 
     Both sides are made and one is picked: ten times as fast on a CPU as `torch.where`, and no wait for a count on a GPU.
     """
-    mirrored = pixels.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)  # seen as NCHW, torch has a fast kernel for it
-    both = torch.stack((pixels.flatten(1), mirrored.flatten(1)), dim=1).flatten(0, 1)
+    flipped = pixels.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)  # seen as NCHW, torch has a fast kernel for it
+    both = torch.stack((pixels.flatten(1), flipped.flatten(1)), dim=1).flatten(0, 1)
     picked = 2 * torch.arange(len(pixels), device=pixels.device) + flags
     return both.index_select(0, picked).view_as(pixels)
 
 
 def shift_pixels(pixels: Tensor, offsets: Tensor) -> Tensor:
-    """(N, H, W, 3) uint8 moved down and right by (N, 2) int64 ``offsets``, mirrored at the border."""
+    """(N, H, W, 3) uint8 moved down and right by (N, 2) int64 ``offsets``, reflected at the border."""
     n, height, width, _ = pixels.shape
-    rows = _mirrored(torch.arange(height, device=pixels.device) - offsets[:, :1], height)
-    columns = _mirrored(torch.arange(width, device=pixels.device) - offsets[:, 1:], width)
+    rows = _reflected(torch.arange(height, device=pixels.device) - offsets[:, :1], height)
+    columns = _reflected(torch.arange(width, device=pixels.device) - offsets[:, 1:], width)
     rows += torch.arange(n, device=pixels.device)[:, None] * height
     moved = pixels.flatten(0, 1).flatten(1).index_select(0, rows.flatten()).view(n, height, width * 3)
     bytes_ = (3 * columns[..., None] + torch.arange(3, device=pixels.device)).flatten(1)
     return moved.gather(2, bytes_[:, None].expand(-1, height, -1)).view_as(pixels)
 
 
-def _mirrored(index: Tensor, size: int) -> Tensor:
+def _reflected(index: Tensor, size: int) -> Tensor:
     """Reflect an index beyond 0..size - 1 back inside, not repeating the border: -1 -> 1."""
     period = max(2 * size - 2, 1)
     return (size - 1) - ((index % period) - (size - 1)).abs()

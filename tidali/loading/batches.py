@@ -130,11 +130,11 @@ class Batches:
         self._next_epoch()
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: where the consumer is, and what the order depends on."""
+        """The position of the next batch and all that the order depends on, as JSON values."""
         return {"epoch": self._epoch, "step": self._step, "order": self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position, also on another number of ranks where the batch over all of them is the same.
+        """Resume at a saved position. The number of ranks may differ if the batch over all ranks is the same.
 
         Raises:
             UsageError: the state is of another order; names the difference.

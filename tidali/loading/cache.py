@@ -21,8 +21,8 @@ class PixelCache:
     """A split's decoded images and its labels, on one device and in stored order."""
 
     pixels: Mapping[int, Tensor]
-    """(N, H, W, 3) uint8, contiguous: the stored images, under `ANY_SIDE`, where those are of one size; else squares by their
-    side in pixels."""
+    """(N, H, W, 3) uint8, contiguous. If all images have one size: the images, under `ANY_SIDE`. Otherwise: squares, under
+    their side in pixels."""
     labels: Tensor
     """(N,) int64."""
     identity: str

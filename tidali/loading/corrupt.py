@@ -13,11 +13,11 @@ from tidali.errors import DatasetError
 from tidali.loading.samples import SampleTable
 
 DEFAULT_SHARE = 0.001
-"""Of a split's samples that may be corrupt before the run fails: more is no accident, and wants repairing."""
+"""Of a split's samples that may be corrupt before the run fails: more than this is hardly an accident."""
 
 
 class CorruptSamples:
-    """Those of one split that are known by now."""
+    """The corrupt samples of one split that have been found so far."""
 
     def __init__(self, table: SampleTable, max_bad: int | None = None) -> None:
         """
@@ -33,7 +33,7 @@ class CorruptSamples:
         return len(self.positions)
 
     def add(self, position: int, reason: str, *, every_rank: bool = True) -> None:
-        """Name a sample, once.
+        """Record a sample and print a warning, the first time.
 
         Args:
             every_rank: other ranks do not read it, so this one has to name it.
@@ -48,7 +48,7 @@ class CorruptSamples:
         self._check()
 
     def merge(self, found: Iterable[Iterable[int]]) -> None:
-        """Take over what all ranks have found, which they have named.
+        """Add what all ranks have found. They have already printed it.
 
         Raises:
             DatasetError: more are corrupt than may be left out.

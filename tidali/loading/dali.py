@@ -31,8 +31,7 @@ Work = Literal["decode", "decode boxes", "resize boxes"]
 QUEUE_DEPTH = 3
 """Batches that DALI has in hand at once."""
 _MARGIN = 2
-"""Source pixels outside a box that its edge takes in, for each output pixel's width or, where pixels get more, for each pixel:
-the cubic's support on each side."""
+"""The cubic's support on each side of a box, in source pixels; times the scale where the image is reduced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ class Queued:
     part: Job
     """Its sound samples."""
     bad: dict[int, str]
-    """Why the others are not, by their number in the batch."""
+    """The others: number in the batch -> what is wrong."""
     starts: NDArray[np.int32] | None = None
     """(n, 2): top and left of each image's decoded part; None where that is all of it."""
     pixels: Any = None
@@ -128,7 +127,7 @@ class DaliDecoder:
             raise TidaliError(f"DALI cannot work here: {message_of(error)}; use --decoder cpu") from None
 
     def _fill_queue(self) -> None:
-        """DALI's first run is as many as its queue is long, and all of them have to be fed: batches of one pixel."""
+        """Run as many batches of one pixel as DALI's queue is long: its first run takes that many, and needs all of them."""
         file = io.BytesIO()
         Image.new("RGB", (1, 1)).save(file, "PNG")
         box = Job([], np.array([[0, 0, 1, 1]], np.float32), 1)
@@ -139,7 +138,7 @@ class DaliDecoder:
             self._pipe.outputs()
 
     def _feed(self, encoded: Sequence[memoryview], job: Job, sizes: NDArray[Any]) -> NDArray[np.int32] | None:
-        """The graph's inputs; gives where each image's decoded part starts, where that is a part."""
+        """Feed one batch. Returns the top and left of each image's decoded region, if only a region is decoded."""
         self._pipe.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
         if self._work == "decode" or job.boxes is None:
             return None
@@ -178,9 +177,9 @@ class DaliDecoder:
         return queued
 
     def _take_oldest(self) -> None:
-        """DALI gives batches in their order; whoever asks for a later one first leaves them here for the others."""
+        """Take DALI's next batch and keep it for whoever queued it: DALI returns batches in the order they were queued."""
         queued = self._queue.popleft()
-        with suppress(RuntimeError):  # it names one sample at best, and loses the batch
+        with suppress(RuntimeError):  # the message names one sample at best; `finish` decodes the batch another way
             (queued.pixels,) = self._pipe.outputs()
 
     def finish(self, job: Job, queued: Queued) -> tuple[Tensor, dict[int, str]]:
@@ -188,7 +187,7 @@ class DaliDecoder:
         while queued in self._queue:
             self._take_oldest()
         part, bad, starts, pixels = queued.part, queued.bad, queued.starts, queued.pixels
-        if pixels is None:  # the threads find out which samples are at fault, if there are any
+        if pixels is None:  # DALI failed: the threads find out which samples cannot be decoded, if any
             decoded, worse = self._threads.finish(part, self._threads.start(part))
             number_of = {place.position: number for number, place in enumerate(job.places)}
             return decoded.to(self._device), bad | {number_of[part.places[n].position]: why for n, why in worse.items()}
@@ -210,7 +209,7 @@ class DaliDecoder:
 
 
 def regions(boxes: np.ndarray, sizes: np.ndarray, res: int) -> tuple[np.ndarray, np.ndarray]:
-    """The whole pixels that resizing the boxes reads.
+    """The rectangles of whole pixels that a resize of the boxes reads.
 
     Args:
         boxes: (n, 4) float: top, left, height, width.

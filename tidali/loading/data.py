@@ -113,7 +113,7 @@ class Data:
         return frozenset(self._table(split)[1].positions)
 
     def share_corrupt(self) -> None:
-        """Tell all ranks what each has found corrupt. All of them have to call it, after the same batches.
+        """Exchange what each rank has found corrupt. All ranks have to call this after the same batch.
 
         Raises:
             DatasetError: more samples are corrupt than may be left out.

@@ -64,25 +64,25 @@ def make_axis(first: Tensor, weights: Tensor, size: int) -> Axis:
     return Axis(first.clamp(-weights.shape[2], size).to(torch.int32).contiguous(), weights)
 
 
-def gather(library: Any, pixels: Tensor, samples: Tensor, mirrored: Tensor) -> Tensor:
+def gather(library: Any, pixels: Tensor, samples: Tensor, flips: Tensor) -> Tensor:
     """
     Args:
         library: `load`'s.
         pixels: (N, H, W, 3) uint8.
         samples: (n,) int64, each in 0..N - 1.
-        mirrored: (n,) bool.
+        flips: (n,) bool.
 
     Returns:
-        (n, H, W, 3) uint8, those samples, mirrored left to right where flagged.
+        (n, H, W, 3) uint8, those samples, flipped horizontally where flagged.
     """
     n, (_, height, width, _) = len(samples), pixels.shape
-    assert (samples.dtype, mirrored.dtype, mirrored.shape) == (torch.int64, torch.bool, samples.shape)
+    assert (samples.dtype, flips.dtype, flips.shape) == (torch.int64, torch.bool, samples.shape)
     out = torch.empty(n, height, width, 3, dtype=torch.uint8)
-    assert all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in (pixels, samples, mirrored))
+    assert all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in (pixels, samples, flips))
 
     def run(begin: int, end: int) -> None:
         sizes = map(ctypes.c_int64, (begin, end, height, width))
-        library.tidali_gather(_pointer(pixels), *sizes, _pointer(samples), _pointer(mirrored), _pointer(out))
+        library.tidali_gather(_pointer(pixels), *sizes, _pointer(samples), _pointer(flips), _pointer(out))
 
     if n:
         in_parallel(run, n)

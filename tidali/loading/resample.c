@@ -106,21 +106,21 @@ static struct axis of_sample(struct axis a, int64_t sample, int64_t res) {
 }
 
 /* A row of pixels from right to left. Four bytes at a time where a fifth pixel's do no harm: the next pixel overwrites the fourth. */
-static void mirror_row(const uint8_t *source, int64_t width, uint8_t *out) {
+static void flip_row(const uint8_t *source, int64_t width, uint8_t *out) {
   const uint8_t *last = source + 3 * (width - 1);
   memcpy(out, last, 3);
   for (int64_t x = 1; x < width - 1; x++) memcpy(out + 3 * x, last - 3 * x, 4);
   memcpy(out + 3 * (width - 1), source, 3);
 }
 
-/* Images begin..end - 1 of `out` (n, height, width, 3): image i is number samples[i] of `pixels`, mirrored where mirrored[i]. */
+/* Images begin..end - 1 of `out` (n, height, width, 3): image i is number samples[i] of `pixels`, flipped where flips[i]. */
 void tidali_gather(const uint8_t *pixels, int64_t begin, int64_t end, int64_t height, int64_t width, const int64_t *samples,
-                   const uint8_t *mirrored, uint8_t *out) {
+                   const uint8_t *flips, uint8_t *out) {
   int64_t pitch = 3 * width, size = height * pitch;
   for (int64_t n = begin; n < end; n++) {
     const uint8_t *source = pixels + samples[n] * size;
-    if (mirrored[n])
-      for (int64_t y = 0; y < height; y++) mirror_row(source + y * pitch, width, out + n * size + y * pitch);
+    if (flips[n])
+      for (int64_t y = 0; y < height; y++) flip_row(source + y * pitch, width, out + n * size + y * pitch);
     else
       memcpy(out + n * size, source, size);
   }

@@ -60,7 +60,7 @@ class SampleTable:
         self._starts = np.array([0, *accumulate(shard.samples for shard in self.shards)])
         self._tars: dict[int, _Mapped] = {}
         self._mapping = Lock()
-        # numpy's: other threads must not write tensors that were made in torch's inference mode.
+        # numpy arrays, because other threads may not write to tensors that were created in torch's inference mode.
         self._labels, self._image_sizes = np.empty(info.samples, np.int64), np.empty((info.samples, 2), np.int32)
         self._offsets, self._sizes_bytes = np.empty(info.samples, np.int64), np.empty(info.samples, np.uint32)
         self._crc32s = np.empty(info.samples, np.uint32)
@@ -151,7 +151,7 @@ class _Mapped:
             raise OSError(ctypes.get_errno(), "mmap")
         self.address: int = address
         end = weakref.finalize(self, _libc().munmap, address, length)
-        end.atexit = False  # the process's end undoes it, and whoever still reads is not cut off before
+        end.atexit = False  # at exit the kernel unmaps it, after whoever still reads it
         self.view = memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B").toreadonly()
 
 

@@ -125,7 +125,7 @@ class ShardSource:
         self.identity = table.identity
         self.takes_boxes = self.size is None
         self.reads_all = False
-        """Every rank reads every sample, so that one of them names what is corrupt."""
+        """Every rank reads every sample, so only the main rank prints which are corrupt."""
         threads = num_threads or rank_threads()
         self._decoder: Any = ThreadDecoder(table, kernel, threads)
         if choose_decoder(decoder, device, self.size) == "dali":
