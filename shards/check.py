@@ -206,8 +206,8 @@ def _check_member(name: str, tar: mmap.mmap, member: _Member, end: int, decode: 
         except Unusable as error:
             yield Fault(name, f"the image does not decode: {error}", key=member.key, offset=part.offset)
         else:
-            if (image.height, image.width) != member.display_size:
-                text = f"the image is {image.height} x {image.width}, its record says {member.display_size}"
+            if image.size != member.display_size:
+                text = f"the image is {image.size[0]} x {image.size[1]}, its record says {member.display_size}"
                 yield Fault(name, text, key=member.key, offset=part.offset)
 
 

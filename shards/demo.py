@@ -6,8 +6,8 @@ those are the same in every numpy and on every machine, where `sin` or a normal 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +24,10 @@ from tidali.errors import UsageError
 EDGE_PX = 64
 JPEG_QUALITY = 90  # about 1.9 KB an image, near Tiny-ImageNet's
 
-Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
-Texture = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Drawing = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Each takes coordinates (64, 64) float64 in units of the figure's size and gives the distance from its edge, positive inside.
-SHAPES: dict[str, Shape] = {
+SHAPES: dict[str, Drawing] = {
     "disc": lambda x, y: 1 - np.sqrt(x * x + y * y),
     "square": lambda x, y: 0.85 - np.maximum(abs(x), abs(y)),
     "triangle": lambda x, y: np.minimum(0.75 - y, 0.5 * y + 0.5 - 0.87 * abs(x)),
@@ -38,7 +37,7 @@ SHAPES: dict[str, Shape] = {
 
 # Each returns where the figure's second colour goes: 0..1. No texture is another's mirror image, because training flips images
 # at random.
-TEXTURES: dict[str, Texture] = {
+TEXTURES: dict[str, Drawing] = {
     "plain": lambda x, y: np.zeros_like(x),
     "banded": lambda x, y: _every(y, 3),
     "striped": lambda x, y: _every(x, 3),
@@ -97,7 +96,7 @@ class DemoSource:
         classes = demo_classes(self.classes)
         splits = {
             "train": self._items(classes, "train", self.per_class),
-            "val": self._items(classes, "val", self.val_per_class),
+            "val": self._items(classes, "val", max(5, self.per_class // 5)),
         }
         return Scan(
             name="demo",
@@ -105,13 +104,9 @@ class DemoSource:
             classes=classes,
             splits=splits,
             ignored_files=0,
-            reader=DemoReader(self.seed),
+            reader=self,
             fingerprint=fingerprint(splits),
         )
-
-    @property
-    def val_per_class(self) -> int:
-        return max(5, self.per_class // 5)
 
     def _items(self, classes: tuple[ClassName, ...], split: str, per_class: int) -> list[Item]:
         first = self.per_class if split == "val" else 0
@@ -121,16 +116,9 @@ class DemoSource:
             for n in range(per_class)
         ]
 
-
-@dataclass(frozen=True)
-class DemoReader:
-    """Draws an item when it is read, that is in the packer's workers."""
-
-    seed: int
-
-    @contextmanager
-    def open(self) -> Iterator[Read]:
-        yield self._read
+    def open(self) -> nullcontext[Read]:
+        """Items are drawn when they are read, that is in the packer's workers."""
+        return nullcontext(self._read)
 
     def _read(self, item: Item, limit_bytes: int) -> bytes:
         assert item.label is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tidali.errors import TidaliError, UsageError
-from tidali.files import file_digest, lock, sync_and_rename
+from tidali.files import file_digest, lock, sync
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -65,7 +65,8 @@ def download(
             if there != md5:
                 partial.unlink()
                 raise TidaliError(f"{url}: what arrived has MD5 {there}, not {md5}; removed it. Try again, or another --url")
-            sync_and_rename(partial, path)
+            sync(partial)
+            partial.replace(path)
     except OSError as error:
         raise TidaliError(
             f"{error.filename or dest}: {error.strerror or error}; fix that and run the same command again to resume"

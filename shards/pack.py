@@ -15,18 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from shards.executor import default_workers, run_tasks, start_early
-from shards.manifest import build_manifest
 from shards.plan import PackSettings, Plan, make_plan
+from shards.record import build_manifest
 from shards.scan import Scan, Source
-from shards.store import PARTIAL_SUFFIX, Store, open_store
-from shards.write import QUARANTINE, ImageOptions, ShardResult, finish_shard
+from shards.store import Store, open_store
+from shards.write import QUARANTINE, ShardResult, finish_shard
 from tidali.dataset.contract import MANIFEST_NAME, Manifest
 from tidali.dataset.remote import is_remote
 from tidali.dataset.shard_bytes import label_digits
 from tidali.errors import TidaliError, UsageError
+from tidali.files import TEMPORARY_SUFFIX
 
 PLAN_NAME = ".tidali-plan.json"
-_OURS = re.compile(r"(train|val|heldout|test)-\d{6,}\.(tar|idx|json)(\.\d+\.part)?|(dataset|\.tidali-plan)\.json\.\d+\.part")
+_SHARD_FILE = r"(train|val|heldout|test)-\d{6,}\.(tar|idx|json)"
+# Temporary files of any process and, with Ray, of any machine: the packer that removes them holds the folder's lock.
+_OURS = re.compile(rf"{_SHARD_FILE}|\.*({_SHARD_FILE}|(dataset|tidali-plan)\.json)\..*{re.escape(TEMPORARY_SUFFIX)}")
 
 # Below this a pool costs more than it saves: its workers take about 0.4 s to start, one core packs that many in that time.
 _SMALL_JOB_SAMPLES = 4000
@@ -147,7 +150,7 @@ def _write_shards(
         finish_shard,
         store=store,
         reader=scan.reader,
-        options=ImageOptions(max_pixels=settings.max_pixels, size_px=settings.size_px, kernel=settings.kernel),
+        settings=settings,
         plan_id=plan.id,
         digits=label_digits(len(plan.classes)),
     )
@@ -184,7 +187,7 @@ def _claim(store: Store, plan: Plan, *, overwrite: bool) -> None:
     The plan stays until the manifest is there: it is how a second run knows what the first one was doing.
     """
     there = _existing_plan(store)
-    if there is None and any(not name.endswith(PARTIAL_SUFFIX) or not _OURS.fullmatch(name) for name in store.names()):
+    if there is None and any(not name.endswith(TEMPORARY_SUFFIX) or not _OURS.fullmatch(name) for name in store.names()):
         raise UsageError(f"{store.location}: not empty and no data set; choose another DEST")
     ours = {"source": dict(plan.source), "settings": dict(plan.settings)}
     different = there is not None and there != ours
@@ -233,7 +236,7 @@ def _sweep(store: Store, plan: Plan) -> tuple[str, ...]:
     stale = [name for name in store.names() if _OURS.fullmatch(name) and name not in expected]
     for name in stale:
         store.remove(name)
-    return tuple(name for name in stale if not name.endswith(PARTIAL_SUFFIX))
+    return tuple(name for name in stale if not name.endswith(TEMPORARY_SUFFIX))
 
 
 def _refuse_empty_train(store: Store, manifest: Manifest) -> None:
@@ -245,7 +248,7 @@ def _refuse_empty_train(store: Store, manifest: Manifest) -> None:
 
 def _finish(store: Store, manifest: Manifest) -> None:
     expected = {entry.file for entry in manifest.quarantine}
-    for name in store.names_in(QUARANTINE):
+    for name in store.names(QUARANTINE):
         if f"{QUARANTINE}/{name}" not in expected:
             store.remove(f"{QUARANTINE}/{name}")
     text = manifest.to_json().encode()

@@ -121,7 +121,7 @@ class Plan:
 
 
 def plan_id(source: Mapping[str, Any], settings: Mapping[str, Any], classes: Sequence[ClassName]) -> str:
-    """Digest of what a pack depends on. Each shard's record holds it: so that no shard of another plan is kept."""
+    """Digest of what a pack depends on. Each shard's record holds it, so that no shard of another plan is kept."""
     parts = [source, settings, [asdict(class_) for class_ in classes]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -202,16 +202,12 @@ def _hold_out(splits: Mapping[str, list[Item]], settings: PackSettings) -> dict[
 
 
 def _chunks(samples: Sequence[PlannedSample], settings: PackSettings, digits: int) -> Iterator[tuple[PlannedSample, ...]]:
-    if settings.shard_samples is not None:
-        for start in range(0, len(samples), settings.shard_samples):
-            yield tuple(samples[start : start + settings.shard_samples])
-        return
-    assert settings.shard_size_bytes is not None
+    limit_bytes = (settings.shard_size_bytes or 1 << 62) - 2 * BLOCK_BYTES  # without the end of the archive
     chunk: list[PlannedSample] = []
     size_bytes = 0
     for sample in samples:
         sample_bytes = _blocks(sample.item.size_bytes) + (_blocks(digits) if sample.item.label is not None else 0)
-        if chunk and size_bytes + sample_bytes > settings.shard_size_bytes - 2 * BLOCK_BYTES:
+        if chunk and (len(chunk) == settings.shard_samples or size_bytes + sample_bytes > limit_bytes):
             yield tuple(chunk)
             chunk, size_bytes = [], 0
         chunk.append(sample)

@@ -26,21 +26,17 @@ def run_tasks_on_ray(job: Callable[[T], R], tasks: Sequence[T], workers: int | N
     except ImportError:
         raise TidaliError("--executor ray needs Ray; pip install 'tidali[ray]'") from None
     ours = not ray.is_initialized()
-    if ours:
-        _start(ray, workers)
+    try:
+        if ours:
+            cluster: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+            ray.init(log_to_driver=False, logging_level="error", **cluster)
+    except Exception as error:  # Ray has no common base of its errors
+        raise TidaliError(f"Ray does not start: {error}") from None
     try:
         yield from _run(ray, job, tasks)
     finally:
         if ours:
             ray.shutdown()
-
-
-def _start(ray: Any, workers: int | None) -> None:
-    try:
-        cluster: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(log_to_driver=False, logging_level="error", **cluster)
-    except Exception as error:  # Ray has no common base of its errors
-        raise TidaliError(f"Ray does not start: {error}") from None
 
 
 def _run(ray: Any, job: Callable[[T], R], tasks: Sequence[T]) -> Iterator[tuple[int, R]]:

@@ -1,23 +1,28 @@
-"""A shard's record: what is known of its samples, and what the manifest needs of it. Makes a resume and `verify` cheap."""
+"""Shard records, which describe each sample, and the manifest that follows from them, when packing and when verifying.
+
+From a record, resuming and `verify` know a shard's samples without decoding them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tidali.dataset.contract import Quarantined, Shard
+from tidali.dataset.contract import ClassName, Manifest, Quarantined, Shard, Split
 
 _SEAL = b',"checksum":"'
+_Channels = tuple[float, float, float]
 _QUARANTINED_FIELDS = tuple(field.name for field in fields(Quarantined))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardSummary:
-    """A shard as the manifest needs it. Holds nothing a sample, so that the packer's memory does not grow with them."""
+    """What the manifest states of a shard. It has no entry per sample, so the packer's memory does not grow."""
 
     split: str
     plan_id: str
@@ -74,3 +79,68 @@ def summarise(stem: str, sealed: bytes, record: Mapping[str, Any]) -> ShardSumma
         square_sums=tuple(record["square_sums"]),
         quarantined=tuple(Quarantined(**{f: entry[f] for f in _QUARANTINED_FIELDS}) for entry in record["quarantined"]),
     )
+
+
+# ------------------------------------------------------------------------------------------------------------------- manifest
+
+
+def build_manifest(
+    summaries: Sequence[ShardSummary],
+    *,
+    classes: tuple[ClassName, ...],
+    labelled: Mapping[str, bool],
+    source: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> Manifest:
+    """``labelled`` names the splits, in order, and whether each has labels. Summaries are in shard order."""
+    mean, std = mean_std([summary for summary in summaries if summary.split == "train"])
+    return Manifest(
+        classes=classes,
+        splits={
+            name: _split(name, has_labels, len(classes), [s for s in summaries if s.split == name])
+            for name, has_labels in labelled.items()
+        },
+        mean=mean,
+        std=std,
+        quarantine=tuple(entry for summary in summaries for entry in summary.quarantined),
+        counts=_total(summary.counts for summary in summaries),
+        source=source,
+        settings=settings,
+        versions=versions,
+    )
+
+
+def _split(name: str, labelled: bool, num_classes: int, summaries: Sequence[ShardSummary]) -> Split:
+    per_class = _total(summary.class_counts for summary in summaries)
+    return Split(
+        name=name,
+        labelled=labelled,
+        samples=sum(summary.shard.samples for summary in summaries),
+        class_counts=tuple(per_class.get(label, 0) for label in range(num_classes)) if labelled else (),
+        image_sizes=_total(summary.image_sizes for summary in summaries),
+        extensions=_total(summary.extensions for summary in summaries),
+        shards=tuple(summary.shard for summary in summaries),
+    )
+
+
+def _total(counts: Any) -> dict[Any, int]:
+    total: Counter[Any] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(sorted(total.items()))
+
+
+def mean_std(summaries: Sequence[ShardSummary]) -> tuple[_Channels, _Channels]:
+    """Of each RGB channel over every pixel, on a 0..1 scale; zeros where there is no pixel.
+
+    The sums are exact integers, so neither the order of shards nor the number of workers can show in the result.
+    """
+    pixels = sum(summary.pixels for summary in summaries)
+    means, stds = [0.0] * 3, [0.0] * 3
+    for channel in range(3 if pixels else 0):
+        total = sum(summary.sums[channel] for summary in summaries)
+        squares = sum(summary.square_sums[channel] for summary in summaries)
+        means[channel] = total / (255 * pixels)
+        stds[channel] = math.sqrt(pixels * squares - total * total) / (255 * pixels)
+    return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])

@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol
 from shards.zip_directory import Member, read_directory
 from tidali.errors import TidaliError, UsageError
 from tidali.files import printable
+
+_TEXT_BYTES_LIMIT = 1 << 28
 
 
 class Item(NamedTuple):
@@ -37,7 +39,6 @@ class Unreadable(Exception):
 
     def __init__(self, reason: str, data: bytes = b"") -> None:
         super().__init__(reason)
-        self.reason = reason
         self.data = data
 
 
@@ -60,7 +61,6 @@ class Listing:
     items: list[Item]
     folders: set[str]
     """Every folder, empty ones included."""
-    read_text: Callable[[str], str]
     reader: FolderReader | ZipReader
 
     def inside(self, folder: str) -> Listing:
@@ -70,9 +70,23 @@ class Listing:
             location=f"{self.location}/{folder}",
             items=[Item(name[len(prefix) :], size_bytes, where) for name, size_bytes, where, _ in self.items],
             folders={name[len(prefix) :] for name in self.folders if name.startswith(prefix)},
-            read_text=lambda name: self.read_text(prefix + name),
             reader=self.reader.inside(folder),
         )
+
+    def read_text(self, name: str) -> str:
+        """
+        Raises:
+            UsageError: the file cannot be read, is damaged, or is not UTF-8.
+        """
+        item = next(item for item in self.items if item.name == name)
+        try:
+            with self.reader.open() as read:
+                return read(item, _TEXT_BYTES_LIMIT).decode("utf-8-sig")
+        except TidaliError as error:
+            raise UsageError(str(error)) from None
+        except (Unreadable, UnicodeDecodeError) as error:
+            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
+            raise UsageError(f"{self.location}/{name}: {reason}") from None
 
 
 def list_source(path: Path) -> Listing:
@@ -113,15 +127,7 @@ def _list_folder(root: Path) -> Listing:
             folders.add(name)
         elif stat.S_ISREG(status.st_mode):
             items.append(Item(name, status.st_size))
-
-    def read_text(name: str) -> str:
-        try:
-            data = (root / name).read_bytes()
-        except OSError as error:
-            raise UsageError(f"{root}/{name}: {error.strerror}") from None
-        return _decode_text(data, f"{root}/{name}")
-
-    return Listing(location=str(root), items=items, folders=folders, read_text=read_text, reader=FolderReader(str(root)))
+    return Listing(location=str(root), items=items, folders=folders, reader=FolderReader(str(root)))
 
 
 def _walk(folder: str, prefix: str, above: set[str]) -> Iterator[tuple[str, os.stat_result]]:
@@ -156,9 +162,8 @@ class FolderReader:
     def inside(self, folder: str) -> FolderReader:
         return FolderReader(f"{self.root}/{folder}")
 
-    @contextmanager
-    def open(self) -> Iterator[Read]:
-        yield self._read
+    def open(self) -> nullcontext[Read]:
+        return nullcontext(self._read)
 
     def _read(self, item: Item, limit_bytes: int) -> bytes:
         path = os.path.join(self.root, item.name)
@@ -179,13 +184,8 @@ class FolderReader:
 _LOCAL_HEADER_BYTES = 30  # APPNOTE.TXT 4.3.7: fixed part; then the name and the extra field, whose lengths it holds
 _EXTRA_GUESS_BYTES = 256  # name and extra field are nearly always shorter, so that one read fetches header and data
 _ENCRYPTED = 0x1 | 0x40  # APPNOTE.TXT 4.4.4, bits 0 and 6
-_SIGNS_OF_HOSTILE_NAMES = (
-    "..",
-    "\\",
-    ":",
-    "\n/",
-    "\n\n",
-)  # in the names, one per line; `_refuse_hostile` decides whether a name with one is hostile
+# Looked for in the names, one per line; `_refuse_hostile` decides whether a name with one of them is hostile.
+_SIGNS_OF_HOSTILE_NAMES = ("..", "\\", ":", "\n/", "\n\n")
 
 
 def _list_zip(path: Path) -> Listing:
@@ -217,16 +217,7 @@ def _list_zip(path: Path) -> Listing:
         if not name.endswith("/"):
             items.append(Item(name, size_bytes, (header_offset, stored_bytes, method, crc32)))
     reader = ZipReader(str(path), status.st_size, status.st_mtime_ns)
-    by_name = {item.name: item for item in items if item.name.endswith(".txt")}
-
-    def read_text(name: str) -> str:
-        with reader.open() as read:
-            try:
-                return _decode_text(read(by_name[name], 1 << 28), f"{path}:{name}")
-            except Unreadable as error:
-                raise UsageError(f"{path}:{name}: {error.reason}") from None
-
-    return Listing(location=str(path), items=items, folders=folders, read_text=read_text, reader=reader)
+    return Listing(location=str(path), items=items, folders=folders, reader=reader)
 
 
 def _parents(name: str, known: set[str]) -> Iterator[str]:
@@ -309,10 +300,3 @@ def _inflate(stored: bytes, size_bytes: int) -> bytes:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(stored, size_bytes + 1)
     except zlib.error as error:
         raise Unreadable(f"damaged zip: {error}") from None
-
-
-def _decode_text(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UsageError(f"{where}: not UTF-8 text") from None

@@ -11,9 +11,7 @@ from pathlib import Path
 
 from tidali.dataset.remote import filesystem, is_remote, reached
 from tidali.errors import UsageError
-from tidali.files import lock, replacing, sync_folder
-
-PARTIAL_SUFFIX = ".part"
+from tidali.files import lock, replacing, sync
 
 
 def open_store(location: str | Path) -> Store:
@@ -37,7 +35,7 @@ def local_copy(location: str) -> Iterator[Path]:
         folders = [name for name in names if "." not in name]
         store.fetch(folder, [name for name in names if name not in folders])
         for inner in folders:
-            store.fetch(folder, [f"{inner}/{name}" for name in store.names_in(inner)])
+            store.fetch(folder, [f"{inner}/{name}" for name in store.names(inner)])
         yield folder
 
 
@@ -78,12 +76,8 @@ class LocalStore:
                 raise UsageError(f"{self.root}: Permission denied; choose another DEST")
             yield
 
-    def names(self) -> list[str]:
-        """Names directly in the store: files and folders, not what is in the folders."""
-        return sorted(os.listdir(self.root))
-
-    def names_in(self, folder: str) -> list[str]:
-        """Names in one of its folders; empty if there is no such folder."""
+    def names(self, folder: str = "") -> list[str]:
+        """Names of the files and folders directly in the store, or in one of its folders; empty if there is no such folder."""
         path = self.root / folder
         return sorted(os.listdir(path)) if path.is_dir() else []
 
@@ -97,7 +91,7 @@ class LocalStore:
     def publish(self, name: str, data: bytes) -> None:
         """Write a file that appears whole or not at all, and survives a power cut once this returns."""
         publish_bytes(self.root / name, data)
-        sync_folder(self.root)
+        sync(self.root)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it exists."""
@@ -115,20 +109,10 @@ class LocalStore:
         """Copy files of a workspace into the store, in this order. Here the workspace is the store."""
 
 
-def partial_path(path: Path) -> Path:
-    """A shard's file name while it is written.
-
-    Unlike `tidali.files.temporary_path` it does not contain the machine: the next run, which holds the lock, removes all of
-    them, also those of Ray's workers on other machines. It contains the process's id: a worker that outlives its killed packer
-    for a moment must not write into the file of its successor.
-    """
-    return path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
-
-
 def publish_bytes(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all. `sync_folder` is left to the caller, once for several files."""
-    with replacing(path, partial_path(path)) as partial:
-        partial.write_bytes(data)
+    """Write a file that appears whole or not at all. Flushing the folder is left to the caller, once for several files."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 # --------------------------------------------------------------------------------------------------------------------- remote
@@ -148,10 +132,7 @@ class RemoteStore:
     def locked(self) -> Iterator[None]:
         yield
 
-    def names(self) -> list[str]:
-        return self.names_in("")
-
-    def names_in(self, folder: str) -> list[str]:
+    def names(self, folder: str = "") -> list[str]:
         with reached(self.url) as (fs, root):
             fs.invalidate_cache()
             path = f"{root}/{folder}".rstrip("/")

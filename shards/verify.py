@@ -13,12 +13,12 @@ from typing import Any
 
 from shards.check import Fault, ShardCheck, check_shard
 from shards.executor import default_workers, run_tasks
-from shards.manifest import build_manifest
 from shards.pack import PLAN_NAME
 from shards.plan import plan_id
-from shards.store import PARTIAL_SUFFIX
+from shards.record import build_manifest
 from tidali.dataset.contract import MANIFEST_NAME, Manifest, Shard, manifest_text
 from tidali.errors import DatasetError
+from tidali.files import TEMPORARY_SUFFIX
 
 _REPACK = "pack the source again into this folder: correct shards are kept"
 _REPACK_ANEW = f"{_REPACK}, with --overwrite"  # a manifest with other content belongs to another pack
@@ -90,7 +90,7 @@ def _extra_files(root: Path, manifest: Manifest) -> Iterator[Fault]:
     known = {name for split in manifest.splits.values() for shard in split.shards for name, _, _ in shard.files}
     for path in sorted(root.iterdir()):
         name = path.name
-        if name == PLAN_NAME or name.endswith(PARTIAL_SUFFIX):
+        if name == PLAN_NAME or name.endswith(TEMPORARY_SUFFIX):
             yield Fault(name, "left by a packer that did not finish", "run the same 'tidali shard' command again")
         elif _SHARD_FILE.fullmatch(name) and name not in known:
             yield Fault(name, "is in no split of the manifest", "remove it, or pack again if the manifest is what is wrong")

@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 
 from shards.images import Inspected, Unusable, inspect
 from shards.pixels import ChannelSums
-from shards.plan import ShardTask
+from shards.plan import PackSettings, ShardTask
 from shards.record import ShardSummary, seal, summarise, unseal
 from shards.source import Item, Reader, Unreadable
-from shards.store import Store, partial_path, publish_bytes
+from shards.store import Store, publish_bytes
 from tidali.dataset.contract import Quarantined
 from tidali.dataset.shard_bytes import (
     BLOCK_BYTES,
@@ -28,7 +28,7 @@ from tidali.dataset.shard_bytes import (
     safe_key,
 )
 from tidali.errors import TidaliError
-from tidali.files import file_digest, printable, replacing, sync_folder
+from tidali.files import file_digest, printable, replacing, sync
 
 QUARANTINE = "quarantine"
 
@@ -36,19 +36,6 @@ QUARANTINE = "quarantine"
 # larger is not read, so that neither a zip bomb nor a film named .jpg fills the memory.
 _BYTES_PER_PIXEL_LIMIT = 4
 _METADATA_BYTES_LIMIT = 1 << 26
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageOptions:
-    """Options of `inspect`, for every image."""
-
-    max_pixels: int
-    size_px: int | None
-    kernel: str
-
-    @property
-    def file_bytes_limit(self) -> int:
-        return _BYTES_PER_PIXEL_LIMIT * self.max_pixels + _METADATA_BYTES_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +48,7 @@ class ShardResult:
 
 
 def finish_shard(
-    task: ShardTask, *, store: Store, reader: Reader, options: ImageOptions, plan_id: str, digits: int
+    task: ShardTask, *, store: Store, reader: Reader, settings: PackSettings, plan_id: str, digits: int
 ) -> ShardResult:
     """Make sure that the task's shard is in the store: keep one that is correct in every byte, else write it.
 
@@ -77,7 +64,7 @@ def finish_shard(
             kept = None if there is None else _finished(task, there, store, folder, plan_id)
             if kept is not None:
                 return ShardResult("kept", kept)
-            record = _write(task, folder, reader, options, plan_id, digits)
+            record = _write(task, folder, reader, settings, plan_id, digits)
             names = [entry["file"] for entry in record["quarantined"]]
             store.commit(folder, [*names, tar_name, index_name, record_name])
             repaired = there is not None and not _is_of_another_plan(there, plan_id)
@@ -90,16 +77,17 @@ def finish_shard(
 # ---------------------------------------------------------------------------------------------------------------------- write
 
 
-def _write(task: ShardTask, folder: Path, reader: Reader, options: ImageOptions, plan_id: str, digits: int) -> dict[str, Any]:
+def _write(task: ShardTask, folder: Path, reader: Reader, settings: PackSettings, plan_id: str, digits: int) -> dict[str, Any]:
     path = folder / task.file_names[0]
-    with reader.open() as read, replacing(path, partial_path(path)) as partial, open(partial, "wb", buffering=1 << 20) as tar:
+    limit_bytes = _BYTES_PER_PIXEL_LIMIT * settings.max_pixels + _METADATA_BYTES_LIMIT
+    with reader.open() as read, replacing(path) as temporary, open(temporary, "wb", buffering=1 << 20) as tar:
         shard = _OpenShard(task, folder, digits, tar)
         for ordinal, item in task.samples:
             key = safe_key(ordinal, item.name)
             data = b""
             try:
-                data = read(item, options.file_bytes_limit)
-                image = inspect(data, max_pixels=options.max_pixels, size_px=options.size_px, kernel=options.kernel)
+                data = read(item, limit_bytes)
+                image = inspect(data, max_pixels=settings.max_pixels, size_px=settings.size_px, kernel=settings.kernel)
             except (Unreadable, Unusable) as error:
                 shard.quarantine(key, item, str(error), getattr(error, "data", data))
             else:
@@ -152,8 +140,8 @@ class _OpenShard:
                 "offset": components[0].offset,
                 "size_bytes": len(image.data),
                 "crc32": zlib.crc32(image.data),
-                "height": image.height,
-                "width": image.width,
+                "height": image.size[0],
+                "width": image.size[1],
             }
         )
         if image.flags:
@@ -173,7 +161,7 @@ class _OpenShard:
     def publish(self, plan_id: str) -> dict[str, Any]:
         """After the tar, its index and its record: the record, last, says that the shard is complete."""
         if self.quarantined:
-            sync_folder(self.folder / QUARANTINE)
+            sync(self.folder / QUARANTINE)
         index = format_index(self.index).encode()
         sums, square_sums = self.channels.sums()
         record = {
@@ -191,7 +179,7 @@ class _OpenShard:
         _, index_name, record_name = self.task.file_names
         publish_bytes(self.folder / index_name, index)
         publish_bytes(self.folder / record_name, seal(record))
-        sync_folder(self.folder)
+        sync(self.folder)
         return record
 
 

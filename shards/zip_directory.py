@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
+from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +32,9 @@ _ENTRY = struct.Struct("<4s4xHH4xLLLHHH4xLL")  # signature, flags, method, CRC, 
 _END = struct.Struct("<4s6xHLLH")  # signature, entries, size and offset of the directory, length of the comment
 _END_64 = struct.Struct("<4s28xQQQ")
 _LOCATOR_64 = struct.Struct("<4s4xQ4x")
+_FIELDS = attrgetter(  # of a `zipfile.ZipInfo`, those of a `Member` in its order
+    "filename", "flag_bits", "compress_type", "CRC", "compress_size", "file_size", "external_attr", "header_offset"
+)
 _UTF8_NAME = 0x800
 _BEYOND_32_BITS = 0xFFFFFFFF
 
@@ -40,26 +45,11 @@ def read_directory(path: Path) -> list[Member]:
     Raises:
         OSError, zipfile.BadZipFile, NotImplementedError, ValueError: as `zipfile.ZipFile` does.
     """
-    try:
-        members = _read_plain(path)
-    except (struct.error, UnicodeDecodeError):
-        members = None
-    if members is not None:
-        return members
+    with suppress(struct.error, UnicodeDecodeError):
+        if (members := _read_plain(path)) is not None:
+            return members
     with zipfile.ZipFile(path) as archive:
-        return [
-            Member(
-                info.filename,
-                info.flag_bits,
-                info.compress_type,
-                info.CRC,
-                info.compress_size,
-                info.file_size,
-                info.external_attr,
-                info.header_offset,
-            )
-            for info in archive.infolist()
-        ]
+        return [Member(*_FIELDS(info)) for info in archive.infolist()]
 
 
 def _read_plain(path: Path) -> list[Member] | None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from tidali.errors import TidaliError
 
+TEMPORARY_SUFFIX = ".part"
+
 
 def cache_folder() -> Path:
     """Where everything is kept that can be downloaded or built again: ``$TIDALI_CACHE``, else ``$XDG_CACHE_HOME/tidali``, else
@@ -50,45 +52,32 @@ def write_atomically(path: Path, content: bytes) -> None:
         remove_left_over(path.parent, glob.escape(path.name))
         with replacing(path) as temporary:
             temporary.write_bytes(content)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise TidaliError(f"{path}: cannot be written ({error.strerror}); the previous file is untouched") from None
 
 
 @contextmanager
-def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to. After the block the file is flushed to the disk and renamed to ``path``; if the block
     fails it is removed, and what was at ``path`` stays.
 
-    The rename survives a power cut only once `sync_folder` has been called, which one call does for several files.
-
-    Args:
-        path: the final name.
-        temporary: another temporary path than `temporary_path`'s, in the same folder.
+    The rename survives a power cut only once the folder is flushed too, see `sync`: one call does it for several files.
     """
-    temporary = temporary or temporary_path(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
-        sync_and_rename(temporary, path)
+        sync(temporary)  # before the rename: after a power cut a file with this name must be whole
+        temporary.replace(path)
     except BaseException:
         with suppress(OSError):  # on a read-only disk, or if the name is too long, removing fails as writing did
             temporary.unlink()
         raise
 
 
-def sync_and_rename(temporary: Path, path: Path) -> None:
-    """Flush a file's content to the disk, then rename it. The order matters: after a power cut a renamed file must be whole."""
-    _sync(temporary, os.O_RDONLY)
-    os.replace(temporary, path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
+def sync(path: Path) -> None:
+    """Flush a file's content to the disk, or a folder's list of names, so that it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -98,13 +87,14 @@ def _sync(path: Path, flags: int) -> None:
 def temporary_path(path: Path) -> Path:
     """A file's name while it is written. It contains the machine, the thread and the process, so that two writers of the same
     file never share a temporary file."""
-    return path.with_name(f".{path.name}.{platform.node()}.{threading.get_native_id()}.{os.getpid()}.tmp")
+    writer = f"{platform.node()}.{threading.get_native_id()}.{os.getpid()}"
+    return path.with_name(f".{path.name}.{writer}{TEMPORARY_SUFFIX}")
 
 
 def remove_left_over(folder: Path, pattern: str = "*") -> None:
     """Remove the temporary files of killed processes of this machine: each saved state of a training run takes 134 MB."""
-    for left in folder.glob(f".{pattern}.{glob.escape(platform.node())}.*.tmp"):
-        process = left.name.removesuffix(".tmp").rpartition(".")[2]
+    for left in folder.glob(f".{pattern}.{glob.escape(platform.node())}.*{TEMPORARY_SUFFIX}"):
+        process = left.name.removesuffix(TEMPORARY_SUFFIX).rpartition(".")[2]
         if process.isdecimal() and not _runs(int(process)):
             left.unlink(missing_ok=True)
 

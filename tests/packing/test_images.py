@@ -155,7 +155,7 @@ def test_usable(make: Any, name: str) -> None:
     assert (got.data == source) == stored.endswith("kept")
     expected = upright_rgb(source) if "16-bit" not in name else upright_rgb(got.data)
     assert np.array_equal(upright_rgb(got.data), expected), "the stored pixels are the source's"
-    assert (got.height, got.width) == expected.shape[:2]
+    assert got.size == expected.shape[:2]
     assert np.array_equal(np.sort(got.rgb.reshape(-1, 3), axis=0), np.sort(expected.reshape(-1, 3), axis=0))
 
 
@@ -187,7 +187,7 @@ def test_damage_is_usable_or_unusable(make: Any, cut: int, flips: list[int], kin
         got = look(damaged)
     except Unusable:
         return
-    assert upright_rgb(got.data).shape == (got.height, got.width, 3)
+    assert upright_rgb(got.data).shape == (*got.size, 3)
 
 
 def damageable(make: Any, kind: str) -> bytes:
@@ -296,7 +296,7 @@ def test_kernels_differ_and_keep_flat_colour(make: Any) -> None:
 def test_resized_images_are_square_jpegs(make: Any, name: str) -> None:
     source = USABLE[name][0](make)
     got = look(source, size_px=56, kernel="pil")
-    assert (got.extension, got.height, got.width) == ("jpg", 56, 56)
+    assert (got.extension, got.size) == ("jpg", (56, 56))
     assert "resized" in got.flags
     assert "reencoded" not in got.flags
     wanted = Image.fromarray(upright_rgb(source)).resize((56, 56), Image.Resampling.BICUBIC)

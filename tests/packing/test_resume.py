@@ -313,6 +313,8 @@ def test_shards_without_manifest_or_plan_are_not_ours(make: Any, source: Path, p
 def test_left_over_shards_are_removed_and_named(make: Any, source: Path, packed: Path, unbroken: Any, contents: Any) -> None:
     (packed / "train-000099.tar").write_bytes(b"x")
     (packed / "train-000001.tar.4711.part").write_bytes(b"x")
+    (packed / ".train-000001.tar.another-machine.12.4711.part").write_bytes(b"x")
+    (packed / "..tidali-plan.json.another-machine.12.4711.part").write_bytes(b"x")
     (packed / "quarantine" / "train-x.bin").write_bytes(b"x")
     (packed / "notes.txt").write_bytes(b"mine")
     report = make.pack(source, packed, shard_samples=8)

@@ -244,12 +244,13 @@ def test_what_cannot_be_looked_at_is_refused_in_one_line(make: Any, tmp_path: Pa
         FileSource(source).scan()
     (source / "train" / "link").unlink()
 
-    def refuse(path: Path) -> bytes:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    def refuse(path: str, *args: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UsageError, match=r"tiny/wnids\.txt: Permission denied$"):
         FileSource(source).scan()
+    monkeypatch.undo()
 
 
 def test_other_sources_are_refused(make: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidali.dataset.contract import MANIFEST_NAME, Manifest, Quarantined, Shard, Split, iter_records, open_dataset, read_record
-from tidali.dataset.shard_bytes import format_index, parse_index, read_member_header
+from tidali.dataset.shard_bytes import format_index, member_header, parse_index
 from tidali.errors import DatasetError
 
 # ------------------------------------------------------------------------------------------------------------------- manifest
@@ -92,7 +92,7 @@ def test_demo_opens_and_its_records_agree_with_its_tars(demo_data: Path) -> None
             with (demo_data / shard.name).open("rb") as tar:
                 tar.seek(record.offset - 512)
                 header = tar.read(512)
-            assert read_member_header(header) == (f"{record.key}.{record.extension}", record.size_bytes)
+            assert header == member_header(f"{record.key}.{record.extension}", record.size_bytes)
 
 
 def test_missing_split_names_those_there_are(demo_data: Path) -> None:

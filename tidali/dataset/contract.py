@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tidali.dataset.shard_bytes import BLOCK_BYTES, Component, label_digits, read_member_header
+from tidali.dataset.shard_bytes import BLOCK_BYTES, Component, label_digits, member_header
 from tidali.errors import DatasetError, UsageError
 
 FORMAT = "tidali-dataset"
@@ -317,7 +317,7 @@ def check_shards(root: Path, split: Split) -> None:
                 expected = _last_component(index_bytes)
                 with tar.open("rb") as file:
                     file.seek(expected.offset - BLOCK_BYTES)
-                    if read_member_header(file.read(BLOCK_BYTES)) != (expected.name, expected.size_bytes):
+                    if file.read(BLOCK_BYTES) != member_header(expected.name, expected.size_bytes):
                         raise DatasetError(f"{tar}: no header of {expected.name!r} where {index.name} has it; {fix}")
         except OSError as error:
             raise DatasetError(f"{error.filename or tar}: {error.strerror}; {fix}") from None

@@ -59,21 +59,6 @@ def padding(size_bytes: int) -> bytes:
     return bytes(-size_bytes % BLOCK_BYTES)
 
 
-def read_member_header(header: bytes) -> tuple[str, int] | None:
-    """Name and size of the regular file that a 512-byte header describes, or None where its checksum or type is wrong."""
-    if len(header) != BLOCK_BYTES or header[257:262] != b"ustar":
-        return None
-    try:
-        stated = int(header[148:156].rstrip(b"\0 ") or b"0", 8)
-        size_bytes = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
-        name = header[:100].rstrip(b"\0").decode("ascii")
-    except ValueError:
-        return None
-    if stated != sum(header[:148]) + 8 * 0x20 + sum(header[156:]) or header[156:157] not in (b"0", b"\0"):
-        return None
-    return name, size_bytes
-
-
 def safe_key(ordinal: int, source_name: str) -> str:
     """The sample's key: unique by its ordinal, readable by its stem, safe in tar, index and webdataset.
 

@@ -54,12 +54,16 @@ def stage(url: str) -> Path:
     text = _remote_manifest(url)
     manifest = Manifest.from_json(text.decode("utf-8", "replace"), f"{url}/{MANIFEST_NAME}")
     folder = cache_folder() / f"{url.rpartition('/')[2]}-{hashlib.sha256(text).hexdigest()[:16]}"
-    wanted = [file for split in manifest.splits.values() for shard in split.shards for file in shard.files]
+    files = [file for split in manifest.splits.values() for shard in split.shards for file in shard.files]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder, wait=True):
             remove_left_over(folder)
-            missing = [(name, sha256) for name, sha256, size_bytes in wanted if not _is_there(folder / name, size_bytes)]
+            there = {path.name: path.stat().st_size for path in folder.iterdir()}
+            # The manifest states the size of tars only. An index is hashed whenever it is opened.
+            missing = [
+                (name, sha256) for name, sha256, size in files if there.get(name) is None or size not in (None, there[name])
+            ]
             with ThreadPoolExecutor(_PARALLEL_DOWNLOADS) as pool:
                 list(pool.map(lambda file: _fetch(url, folder, *file), missing))
             copy = folder / MANIFEST_NAME
@@ -68,11 +72,6 @@ def stage(url: str) -> Path:
     except OSError as error:
         raise TidaliError(f"{error.filename or folder}: {error.strerror or error}; TIDALI_CACHE names another folder") from None
     return folder
-
-
-def _is_there(path: Path, size_bytes: int | None) -> bool:
-    """Whether the file exists, with the size that the manifest states. It states only tars'; an index is hashed when opened."""
-    return path.exists() if size_bytes is None else path.exists() and path.stat().st_size == size_bytes
 
 
 def _remote_manifest(url: str) -> bytes:
