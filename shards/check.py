@@ -41,7 +41,7 @@ class Fault:
     text: str
     fix: str = _FIX
     key: str | None = None
-    """Of the sample, where it is one sample's."""
+    """Of the sample, if the fault is in one sample."""
     offset: int | None = None
     """In the file, in bytes."""
 
@@ -131,7 +131,7 @@ def _check_record(root: Path, shard: Shard, file_of: Mapping[str, str], check: S
         check.ordinals = [int(entry["key"].partition("_")[0]) for part in ("samples", "quarantined") for entry in record[part]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         if not fault:
-            check.faults.append(Fault(shard.record_name, f"is no record of a shard ({error})"))
+            check.faults.append(Fault(shard.record_name, f"is not a record of a shard ({error})"))
         return None
     return record
 

@@ -26,7 +26,7 @@ JPEG_QUALITY = 90  # about 1.9 KB an image, near Tiny-ImageNet's
 
 Drawing = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-# Each takes coordinates (64, 64) float64 in units of the figure's size and gives the distance from its edge, positive inside.
+# Each takes coordinates (64, 64) float64 in units of the figure's size and returns the distance from its edge, positive inside.
 SHAPES: dict[str, Drawing] = {
     "disc": lambda x, y: 1 - np.sqrt(x * x + y * y),
     "square": lambda x, y: 0.85 - np.maximum(abs(x), abs(y)),
@@ -191,7 +191,7 @@ def pack_demo(
     """Draw and pack the demo. The same arguments give the same bytes; a second call keeps correct shards.
 
     Raises:
-        UsageError: a number out of range, or a ``dest`` that holds something else.
+        UsageError: a number out of range, or a ``dest`` that contains something else.
         TidaliError: writing failed.
     """
     source = DemoSource(classes=classes, per_class=per_class, seed=seed)

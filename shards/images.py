@@ -173,7 +173,7 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1..8; 1 if there is none or it is out of range, as decoders treat it."""
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # damaged EXIF is no damaged image
+    except Exception:  # an image with damaged EXIF is still usable
         return 1
     return value if value in range(1, 9) else 1
 
@@ -203,7 +203,7 @@ def _open(data: bytes) -> Iterator[Image.Image]:
 
 @contextmanager
 def _decoding(kind: str | None) -> Iterator[None]:
-    """PIL's decoders raise whatever hostile bytes lead them to: counting frames or asking for transparency reads on, too."""
+    """PIL's decoders raise any kind of exception on hostile bytes, also while they count frames or look for transparency."""
     try:
         yield
     except Unusable:

@@ -72,7 +72,7 @@ def pack(
     all cores, or this process alone where the job is small) or ``executor`` ('local' or 'ray').
 
     Raises:
-        UsageError: no data set in the source, a setting that does not fit it, or a ``dest`` that holds something else.
+        UsageError: no data set in the source, a setting that does not fit it, or a ``dest`` that contains something else.
         TidaliError: reading or writing failed, or a worker died. Finished shards are kept, and the same call resumes from them.
     """
     settings = settings or PackSettings()
@@ -192,7 +192,7 @@ def _claim(store: Store, plan: Plan, *, overwrite: bool) -> None:
     ours = {"source": dict(plan.source), "settings": dict(plan.settings)}
     different = there is not None and there != ours
     if there is not None and different and not overwrite:
-        text = f"{store.location}: holds a pack of {_difference(there, ours)}"
+        text = f"{store.location}: contains a pack of {_difference(there, ours)}"
         raise UsageError(f"{text}; choose another DEST, or --overwrite to replace it")
     store.publish(PLAN_NAME, json.dumps(ours, indent=1).encode() + b"\n")
     if different:

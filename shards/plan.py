@@ -121,7 +121,7 @@ class Plan:
 
 
 def plan_id(source: Mapping[str, Any], settings: Mapping[str, Any], classes: Sequence[ClassName]) -> str:
-    """Digest of what a pack depends on. Each shard's record holds it, so that no shard of another plan is kept."""
+    """Digest of what a pack depends on. Each shard's record contains it, so that no shard of another plan is kept."""
     parts = [source, settings, [asdict(class_) for class_ in classes]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -168,7 +168,9 @@ def _subset(scan: Scan, wanted: tuple[str, ...] | int | None) -> tuple[tuple[Cla
         label_of = {class_.id: label for label, class_ in enumerate(scan.classes)}
         unknown = [id_ for id_ in wanted if id_ not in label_of]
         if unknown or not wanted:
-            raise UsageError(f"--classes: {unknown[0]!r} is no class of the source" if unknown else "--classes: names no class")
+            raise UsageError(
+                f"--classes: {unknown[0]!r} is not a class of the source" if unknown else "--classes: names no classes"
+            )
         keep = {label_of[id_] for id_ in wanted}
     new_label: dict[int | None, int | None] = {old: new for new, old in enumerate(sorted(keep))}
     new_label[None] = None

@@ -1,7 +1,4 @@
-"""Shard records, which describe each sample, and the manifest that follows from them, when packing and when verifying.
-
-From a record, resuming and `verify` know a shard's samples without decoding them.
-"""
+"""Shard records and the manifest built from them. Resuming and `verify` read records instead of decoding the images."""
 
 from __future__ import annotations
 

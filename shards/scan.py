@@ -16,7 +16,7 @@ from tidali.files import printable
 
 LAYOUTS = ("auto", "tiny-imagenet", "folder")
 
-# By suffix here, by content in `shards.images`: a text file named .jpg is a damaged image, one named .txt is no image.
+# By suffix here, by content in `shards.images`: a text file named .jpg is a corrupt image, one named .txt is not an image.
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm jp2 j2k avif heic"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -101,7 +101,7 @@ def fingerprint(splits: Mapping[str, Iterable[Item]]) -> str:
 
 
 def _unwrap(listing: Listing) -> Listing:
-    """The listing from inside the one folder that holds everything, so that a zip and its extracted folder name the same."""
+    """The listing from inside the one folder around everything, so that a zip and its extracted folder have the same names."""
     while True:
         top = {folder for folder in listing.folders if "/" not in folder}
         if len(top) != 1 or any("/" not in item.name for item in listing.items) or top <= _SPLIT_FOLDERS.keys():
@@ -141,7 +141,7 @@ def _folder(listing: Listing) -> tuple[tuple[ClassName, ...], dict[str, list[Ite
     if len(stray) != in_splits:
         covered = {i.name for found in by_split.values() for items in found.values() for i in items}
         first = next(name for name in stray if name not in covered)
-        raise UsageError(f"{where}: {printable(first)!r} lies in no class folder of a split; move or remove it")
+        raise UsageError(f"{where}: {printable(first)!r} is not in a class folder of a split; move or remove it")
     ids = sorted(by_split["train"])
     label_of = {id_: label for label, id_ in enumerate(ids)}
     splits: dict[str, list[Item]] = {}
@@ -150,7 +150,7 @@ def _folder(listing: Listing) -> tuple[tuple[ClassName, ...], dict[str, list[Ite
             if id_ not in label_of:
                 raise UsageError(f"{where}: {split} has a class {printable(id_)!r} that train does not have")
             if not items and split == "train":
-                raise UsageError(f"{where}: class folder {printable(id_)!r} of train holds no images; remove it or fill it")
+                raise UsageError(f"{where}: class folder {printable(id_)!r} of train contains no images; remove it or fill it")
         splits[split] = [item.labelled(label_of[id_]) for id_, items in found.items() for item in items]
     return tuple(ClassName(id=printable(id_), name=printable(id_)) for id_ in ids), splits
 
@@ -204,7 +204,7 @@ def _labelled_by_folder(listing: Listing, split: str, label_of: Mapping[str, int
     items = []
     for class_id, images in _images_by_class(listing, f"{split}/").items():
         if class_id not in label_of:
-            raise UsageError(f"{listing.location}: {split}/{printable(class_id)} is no class of wnids.txt")
+            raise UsageError(f"{listing.location}: {split}/{printable(class_id)} is not a class of wnids.txt")
         label = label_of[class_id]
         items += [Item(name, size_bytes, where, label) for name, size_bytes, where, _ in images]
     return items
@@ -222,7 +222,7 @@ def _labelled_by_annotations(listing: Listing, label_of: Mapping[str, int]) -> l
         if name not in images:
             raise UsageError(f"{where} line {number}: no file val/images/{name}")
         if class_id not in label_of:
-            raise UsageError(f"{where} line {number}: {class_id!r} is no class of wnids.txt")
+            raise UsageError(f"{where} line {number}: {class_id!r} is not a class of wnids.txt")
         if name in labelled:
             raise UsageError(f"{where} line {number}: {name} is annotated twice")
         labelled[name] = images[name].labelled(label_of[class_id])

@@ -68,5 +68,5 @@ def _read_image(dataset: Dataset, shard: Shard, record: SampleRecord) -> Image.I
     try:
         with Image.open(io.BytesIO(data)) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # PIL's decoders raise whatever hostile bytes lead them to
+    except Exception as error:  # PIL's decoders raise any kind of exception on hostile bytes
         raise DatasetError(f"{dataset.root / shard.name}: sample {record.key} does not decode ({error})") from None

@@ -21,7 +21,7 @@ _TEXT_BYTES_LIMIT = 1 << 28
 
 
 class Item(NamedTuple):
-    """One file of a source. A named tuple, not a dataclass: a source holds 100,000 of them and they are sent to the workers."""
+    """One file of a source. A named tuple, not a dataclass: a source has 100,000 of them and they are sent to the workers."""
 
     name: str
     """'/'-separated, relative to the data set's root inside the source."""
@@ -108,7 +108,7 @@ def list_source(path: Path) -> Listing:
     else:
         raise UsageError(f"{path}: no such folder or zip")
     if not listing.items:
-        raise UsageError(f"{path}: holds no files")
+        raise UsageError(f"{path}: contains no files")
     return listing
 
 
@@ -181,7 +181,7 @@ class FolderReader:
 
 # ----------------------------------------------------------------------------------------------------------------------- zips
 
-_LOCAL_HEADER_BYTES = 30  # APPNOTE.TXT 4.3.7: fixed part; then the name and the extra field, whose lengths it holds
+_LOCAL_HEADER_BYTES = 30  # APPNOTE.TXT 4.3.7: fixed part; then the name and the extra field, whose lengths it states
 _EXTRA_GUESS_BYTES = 256  # name and extra field are nearly always shorter, so that one read fetches header and data
 _ENCRYPTED = 0x1 | 0x40  # APPNOTE.TXT 4.4.4, bits 0 and 6
 # Looked for in the names, one per line; `_refuse_hostile` decides whether a name with one of them is hostile.
@@ -208,7 +208,7 @@ def _list_zip(path: Path) -> Listing:
         members = [member for member in members if not _is_hidden(member.name)]
     twice = [name for name, count in Counter(member.name for member in members).items() if count > 1]
     if twice:
-        raise UsageError(f"{path}: holds {twice[0]!r} twice; make the zip anew")
+        raise UsageError(f"{path}: contains {twice[0]!r} twice; create the zip again")
     items: list[Item] = []
     folders: set[str] = set()
     for name, _, method, crc32, stored_bytes, size_bytes, _, header_offset in members:
@@ -240,7 +240,7 @@ def _refuse_hostile(path: Path, member: Member) -> None:
     elif member.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         fault = f"compression method {member.method} is neither stored nor deflate"
     if fault:
-        raise UsageError(f"{path}: member {name!r} is refused: {fault}; make the zip anew")
+        raise UsageError(f"{path}: member {name!r} is refused: {fault}; create the zip again")
 
 
 def _leaves(name: str) -> bool:

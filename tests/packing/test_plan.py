@@ -127,7 +127,7 @@ def test_class_subsets() -> None:
     ("settings", "message"),
     [
         ({"classes": 4}, "--classes 4: the source has 3"),
-        ({"classes": ("c0", "x")}, "'x' is no class of the source"),
+        ({"classes": ("c0", "x")}, "'x' is not a class"),
         ({"classes": ()}, "names no class"),
         ({"classes": 0}, "--classes must be at least 1"),
         ({"val_fraction": 0.9}, "leaves no train sample of 3 in train/c0"),

@@ -1,4 +1,4 @@
-"""What a packed data set is: its files and manifest, the bytes of a shard, and opening one where it lies.
+"""Packed data sets: the files and the manifest, the bytes of a shard, and opening one from a folder or a URL.
 
 Standard library only.
 """

@@ -8,7 +8,7 @@ A data set is a folder::
     train-000000.tar          USTAR; two members a sample: KEY.jpg (the source's bytes) and KEY.cls (b"007")
     train-000000.idx          DALI's index v1.2 of that tar
     train-000000.json         the shard's record: one entry a sample (key, source name, label, sizes, CRC-32)
-    quarantine/...            bytes of source files that are no usable image, named in dataset.json
+    quarantine/...            bytes of source files that are not usable images, named in dataset.json
 
 ``KEY`` is ``{ordinal:08d}_{stem}``: the sample's position in its split's sorted source listing, which makes it unique, and the
 source's file stem, cut to what every reader accepts. Unlabelled splits (a public test set) have no ``.cls`` members.
@@ -351,7 +351,7 @@ def read_record(root: Path, shard: Shard) -> list[SampleRecord]:
 
 
 def iter_records(dataset: Dataset, split: str) -> Iterator[tuple[Shard, SampleRecord]]:
-    """Every sample of a split in its stored order, with the shard that holds it."""
+    """Every sample of a split in its stored order, with the shard that contains it."""
     for shard in dataset.split(split).shards:
         for record in read_record(dataset.root, shard):
             yield shard, record
