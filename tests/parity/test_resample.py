@@ -17,7 +17,7 @@ from torch.nn import functional
 from tidali.config import IMAGENET_MEAN, IMAGENET_STD
 from tidali.doctor.parity import COMPARISONS, RESOLUTIONS, Row, matrix, parity_table, photographs, torch_bicubic
 from tidali.loading import native
-from tidali.loading.resample import Resample, TorchProducts
+from tidali.loading.resample import CUBIC_A, Resample, TorchProducts, centre_crop, squares_of
 
 GREY_LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}
 
@@ -209,3 +209,133 @@ def test_boxes_are_dalis_regions(res: int):
     start, end = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     expected = run_dali(pixels, graph, start.numpy(), end.numpy())
     assert_within(Resample((40, 56), res, **GREY_LEVELS)(pixels, boxes), expected, 0.8, 0.3)
+
+
+# ------------------------------------------------------------------------------------------------------- squares of any images
+
+
+def squares(pixels: torch.Tensor, boxes: list[list[float]], res: int, kernel: Any = "pil") -> torch.Tensor:
+    """(n, 3, res, res), rounded grey levels."""
+    out = torch.empty(len(boxes), res, res, 3, dtype=torch.uint8)
+    squares_of([image.numpy() for image in pixels], boxes, res, kernel, out)
+    return out.permute(0, 3, 1, 2)
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.integers(1, 100),
+    st.sampled_from(sorted(CUBIC_A)),
+    st.lists(st.floats(0, 1), min_size=4, max_size=4),
+)
+def test_squares_are_what_resampling_makes_of_boxes(height: int, width: int, res: int, kernel: Any, place: list[float]):
+    """Of noise, which shows every tap; boxes begin and end anywhere."""
+    box = [place[0] * (height - 1), place[1] * (width - 1)]
+    box += [max(place[2] * (height - box[0]), 0.5), max(place[3] * (width - box[1]), 0.5)]
+    pixels = noise(1, height, width)
+    exact = Resample((height, width), res, kernel=kernel, **GREY_LEVELS)(pixels, torch.tensor([box]))
+    # Rounded to uint8, and of sums in another order; a tap more or less where a float32 edge is a whole number has no weight.
+    assert_within(squares(pixels, [box], res, kernel), exact, 0.5 + 2 * FLOAT32_LEVELS)
+
+
+@pytest.mark.parametrize("res", [24, 64, 96])
+def test_squares_are_dalis_regions(res: int):
+    pixels = noise(6, 40, 56)
+    boxes = torch.tensor([[0.0, 0, 40, 56], [5, 9, 30, 20], [0, 40, 12, 16], [28, 0, 12, 50], [1, 2, 38, 52], [10, 10, 20, 20]])
+
+    def graph(dali: Any, images: Any, start: Any, end: Any) -> Any:
+        return dali.fn.resize(
+            images, size=(res, res), roi_start=start, roi_end=end, interp_type=dali.types.INTERP_CUBIC, antialias=True
+        )
+
+    start, end = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    expected = run_dali(pixels, graph, start.numpy(), end.numpy())
+    # Both round; DALI's kernel is at most 0.24 off on noise.
+    assert_within(squares(pixels, boxes.tolist(), res), expected, 1)
+
+
+def test_squares_of_images_of_several_sizes_are_each_ones_own():
+    images = [noise(1, height, width)[0].numpy() for height, width in ((40, 56), (3, 200), (91, 17), (1, 1))]
+    boxes = [[1.0, 2, 30, 40], [0, 50, 3, 60], [10, 0, 60, 17], [0, 0, 1, 1]]
+    together = torch.empty(4, 48, 48, 3, dtype=torch.uint8)
+    squares_of(images, boxes, 48, "pil", together)
+    for image, box, square in zip(images, boxes, together, strict=True):
+        alone = torch.empty(1, 48, 48, 3, dtype=torch.uint8)
+        squares_of([image], [box], 48, "pil", alone)
+        assert torch.equal(alone[0], square)
+
+
+# ------------------------------------------------------------------------------------------------------------ the crop fraction
+
+
+@pytest.mark.parametrize("crop_fraction", [1.0, 0.875, 0.5])
+@pytest.mark.parametrize("size", [(64, 64), (50, 71), (300, 401), (33, 64)])
+def test_the_crop_fraction_is_a_box_around_the_centre(size: tuple[int, int], crop_fraction: float):
+    pixels, res = noise(2, *size), 56
+    axes = [centre_crop(size, res, axis, crop_fraction) for axis in (0, 1)]
+    boxes = torch.tensor([[axes[0][0], axes[1][0], res * axes[0][1], res * axes[1][1]]]).expand(2, -1)
+    inside = Resample(size, res, crop_fraction=crop_fraction, **GREY_LEVELS)(pixels)
+    assert_within(inside, Resample(size, res, **GREY_LEVELS)(pixels, boxes), FLOAT32_LEVELS)
+    # And what resizing to res / crop_fraction and cropping the centre gives, where that is a whole number of pixels.
+    resized = res / crop_fraction
+    if size[0] == size[1] and resized == int(resized) and (int(resized) - res) % 2 == 0:
+        margin = (int(resized) - res) // 2
+        whole = Resample(size, int(resized), **GREY_LEVELS)(pixels)
+        assert_within(inside, whole[:, :, margin : margin + res, margin : margin + res], FLOAT32_LEVELS)
+
+
+@pytest.mark.parametrize("res", [32, 56])
+def test_the_crop_fraction_is_dalis_resize_and_crop(res: int):
+    size, resized = (70, 91), round(res / 0.875)
+
+    def graph(dali: Any, images: Any) -> Any:
+        shorter = dali.fn.resize(images, resize_shorter=resized, interp_type=dali.types.INTERP_CUBIC, antialias=True)
+        return dali.fn.crop(shorter, crop=(res, res))
+
+    pixels = noise(2, *size)
+    inside = Resample(size, res, crop_fraction=res / resized, **GREY_LEVELS)(pixels)
+    # As for the whole centre: rounding to uint8 and DALI's table. Its crop may begin half a pixel of the output elsewhere.
+    assert_within(inside, run_dali(pixels, graph), 0.8, 0.3)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ colour
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("boxed", [False, True])
+@pytest.mark.parametrize("res", [20, 33])
+def test_colour_is_each_samples_matrix_in_float64(dtype: torch.dtype, boxed: bool, res: int):
+    """Against the resampled pixels of every sample times its matrix, then normalised and clamped; noise, and any matrices."""
+    generator = torch.Generator().manual_seed(3)
+    pixels = noise(5, 20, 20)
+    colour = torch.eye(3, 4) + 0.4 * torch.randn(5, 3, 4, generator=generator)
+    boxes = torch.tensor([[1.0, 2, 17, 15], [0, 0, 20, 20], [5, 5, 8, 8], [3, 0, 12, 20], [0, 9, 20, 11]]) if boxed else None
+    mean, std = torch.tensor(IMAGENET_MEAN).double(), torch.tensor(IMAGENET_STD).double()
+    # Without a clamp in between: the cubic's overshoot is coloured too. A scale that keeps it inside, taken back.
+    squeezed = Resample((20, 20), res, mean=(0.0,) * 3, std=(1.0,) * 3)
+    plain = unclamped(squeezed, pixels, boxes).double() / 255
+    changed = torch.einsum("nij,njhw->nihw", colour[:, :, :3].double(), plain) + colour[:, :, 3, None, None].double()
+    expected = (changed.clamp(0, 1) - mean[:, None, None]) / std[:, None, None]
+    images = Resample((20, 20), res, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype)(pixels, boxes, colour)
+    assert images.dtype == dtype
+    # float32: hundreds of terms up to 10, in another order. Half precision: half a unit in the last place of numbers up to 2.7.
+    bound = {torch.float32: 1e-4, torch.bfloat16: 2**-7 + 1e-4, torch.float16: 2**-10 + 1e-4}[dtype]
+    assert (images.double() - expected).abs().max() <= bound
+
+
+def unclamped(resample: Resample, pixels: torch.Tensor, boxes: torch.Tensor | None) -> torch.Tensor:
+    """0..255, and what the cubic overshoots: by half the scale about the middle grey, so that the clamp does not meet it."""
+    half = torch.cat((0.5 * torch.eye(3), torch.full((3, 1), 0.25)), 1).expand(len(pixels), 3, 4)
+    return 255 * (2 * resample(pixels, boxes, half) - 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("res", [20, 33])
+def test_one_matrix_for_all_is_that_of_each(dtype: torch.dtype, res: int):
+    """The matrix that changes nothing, given for each sample: the shared normalisation's pixels."""
+    pixels = noise(5, 20, 20)
+    resample = Resample((20, 20), res, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype)
+    same = torch.eye(3, 4).expand(5, 3, 4)
+    difference = (resample(pixels, None, same).float() - resample(pixels).float()).abs().max()
+    assert difference <= (1e-5 if dtype == torch.float32 else 2**-7)

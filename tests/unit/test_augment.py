@@ -145,6 +145,86 @@ def test_crops_are_distributed_as_torchvisions(size: tuple[int, int]):
     assert_same_distribution(boxes, torch.tensor(expected, dtype=torch.float32))
 
 
+def test_boxes_of_equal_sizes_are_those_of_one_size():
+    for size in ((64, 64), (375, 500), (1, 3000)):
+        each = torch.tensor(size, dtype=torch.int32).expand(len(SAMPLES), 2)
+        one = crop_boxes(size, (0.08, 1.0), (3 / 4, 4 / 3), SAMPLES, **KEY)
+        assert torch.equal(crop_boxes(each, (0.08, 1.0), (3 / 4, 4 / 3), SAMPLES, **KEY), one)
+
+
+def test_each_images_box_is_its_own_sizes():
+    """Whatever sizes the others of the batch have."""
+    sizes = torch.randint(1, 600, (len(SAMPLES), 2), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    boxes = crop_boxes(sizes, (0.08, 1.0), (3 / 4, 4 / 3), SAMPLES, **KEY)
+    for sample in range(0, len(SAMPLES), 97):
+        size = tuple(sizes[sample].tolist())
+        alone = crop_boxes(size, (0.08, 1.0), (3 / 4, 4 / 3), SAMPLES[sample : sample + 1], **KEY)
+        assert torch.equal(alone[0], boxes[sample])
+    ends = boxes[:, :2] + boxes[:, 2:]
+    assert torch.equal(boxes, boxes.round())
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] >= 1).all()
+    assert (ends <= sizes).all()
+
+
+def test_crops_of_unequal_sizes_have_uniform_area_and_log_uniform_aspect():
+    """Of images that any box of the range fits into: squares of 300 to 900 px and a share of at most 0.75."""
+    sides = torch.randint(300, 901, (len(SAMPLES), 1), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    boxes = crop_boxes(sides.expand(-1, 2), (0.08, 0.75), (3 / 4, 4 / 3), SAMPLES, **KEY)
+    area, aspect = boxes[:, 2] * boxes[:, 3] / sides[:, 0] ** 2, boxes[:, 3] / boxes[:, 2]
+    # Kolmogorov's 1e-4 limit of one sample against a distribution. Rounding to whole pixels moves either by less than 1 %,
+    # which shifts the distribution by less than a fiftieth of that.
+    limit = 2.2 / math.sqrt(len(SAMPLES)) + 0.005
+    uniform = (torch.arange(len(SAMPLES)) + 0.5) / len(SAMPLES)
+    for name, found in (
+        ("area", (area - 0.08) / (0.75 - 0.08)),
+        ("aspect", (aspect.log() - math.log(3 / 4)) / (math.log(4 / 3) - math.log(3 / 4))),
+    ):
+        distance = (found.sort().values - uniform).abs().max().item()
+        assert distance < limit, f"{name}: {distance:.3f}, limit {limit:.3f}"
+    assert abs(torch.corrcoef(torch.stack((area, aspect.log())))[0, 1]) < 5 / math.sqrt(len(SAMPLES))  # independent
+
+
+@pytest.mark.parametrize("size", [(40, 90), (90, 40), (33, 33)])
+def test_crops_among_images_of_other_sizes_are_distributed_as_torchvisions(size: tuple[int, int]):
+    """Every second image is of this size, the others of any."""
+    sizes = torch.randint(1, 600, (2 * len(SAMPLES), 2), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    sizes[::2] = torch.tensor(size, dtype=torch.int32)
+    scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
+    boxes = crop_boxes(sizes, scale, ratio, torch.arange(2 * len(SAMPLES)), **KEY)[::2]
+    assert_whole_and_inside(boxes, *size)
+    torch.manual_seed(0)
+    image = torch.empty(3, *size)
+    expected = [RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in SAMPLES]
+    assert_same_distribution(boxes, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_every_place_is_reached():
+    """Of a 12 x 15 image and boxes of 9 x 9 pixels: 4 x 7 places, each as likely."""
+    sizes = torch.tensor([12, 15], dtype=torch.int32).expand(len(SAMPLES), 2)
+    boxes = crop_boxes(sizes, (0.45, 0.45), (1.0, 1.0), SAMPLES, **KEY)
+    assert boxes[:, 2:].unique(dim=0).tolist() == [[9, 9]]
+    counts = torch.zeros(4, 7).index_put_(tuple(boxes[:, :2].long().T), torch.ones(len(boxes)), accumulate=True)
+    expected = len(SAMPLES) / 28
+    assert ((counts - expected).abs() < 5 * math.sqrt(expected)).all()
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 20_000), st.integers(1, 20_000)), min_size=1, max_size=8),
+    st.floats(0.01, 1.0),
+    st.floats(0.1, 1.0),
+    st.integers(0, 100),
+)
+def test_boxes_are_inside_whatever_the_sizes(sizes: list[tuple[int, int]], least: float, narrowest: float, epoch: int):
+    each = torch.tensor(sizes, dtype=torch.int32)
+    boxes = crop_boxes(each, (least, 1.0), (narrowest, 1 / narrowest), torch.arange(len(sizes)), seed=0, epoch=epoch)
+    assert boxes.dtype == torch.float32
+    assert torch.equal(boxes, boxes.round())
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] >= 1).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= each).all()
+
+
 def test_a_crop_that_never_fits_is_the_largest_central_one():
     boxes = crop_boxes((10, 100), (0.9, 1.0), (1.0, 2.0), SAMPLES[:20], **KEY)
     assert boxes.tolist() == [[0, 40, 10, 20]] * 20

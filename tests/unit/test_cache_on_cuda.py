@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,6 +13,7 @@ from tidali.loading import batches
 from tidali.loading.augment import AUGMENTS, Mix, erase, erase_boxes, mix_batch
 from tidali.loading.batches import Batches, Training
 from tidali.loading.cache import ANY_SIDE, PixelCache
+from tidali.loading.stream import Pixels, Request
 from tidali.model.resnet import build_resnet18
 
 EVERYTHING = Augment(
@@ -51,6 +54,45 @@ def test_every_operation_stays_on_the_device(augment: Augment, res: int, dtype: 
             mixed, targets = mix_batch(images, labels, mix, 200)
             assert (mixed.device, targets.device, targets.shape) == (device, device, (256, 200))
         assert erase(images, erase_boxes((res, res), 0.5, labels, seed=0, epoch=0)).device == device
+
+
+class Streamed:
+    """What `ShardSource` gives on a GPU: boxes are asked for on the CPU, pixels come on the GPU."""
+
+    def __init__(self, device: torch.device, samples: int, size: tuple[int, int] | None) -> None:
+        self.device, self.order_device, self.size = device, torch.device("cpu"), size
+        self.labels = torch.empty(samples, dtype=torch.int64, device=device)
+        self.takes_boxes, self.corrupt, self.identity = size is None, NoneCorrupt(), "fake"
+
+    def sizes_of(self, samples: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(samples), 2), 300, dtype=torch.int32)
+
+    def read(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Pixels]]:
+        for request in requests:
+            assert request.samples.device.type == "cpu"
+            assert (request.boxes is not None) == self.takes_boxes
+            assert request.boxes is None or request.boxes.device.type == "cpu"
+            shape = (len(request.samples), *(self.size or (request.side, request.side)), 3)
+            stored = torch.empty(shape, dtype=torch.uint8, device=self.device)
+            yield request, Pixels(request.samples.to(self.device), stored, None)
+
+
+@pytest.mark.parametrize("augment", [*AUGMENTS.values(), EVERYTHING], ids=[*AUGMENTS, "everything"])
+@pytest.mark.parametrize("size", [(64, 64), None])
+@pytest.mark.parametrize(("res", "dtype"), [(64, torch.float32), (128, torch.bfloat16)])
+def test_every_operation_on_streamed_pixels_stays_on_the_device(
+    augment: Augment, size: tuple[int, int] | None, res: int, dtype: torch.dtype
+):
+    with FakeTensorMode():
+        device = torch.device("cuda", 0)
+        preprocess = Preprocess(res=res, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        source = Streamed(device, 1000, size)
+        for training in (Training(augment=augment), None):
+            loader = Batches(source, preprocess, 256, training=training, dtype=dtype)
+            images, labels = next(loader._rest_of_epoch(0, 0))
+            assert images.device == labels.device == device
+            assert (images.dtype, images.shape) == (dtype, (256, 3, res, res))
+            assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])

@@ -8,10 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tidali.config import DecoderChoice
-from tidali.errors import UsageError
 from tidali.loading.dali import Placement, Work, define_graph
-from tidali.loading.stream import choose_decoder
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -55,30 +52,3 @@ def test_the_devices_number_reaches_dali(index: int | None, device_id: int) -> N
     device = torch.device("cuda") if index is None else torch.device("cuda", index)
     assert Placement.on(device).device_id == device_id
     assert Placement.on(CPU).device_id is None
-
-
-@pytest.mark.parametrize(
-    ("choice", "device", "size", "has_dali", "expected"),
-    [
-        ("auto", CPU, (64, 64), True, "threads"),
-        ("auto", CPU, None, True, "dali"),
-        ("auto", CPU, None, False, "threads"),
-        ("auto", GPU, (64, 64), True, "threads"),
-        ("auto", GPU, (128, 128), True, "threads"),
-        ("auto", GPU, (256, 256), True, "dali"),
-        ("auto", GPU, None, True, "dali"),
-        ("auto", GPU, None, False, "threads"),
-        ("mixed", GPU, (64, 64), True, "dali"),
-        ("cpu", GPU, (256, 256), True, "threads"),
-    ],
-)
-def test_who_decodes(
-    choice: DecoderChoice, device: torch.device, size: tuple[int, int] | None, has_dali: bool, expected: str
-) -> None:
-    assert choose_decoder(choice, device, size, has_dali=has_dali) == expected
-
-
-@pytest.mark.parametrize(("device", "has_dali", "says"), [(CPU, True, "the device is the CPU"), (GPU, False, "DALI")])
-def test_mixed_where_it_cannot_be(device: torch.device, has_dali: bool, says: str) -> None:
-    with pytest.raises(UsageError, match=f"--decoder mixed .*{says}"):
-        choose_decoder("mixed", device, (64, 64), has_dali=has_dali)

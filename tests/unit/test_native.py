@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -124,3 +126,16 @@ def test_gathering_is_selecting_and_mirroring(height: int, width: int, flags: li
         patch.setattr(native, "load", lambda: None)
         assert torch.equal(take(pixels, samples, mirrored), expected)
     assert torch.equal(take(pixels, samples, None), pixels[samples])
+
+
+@pytest.mark.usefixtures("compiler")
+def test_telling_the_kernel_what_is_read_takes_any_pieces(tmp_path: Path):
+    """Advice alone: pages of a mapping, none, and addresses that are not mapped."""
+    file = tmp_path / "file"
+    file.write_bytes(bytes(100_000))
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        address = np.frombuffer(mapped, np.uint8).ctypes.data
+        assert address % mmap.PAGESIZE == 0
+        for addresses, lengths in (([address], [100_000]), ([], []), ([address, 0], [1, mmap.PAGESIZE])):
+            native.expect(native.load(), np.array(addresses, np.uint64), np.array(lengths, np.uint64))
+        assert mapped[99_999] == 0

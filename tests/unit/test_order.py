@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tidali.errors import UsageError
 from tidali.loading import counter
-from tidali.loading.order import check_order, epoch_order, num_steps, rank_slice
+from tidali.loading.order import centre_boxes, check_order, epoch_order, num_steps, rank_slice
+from tidali.loading.resample import centre_crop
 
 # The first outputs of splitmix64 seeded with 1234567, as other implementations of Vigna's reference code list them.
 SPLITMIX64_OF_1234567 = [
@@ -140,3 +141,25 @@ def test_check_order_names_every_difference():
     check_order({"seed": 1, "samples": 5}, {"samples": 5, "seed": 1})
     with pytest.raises(UsageError, match=r"seed 1 then, 2 now; flip 'none' then, None now; route None then, 'cache' now"):
         check_order({"seed": 1, "flip": "none"}, {"seed": 2, "route": "cache"})
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=20),
+    st.integers(1, 600),
+    st.floats(0.1, 1.0),
+)
+def test_centre_boxes_are_those_of_images_of_one_size(sizes: list[tuple[int, int]], res: int, crop_fraction: float):
+    boxes = centre_boxes(torch.tensor(sizes, dtype=torch.int32), res, crop_fraction)
+    assert boxes.shape == (len(sizes), 4)
+    assert boxes.dtype == torch.float32
+    for size, (top, left, height, width) in zip(sizes, boxes.double().tolist(), strict=True):
+        scale = min(size) * crop_fraction / res
+        for axis, (start, extent) in enumerate(((top, height), (left, width))):
+            expected, expected_scale = centre_crop(size, res, axis, crop_fraction)
+            # float32 keeps 24 bits of numbers up to 5000.
+            assert abs(extent - res * expected_scale) <= 1e-3
+            assert abs(start - expected) <= 1e-3 or abs(abs(start - expected) - scale) <= 1e-3  # a tie, rounded either way
+            # Around the image's centre but for the pixel of the output that resizing first and cropping then rounds away.
+            assert abs(start + extent / 2 - size[axis] / 2) <= scale / 2 + 1e-3
+            assert start >= -scale - 1e-3
+            assert start + extent <= size[axis] + scale + 1e-3
