@@ -181,6 +181,21 @@ def test_an_iterator_that_is_still_held_does_not_disturb_the_next_one(data: str,
 
 
 @pytest.mark.parametrize("data", ["dataset", "photographs"])
+def test_batches_of_one_source_can_be_read_in_turn(data: str, request: pytest.FixtureRequest) -> None:
+    """More are started than DALI has in hand at once, and taken out of their order."""
+    one = stream(request.getfixturevalue(data), "train", batch_size=4, train=True, seed=1)
+    others = [Batches(one.source, Preprocess(res=64), 4, training=Training(seed=seed)) for seed in (1, 2, 3)]
+    expected = [[(images.clone(), labels) for images, labels in batches] for batches in others]
+    for batches in others:
+        batches.set_epoch(0)
+    got = [[(images.clone(), labels) for images, labels in step] for step in zip(*others, strict=True)]
+    for found, alone in zip(zip(*got, strict=True), expected, strict=True):
+        for (images, labels), (expected_images, expected_labels) in zip(found, alone, strict=True):
+            assert torch.equal(labels, expected_labels)
+            assert torch.equal(images, expected_images)
+
+
+@pytest.mark.parametrize("data", ["dataset", "photographs"])
 def test_a_batch_that_is_held_keeps_its_pixels(data: str, request: pytest.FixtureRequest) -> None:
     held = [(images, images.clone()) for images, _ in stream(request.getfixturevalue(data), "train", batch_size=4, train=True)]
     assert len(held) > 5  # more than are in hand at once
