@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from bench.case_worker import DataJob
     from tidali.dataset.contract import Dataset
 
 CROP_SCALE = (0.08, 1.0)
@@ -140,7 +139,7 @@ def torchvision_crops(count: int = _REFERENCE_CROPS) -> dict[str, list[float]]:
 # ------------------------------------------------------------------------------------------------------------------- the check
 
 
-def why_wrong_crops(facts: Mapping[str, Any], expected: Mapping[str, Any], job: DataJob) -> str | None:
+def why_wrong_crops(facts: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
     """What is wrong with a loader's crops; None if they are distributed as torchvision's.
 
     Compared are the mean and the quantiles of the boxes' area and aspect ratio, and of their place in the image. The tolerance
@@ -150,11 +149,6 @@ def why_wrong_crops(facts: Mapping[str, Any], expected: Mapping[str, Any], job: 
         facts: `bench.case_worker.Stream.crops` of the check set.
         expected: `torchvision_crops`.
     """
-    from bench.peer_check import why_wrong_form
-
-    wrong = why_wrong_form(facts, job)
-    if wrong is not None:
-        return wrong
     count = len(facts["label"])
     unlike = sum(distance > _RAMP_DISTANCE for distance in facts["distance"])
     if unlike:

@@ -21,7 +21,7 @@ from bench.ceilings import COPY, DECODE, ceiling_cases, ceiling_rows, lowest_cei
 from bench.crops import CHECK_CROPS, SIZES, pack_check_set, torchvision_crops, why_wrong_crops
 from bench.document import make_document, make_row
 from bench.measure import CaseFailed, Measurable, Rates, measure, progress
-from bench.peer_check import CHECK_SAMPLES, why_wrong_loader, why_wrong_training
+from bench.peer_check import CHECK_SAMPLES, why_wrong_form, why_wrong_loader, why_wrong_training
 from bench.peer_env import ENVIRONMENTS, Pythons
 from bench.peer_table import LOADERS, REFERENCE, TRAINING, Peer, chosen
 from bench.routes import check_batch_size
@@ -206,7 +206,8 @@ class _Run:
             raise CaseFailed(f"not with --crops: {peer.no_crops}")
         job = self._check_job(self._job(peer, res))
         with self._start(peer, job) as process:
-            wrong = why_wrong_crops(process.crops(CHECK_CROPS), self._expected_crops, job)
+            crops = process.crops(CHECK_CROPS)
+            wrong = why_wrong_form(crops, job) or why_wrong_crops(crops, self._expected_crops)
         if wrong is not None:
             raise CaseFailed(wrong)
 

@@ -26,7 +26,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from bench import case_process, crops, peer_env, peer_loaders, peers
 from bench.case_worker import DataJob, Stream
-from bench.peer_check import why_wrong_loader, why_wrong_training
+from bench.peer_check import why_wrong_form, why_wrong_loader, why_wrong_training
 from bench.peer_env import Environment, PeerMissing, python_of, what_failed
 from bench.peer_table import LOADERS, REFERENCE, TRAINING, Peer, chosen
 from tidali.dataset.contract import open_dataset
@@ -405,7 +405,8 @@ def central(draws: Any, width: int, height: int) -> Box:
 
 
 def crops_verdict(batches: Iterable[Any], expected: dict[str, list[float]], count: int = 1024) -> str | None:
-    return crops.why_wrong_crops(Stream(batches, CROP_JOB).crops(count), expected, CROP_JOB)
+    found = Stream(batches, CROP_JOB).crops(count)
+    return why_wrong_form(found, CROP_JOB) or crops.why_wrong_crops(found, expected)
 
 
 def test_the_crops_of_torchvision_pass(expected_crops: dict[str, list[float]]) -> None:
