@@ -299,7 +299,7 @@ def test_the_crop_fraction_is_dalis_resize_and_crop(res: int):
     assert_within(inside, run_dali(pixels, graph), 0.8, 0.3)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ colour
+# ----------------------------------------------------------------------------------------------------------------- colour
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -40,16 +40,22 @@ def decode_rgb(data: memoryview, *, plain: bool, out: np.ndarray | None = None) 
     if data[:2] == _JPEG_START:
         try:
             if plain or (_EXIF_HEADER not in bytes(data) and simplejpeg.decode_jpeg_header(data)[2] not in _FOUR_INKS):
-                return simplejpeg.decode_jpeg(data, buffer=out)
+                return _of_size(simplejpeg.decode_jpeg(data, buffer=out), out)
         except ValueError:
             pass
-    pixels = np.asarray(upright_rgb(Image.open(io.BytesIO(data))))
+    pixels = _of_size(np.asarray(upright_rgb(Image.open(io.BytesIO(data)))), out)
     if out is None:
         return pixels
-    if pixels.shape != out.shape:
-        raise ValueError(f"{pixels.shape[0]} x {pixels.shape[1]} pixels, its record says {out.shape[0]} x {out.shape[1]}")
     out[:] = pixels
     return out
+
+
+def _of_size(pixels: np.ndarray, expected: np.ndarray | None) -> np.ndarray:
+    if expected is not None and pixels.shape != expected.shape:
+        raise ValueError(
+            f"{pixels.shape[0]} x {pixels.shape[1]} pixels, its record says {expected.shape[0]} x {expected.shape[1]}"
+        )
+    return pixels
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

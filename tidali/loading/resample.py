@@ -370,11 +370,16 @@ def squares_of(images: Sequence[Any], boxes: Sequence[Sequence[float]], res: int
         native.squares(library, images, boxes, CUBIC_A[kernel], out)
         return
     for image, box, square in zip(images, boxes, out, strict=True):
-        x = torch.from_numpy(image)
-        for axis in (1, 0):
+        x = image
+        matrices = {}
+        for axis in (0, 1):
             scale = box[axis + 2] / res
             taps = bicubic_taps(res, torch.tensor([box[axis]]), torch.tensor([scale]), max_scale=scale, kernel=kernel)
             index = taps.first[0][:, None] + torch.arange(taps.weights.shape[2])
-            picked = x.index_select(axis, index.clamp(0, x.shape[axis] - 1).flatten()).unflatten(axis, index.shape)
-            x = torch.einsum("hokc,ok->hoc" if axis else "okwc,ok->owc", picked.float(), taps.weights[0])
-        square.numpy()[:] = x.clamp_(0, 255).round_().numpy()
+            index = index.clamp(0, image.shape[axis] - 1)
+            begin, end = int(index.min()), int(index.max()) + 1
+            x = x[begin:end] if axis == 0 else x[:, begin:end]  # what the box reads, and nothing else of the image
+            matrix = torch.zeros(res, end - begin)
+            matrices[axis] = matrix.scatter_add_(1, index - begin, taps.weights[0])
+        columns = torch.einsum("hwc,ow->hoc", torch.tensor(x, dtype=torch.float32), matrices[1])
+        square.numpy()[:] = torch.einsum("hoc,ph->poc", columns, matrices[0]).clamp_(0, 255).round_().numpy()
