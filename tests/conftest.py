@@ -27,14 +27,25 @@ SLOW = (
     "wheel",
     "cli/test_doctor.py",
     "cli/test_kills.py",
+    "packing/test_commands.py",
+    "packing/test_download.py",
     "packing/test_resume.py",
+    "unit/test_bench_parts.py",
+    "unit/test_cache_on_cuda.py",
     "unit/test_case_process.py",
     "unit/test_checks.py",
+    "unit/test_corrupt.py",
+    "unit/test_coverage.py",
+    "unit/test_data.py",
     "unit/test_figures.py",
     "unit/test_insight.py",
+    "unit/test_models.py",
+    "unit/test_old_formats.py",
+    "unit/test_peers.py",
+    "unit/test_photographs.py",
     "unit/test_resume.py",
 )
-"""Folders and files below this one whose tests are all slow."""
+"""Folders and files below this one whose tests are all slow, or many: together the others take less than a minute."""
 SLOW_FIXTURES = {"trained", "s3"}
 """A whole training run, and an S3 server."""
 

@@ -58,7 +58,7 @@ def run(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "cache", "kills"), [(1, "device", KILLS), (1, "off", KILLS), (2, "off", 1)])
+@pytest.mark.parametrize(("ranks", "cache", "kills"), [(1, "device", (KILLS + 1) // 2), (1, "off", KILLS), (2, "off", 1)])
 def test_killed_at_random_steps_and_resumed(
     demo_data: Path, tmp_path: Path, ranks: int, cache: CacheChoice, kills: int
 ) -> None:

@@ -239,6 +239,7 @@ def test_epochs_are_the_same_whenever_they_are_asked_for(
         assert got == (epochs[epoch][:first] if first else epochs[epoch])
 
 
+@pytest.mark.slow
 @COVERED
 @given(samples=SIZES, batch_size=st.integers(1, 300), world_size=st.integers(1, 4), train=st.booleans())
 def test_both_routes_have_one_order(samples: int, batch_size: int, world_size: int, train: bool) -> None:
