@@ -34,8 +34,8 @@ _REFERENCE_CROPS = 8192
 """How many torchvision draws: four times as many, so that their own sampling error adds only 12 % to the loader's."""
 
 READ_ERROR = {"area share": 0.01, "log aspect ratio": 0.02, "left edge": 0.01, "top edge": 0.01}
-"""By how much a box that is read off a batch may differ from the true one. Of torchvision's crops of 32 to 448 px it differs
-by at most half of this; the rest is for the decoders' and kernels' differences."""
+"""By how much a box that is read off a batch may differ from the true one. Of torchvision's crops of 64 to 448 px it differs
+by at most half of this, of 32 px by at most all of it; the rest is for the decoders' and kernels' differences."""
 _RAMP_DISTANCE = 4 / 255
 """Root mean square difference of a crop from its ramps. JPEG and the kernels make 0.5 to 1.5 grey levels; padding, rotation or
 the image of another sample many more."""

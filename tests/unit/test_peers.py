@@ -417,7 +417,9 @@ def test_the_crops_of_torchvision_pass(expected_crops: dict[str, list[float]]) -
 @pytest.mark.parametrize("res", [32, 64, 224])
 def test_a_box_is_read_off_its_crop(res: int) -> None:
     torch.manual_seed(0)  # torchvision draws from torch's generator
-    draws, half = random.Random(1), {name: error / 2 for name, error in crops.READ_ERROR.items()}
+    # At 32 px single pixels are more of a crop: there a box is read within the whole of the error that the check allows for.
+    part = 1 if res < 64 else 2
+    draws, allowed = random.Random(1), {name: error / part for name, error in crops.READ_ERROR.items()}
     for number in range(64):
         label = number % len(crops.SIZES)
         width, height = crops.SIZES[label]
@@ -429,11 +431,11 @@ def test_a_box_is_read_off_its_crop(res: int) -> None:
             read = {name: values[0] for name, values in found.items()}
             assert (read["flipped"], read["label"]) == (flipped, label)
             area = box_width * box_height / (width * height)
-            assert read["width"] * read["height"] == pytest.approx(area, abs=half["area share"])
+            assert read["width"] * read["height"] == pytest.approx(area, abs=allowed["area share"])
             aspect = read["width"] * width / (read["height"] * height)
-            assert math.log(aspect) == pytest.approx(math.log(box_width / box_height), abs=half["log aspect ratio"])
-            assert read["left"] == pytest.approx(left / width, abs=half["left edge"])
-            assert read["top"] == pytest.approx(top / height, abs=half["top edge"])
+            assert math.log(aspect) == pytest.approx(math.log(box_width / box_height), abs=allowed["log aspect ratio"])
+            assert read["left"] == pytest.approx(left / width, abs=allowed["left edge"])
+            assert read["top"] == pytest.approx(top / height, abs=allowed["top edge"])
 
 
 @pytest.mark.parametrize(
