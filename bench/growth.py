@@ -65,9 +65,11 @@ def growth_cases(dataset: Dataset, res: int, batch_size: int) -> dict[Point, Mea
         return data[route].batches("train", **batch_settings(dataset, res, batch_size))
 
     def streaming(threads: int | None = None, **changed: int) -> Callable[[], int]:
+        if threads is None:
+            return counting(batches(STREAMING, **changed))
         settings = batch_settings(dataset, res, batch_size)
         source = data[STREAMING].streamed("train", settings["preprocess"], batch_size, num_threads=threads)
-        return counting(Batches(source, **settings)) if threads else counting(batches(STREAMING, **changed))
+        return counting(Batches(source, **settings))
 
     def cached(share: float = 1, **changed: int) -> Callable[[], int]:
         whole = batches(CACHED, **changed)

@@ -298,7 +298,7 @@ def test_a_stream_that_failed_can_be_read_again(photographs: Dataset, tmp_path: 
 @pytest.mark.parametrize(("count", "max_bad", "limit"), [(5000, None, 5), (999, None, 0), (5000, 0, 0), (10, 10, 10)])
 def test_the_limit_is_a_thousandth_or_what_was_asked_for(count: int, max_bad: int | None, limit: int, capsys) -> None:
     class Table:
-        dataset = type("Dataset", (), {"root": Path("data"), "fix": "mend it"})
+        dataset = type("Dataset", (), {"root": Path("data"), "fix": "repair it"})
         split = "train"
 
         def __len__(self) -> int:
