@@ -130,7 +130,7 @@ def test_what_is_kept_out_of_the_rate_is_reported(monkeypatch) -> None:
 
 def test_share_of_waiting_is_of_the_measured_time_alone(monkeypatch) -> None:
     bed = Bed(monkeypatch)
-    wait = WaitTimer(lambda: bed.now_s)
+    wait = WaitTimer()
     waits_s = [100.0, *[0.25] * 10]
 
     def step() -> int:

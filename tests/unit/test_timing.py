@@ -15,16 +15,17 @@ from tidali.hardware.timing import Stopwatch, WaitTimer
 
 
 class Clock:
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch) -> None:
         self.now_s = 100.0
+        monkeypatch.setattr(timing, "now_s", self)
 
     def __call__(self) -> float:
         return self.now_s
 
 
-def test_stopwatch_starts_at_construction_and_goes_on() -> None:
-    clock = Clock()
-    watch = Stopwatch(clock_s=clock)
+def test_stopwatch_starts_at_construction_and_goes_on(monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    watch = Stopwatch()
     clock.now_s += 2.5
     assert (watch.peek_s(), watch.elapsed_s()) == (2.5, 2.5)
     clock.now_s += 1.0
@@ -35,7 +36,7 @@ def test_stopwatch_drains_the_device_on_both_sides_and_not_to_peek(monkeypatch) 
     drained: list[torch.device] = []
     monkeypatch.setattr(timing, "synchronize", drained.append)
     device = torch.device("cuda", 1)
-    watch = Stopwatch(device, clock_s=Clock())
+    watch = Stopwatch(device)
     assert drained == [device]
     watch.peek_s()
     assert drained == [device]
@@ -53,9 +54,9 @@ def test_synchronize_asks_cuda_alone(monkeypatch) -> None:
     assert asked == [torch.device("cuda", 0)]
 
 
-def test_wait_timer_adds_up_what_was_inside() -> None:
-    clock = Clock()
-    wait = WaitTimer(clock)
+def test_wait_timer_adds_up_what_was_inside(monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    wait = WaitTimer()
     for inside_s, outside_s in ((0.5, 7.0), (0.25, 9.0)):
         with wait:
             clock.now_s += inside_s

@@ -23,30 +23,28 @@ def synchronize(device: torch.device | None) -> None:
 class Stopwatch:
     """Seconds since construction; waits for the device at the start and at the end."""
 
-    def __init__(self, device: torch.device | None = None, clock_s: Callable[[], float] | None = None) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
-        self._clock_s = clock_s or now_s
         synchronize(device)
-        self._start_s = self._clock_s()
+        self._start_s = now_s()
 
     def peek_s(self) -> float:
         """Seconds so far on the host's clock, without waiting for the device."""
-        return self._clock_s() - self._start_s
+        return now_s() - self._start_s
 
     def elapsed_s(self) -> float:
         synchronize(self._device)
-        return self._clock_s() - self._start_s
+        return now_s() - self._start_s
 
 
 class WaitTimer:
     """Adds up the time spent inside ``with`` blocks, such as waiting for data. Host time, without waiting for the device."""
 
-    def __init__(self, clock_s: Callable[[], float] | None = None) -> None:
-        self._clock_s = clock_s or now_s
+    def __init__(self) -> None:
         self.total_s = 0.0
 
     def __enter__(self) -> None:
-        self._entered_s = self._clock_s()
+        self._entered_s = now_s()
 
     def __exit__(self, *exc_info: object) -> None:
-        self.total_s += self._clock_s() - self._entered_s
+        self.total_s += now_s() - self._entered_s
