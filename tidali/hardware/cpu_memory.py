@@ -64,14 +64,10 @@ class ReusedMemory:
             return torch.empty(shape, dtype=dtype)
         size_bytes = count * dtype.itemsize
         place = next((i for i, block in enumerate(self._free) if len(block) >= size_bytes), None)
-        block = _private_block(size_bytes) if place is None else self._free.pop(place)
+        if place is None:  # private: no forked process shares it
+            block = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            block = self._free.pop(place)
         lease = memoryview(block)
         weakref.finalize(lease, self._free.append, block).atexit = False
         return torch.frombuffer(lease, dtype=dtype, count=count).view(shape)
-
-
-def _private_block(size_bytes: int) -> mmap.mmap:
-    """Zeroed memory that no forked process shares."""
-    if sys.platform == "win32":
-        return mmap.mmap(-1, size_bytes)
-    return mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
