@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tidali.errors import TidaliError, UsageError
-from tidali.files import file_digest, lock, sync
+from tidali.files import file_digest, lock, resumable, sync
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -48,7 +48,7 @@ def download(
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{url}: not an http or https URL")
     md5 = md5.lower()
-    try:
+    with resumable(dest):
         path = _target(dest, url)
         partial = path.with_name(path.name + ".part")
         if path.exists():
@@ -67,10 +67,6 @@ def download(
                 raise TidaliError(f"{url}: what arrived has MD5 {there}, not {md5}; removed it. Try again, or another --url")
             sync(partial)
             partial.replace(path)
-    except OSError as error:
-        raise TidaliError(
-            f"{error.filename or dest}: {error.strerror or error}; fix that and run the same command again to resume"
-        ) from None
     return path
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from tidali.dataset.contract import MANIFEST_NAME, Manifest
 from tidali.dataset.remote import is_remote
 from tidali.dataset.shard_bytes import label_digits
 from tidali.errors import TidaliError, UsageError
-from tidali.files import TEMPORARY_SUFFIX
+from tidali.files import TEMPORARY_SUFFIX, resumable
 
 PLAN_NAME = ".tidali-plan.json"
 _SHARD_FILE = r"(train|val|heldout|test)-\d{6,}\.(tar|idx|json)"
@@ -80,7 +80,8 @@ def pack(
     _refuse_overlap(source, dest)
     if workers != 1 and executor == "local":
         start_early()
-    try:
+    with resumable(store.location), ExitStack() as stack:
+        stack.callback(gc.unfreeze)
         with _without_garbage_collection():
             scan = source.scan()
             plan = make_plan(scan, settings)
@@ -99,11 +100,6 @@ def pack(
             )
             _refuse_empty_train(store, manifest)
             _finish(store, manifest)
-    except OSError as error:
-        where = f"{error.filename or store.location}: {error.strerror or error}"
-        raise TidaliError(f"{where}; fix that and run the same command again") from None
-    finally:
-        gc.unfreeze()
     by_state = {state: tuple(r.summary.shard.name for r in results if r.state == state) for state in ("kept", "repaired")}
     return PackReport(
         location=store.location,

@@ -14,8 +14,6 @@ from tidali.dataset.contract import ClassName
 from tidali.errors import UsageError
 from tidali.files import printable
 
-LAYOUTS = ("auto", "tiny-imagenet", "folder")
-
 # By suffix here, by content in `shards.images`: a text file named .jpg is a corrupt image, one named .txt is not an image.
 _SUFFIXES = "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm jp2 j2k avif heic"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())

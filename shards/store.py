@@ -122,18 +122,15 @@ def publish_bytes(path: Path, data: bytes) -> None:
 class RemoteStore:
     """A prefix behind a URL. A shard is made in a temporary local folder and uploaded whole; nothing there can be locked."""
 
-    url: str
-
-    @property
-    def location(self) -> str:
-        return self.url
+    location: str
+    """The URL."""
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         yield
 
     def names(self, folder: str = "") -> list[str]:
-        with reached(self.url) as (fs, root):
+        with reached(self.location) as (fs, root):
             fs.invalidate_cache()
             path = f"{root}/{folder}".rstrip("/")
             try:
@@ -142,7 +139,7 @@ class RemoteStore:
                 return []
 
     def read(self, name: str) -> bytes | None:
-        with reached(self.url) as (fs, root):
+        with reached(self.location) as (fs, root):
             try:
                 data: bytes = fs.cat_file(f"{root}/{name}")
                 return data
@@ -150,11 +147,11 @@ class RemoteStore:
                 return None
 
     def publish(self, name: str, data: bytes) -> None:
-        with reached(self.url) as (fs, root):
+        with reached(self.location) as (fs, root):
             fs.pipe_file(f"{root}/{name}", data)
 
     def remove(self, name: str) -> None:
-        with reached(self.url) as (fs, root), suppress(FileNotFoundError):
+        with reached(self.location) as (fs, root), suppress(FileNotFoundError):
             fs.rm_file(f"{root}/{name}")
 
     @contextmanager
@@ -163,7 +160,7 @@ class RemoteStore:
             yield Path(name)
 
     def fetch(self, workspace: Path, names: Iterable[str]) -> None:
-        with reached(self.url) as (fs, root):
+        with reached(self.location) as (fs, root):
             for name in names:
                 (workspace / name).parent.mkdir(exist_ok=True)
                 try:
@@ -172,7 +169,7 @@ class RemoteStore:
                     (workspace / name).unlink(missing_ok=True)
 
     def commit(self, workspace: Path, names: Iterable[str]) -> None:
-        with reached(self.url) as (fs, root):
+        with reached(self.location) as (fs, root):
             for name in names:
                 # Whole or not at all on object stores: an upload that ends early leaves no object.
                 fs.put_file(str(workspace / name), f"{root}/{name}")

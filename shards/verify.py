@@ -31,9 +31,9 @@ class VerifyReport:
     """How much was checked, and what is wrong."""
 
     faults: tuple[Fault, ...]
-    shards: int
-    samples: int
-    size_bytes: int
+    shards: int = 0
+    samples: int = 0
+    size_bytes: int = 0
 
 
 def verify(root: Path, *, decode: bool = False, workers: int | None = None) -> VerifyReport:
@@ -46,11 +46,11 @@ def verify(root: Path, *, decode: bool = False, workers: int | None = None) -> V
     try:
         text = manifest_text(root)
     except (OSError, UnicodeDecodeError) as error:
-        return _only(Fault(MANIFEST_NAME, f"cannot be read: {error}", _REPACK_ANEW))
+        return VerifyReport(faults=(Fault(MANIFEST_NAME, f"cannot be read: {error}", _REPACK_ANEW),))
     try:
         manifest = Manifest.from_json(text, str(path))
     except DatasetError as error:
-        return _only(Fault(MANIFEST_NAME, str(error).partition("; ")[0], _REPACK_ANEW))
+        return VerifyReport(faults=(Fault(MANIFEST_NAME, str(error).partition("; ")[0], _REPACK_ANEW),))
     shards = [(split.name, shard) for split in manifest.splits.values() for shard in split.shards]
     checks = _check_shards(root, manifest, shards, decode, workers)
     faults = [fault for check in checks for fault in check.faults]
@@ -63,10 +63,6 @@ def verify(root: Path, *, decode: bool = False, workers: int | None = None) -> V
         samples=sum(split.samples for split in manifest.splits.values()),
         size_bytes=sum(split.size_bytes for split in manifest.splits.values()),
     )
-
-
-def _only(fault: Fault) -> VerifyReport:
-    return VerifyReport(faults=(fault,), shards=0, samples=0, size_bytes=0)
 
 
 def _check_shards(

@@ -27,8 +27,7 @@ from tidali.dataset.shard_bytes import (
     padding,
     safe_key,
 )
-from tidali.errors import TidaliError
-from tidali.files import file_digest, printable, replacing, sync
+from tidali.files import file_digest, printable, replacing, resumable, sync
 
 QUARANTINE = "quarantine"
 
@@ -56,22 +55,18 @@ def finish_shard(
         TidaliError: the source or the store failed (unreadable, full, read-only).
     """
     tar_name, index_name, record_name = task.file_names
-    try:
-        with store.workspace() as folder:
-            store.fetch(folder, [record_name])
-            path = folder / record_name
-            there = path.read_bytes() if path.exists() else None
-            kept = None if there is None else _finished(task, there, store, folder, plan_id)
-            if kept is not None:
-                return ShardResult("kept", kept)
-            record = _write(task, folder, reader, settings, plan_id, digits)
-            names = [entry["file"] for entry in record["quarantined"]]
-            store.commit(folder, [*names, tar_name, index_name, record_name])
-            repaired = there is not None and not _is_of_another_plan(there, plan_id)
-            return ShardResult("repaired" if repaired else "written", summarise(task.stem, path.read_bytes(), record))
-    except OSError as error:
-        where = f"{error.filename or store.location}: {error.strerror or error}"
-        raise TidaliError(f"{where}; fix that and run the same command again to resume") from None
+    with resumable(store.location), store.workspace() as folder:
+        store.fetch(folder, [record_name])
+        path = folder / record_name
+        there = path.read_bytes() if path.exists() else None
+        kept = None if there is None else _finished(task, there, store, folder, plan_id)
+        if kept is not None:
+            return ShardResult("kept", kept)
+        record = _write(task, folder, reader, settings, plan_id, digits)
+        names = [entry["file"] for entry in record["quarantined"]]
+        store.commit(folder, [*names, tar_name, index_name, record_name])
+        repaired = there is not None and not _is_of_another_plan(there, plan_id)
+        return ShardResult("repaired" if repaired else "written", summarise(task.stem, path.read_bytes(), record))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- write

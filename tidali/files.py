@@ -109,6 +109,23 @@ def _runs(process: int) -> bool:
     return True
 
 
+@contextmanager
+def resumable(place: str | Path) -> Iterator[None]:
+    """For work that the same command resumes.
+
+    Args:
+        place: named in the message where the error names no file.
+
+    Raises:
+        TidaliError: the block raised an OSError, such as a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename or place}: {error.strerror or error}"
+        raise TidaliError(f"{where}; fix that and run the same command again to resume") from None
+
+
 # -------------------------------------------------------------------------------------------------------------------- locking
 
 
