@@ -55,29 +55,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tidali.api import make_loader, train_model
-    from tidali.config import TrainSettings, make_recipe
-    from tidali.dataset.source import open_data
-    from tidali.errors import TidaliError
-    from tidali.loading.resample import Resample
-    from tidali.model.predict import load_model
-    from tidali.model.resnet import build_resnet18
-    from tidali.training.evaluation import evaluate_checkpoint
+    from tidali.api import make_loader as make_loader
+    from tidali.api import train_model as train_model
+    from tidali.config import TrainSettings as TrainSettings
+    from tidali.config import make_recipe as make_recipe
+    from tidali.dataset.source import open_data as open_data
+    from tidali.errors import TidaliError as TidaliError
+    from tidali.loading.resample import Resample as Resample
+    from tidali.model.predict import load_model as load_model
+    from tidali.model.resnet import build_resnet18 as build_resnet18
+    from tidali.training.evaluation import evaluate_checkpoint as evaluate_checkpoint
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Resample",
-    "TidaliError",
-    "TrainSettings",
-    "build_resnet18",
-    "evaluate_checkpoint",
-    "load_model",
-    "make_loader",
-    "make_recipe",
-    "open_data",
-    "train_model",
-]
 
 _HOMES = {
     "Resample": "tidali.loading.resample",
@@ -91,6 +80,8 @@ _HOMES = {
     "open_data": "tidali.dataset.source",
     "train_model": "tidali.api",
 }
+
+__all__ = list(_HOMES)
 
 
 if not TYPE_CHECKING:  # to a type checker it would stand for every name there is
