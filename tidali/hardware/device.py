@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -52,6 +52,10 @@ class DevicePlan:
     def dtype_name(self) -> str:
         return str(self.amp_dtype or torch.float32).removeprefix("torch.")
 
+    def describe(self) -> dict[str, Any]:
+        """The device and precision as summary.json and study.json state them."""
+        return {"type": self.device.type, "name": self.name, "cores": cpu_count(), "dtype": self.dtype_name}
+
     def autocast(self) -> AbstractContextManager[None]:
         """The autocast context that every forward pass, of training and evaluation, runs under."""
         return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
@@ -85,7 +89,13 @@ def choose_compile(info: DeviceInfo, choice: CompileChoice) -> tuple[bool, str]:
     """
     if choice == "off":
         return False, "--compile off"
-    reason = _why_not_compilable(info)
+    reason: str | None = None  # why torch.compile cannot work, if it cannot
+    if info.capability is not None and info.capability < (7, 0):
+        major, minor = info.capability
+        reason = f"Triton needs a GPU of compute capability 7.0, {info.name} has {major}.{minor}"
+    elif not info.has_compiler:
+        user = "Triton" if info.type == "cuda" else "Inductor"
+        reason = f"no C compiler on PATH, which {user} needs; install gcc to gain its speed"
     if choice != "auto":
         if reason is not None:
             raise TidaliError(f"--compile {choice}: {reason}; or use --compile off")
@@ -93,17 +103,6 @@ def choose_compile(info: DeviceInfo, choice: CompileChoice) -> tuple[bool, str]:
     if info.type != "cuda":
         return False, "eager is faster on a CPU (57 against 47 img/s at 224 px, measured on two cores)"
     return (False, reason) if reason is not None else (True, "pays on CUDA")
-
-
-def _why_not_compilable(info: DeviceInfo) -> str | None:
-    """Why torch.compile cannot work, if it cannot."""
-    if info.capability is not None and info.capability < (7, 0):
-        major, minor = info.capability
-        return f"Triton needs a GPU of compute capability 7.0, {info.name} has {major}.{minor}"
-    if not info.has_compiler:
-        user = "Triton" if info.type == "cuda" else "Inductor"
-        return f"no C compiler on PATH, which {user} needs; install gcc to gain its speed"
-    return None
 
 
 def describe_device(choice: DeviceChoice) -> DeviceInfo:

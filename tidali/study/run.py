@@ -23,7 +23,7 @@ from tidali.console import say
 from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError, UsageError
 from tidali.files import file_digest, write_atomically
-from tidali.hardware.device import cpu_count, plan_device
+from tidali.hardware.device import plan_device
 from tidali.hardware.versions import versions
 from tidali.model.checkpoint import SUFFIX, load_model
 from tidali.model.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, imagenet_weights_path
@@ -147,12 +147,7 @@ class Study:
             "epochs_scale": self.settings.epochs_scale,
             "seeds": list(self.seeds),
             "initial_weights": self.weights and {name: self.weights[name] for name in ("name", "sha256")},
-            "device": {
-                "type": self.plan.device.type,
-                "name": self.plan.name,
-                "cores": cpu_count(),
-                "dtype": self.plan.dtype_name,
-            },
+            "device": self.plan.describe(),
             "versions": versions(),
             "rows": [],
         }

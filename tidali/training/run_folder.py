@@ -10,7 +10,7 @@ from typing import Any
 
 from tidali.errors import TidaliError, UsageError
 from tidali.files import write_atomically
-from tidali.hardware.device import DevicePlan, cpu_count
+from tidali.hardware.device import DevicePlan
 from tidali.hardware.versions import versions
 from tidali.training.engine import EpochResult
 from tidali.training.metrics import Score
@@ -69,7 +69,7 @@ def summary(result: RunResult, plan: DevicePlan, split: str) -> dict[str, Any]:
         "last_flip": result.last_flip.to_dict() if result.last_flip is not None else None,
         "images_per_s": result.images_per_s,
         "minutes": result.minutes,
-        "device": {"type": plan.device.type, "name": plan.name, "cores": cpu_count(), "dtype": plan.dtype_name},
+        "device": plan.describe(),
         "versions": versions(),
     }
 
