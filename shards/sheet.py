@@ -62,9 +62,7 @@ def _sample(dataset: Dataset, split: str, count: int, rng: random.Random) -> lis
 
 
 def _read_image(dataset: Dataset, shard: Shard, record: SampleRecord) -> Image.Image:
-    with open(dataset.root / shard.name, "rb") as file:
-        file.seek(record.offset)
-        data = file.read(record.size_bytes)
+    data = dataset.stored_bytes(shard, record)
     try:
         with Image.open(io.BytesIO(data)) as image:
             return ImageOps.exif_transpose(image).convert("RGB")

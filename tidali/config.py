@@ -22,6 +22,7 @@ Flip = Literal["none", "random", "alternating"]
 CacheChoice = Literal["auto", "device", "off"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DecoderChoice = Literal["auto", "cpu", "mixed"]
+ExportFormat = Literal["onnx", "pt2"]
 
 MIN_RES_PX = 32
 """Below 32 pixels the stock stem's last feature map, 1/32 of the input, is empty or a single border-dominated cell."""

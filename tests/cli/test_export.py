@@ -176,8 +176,8 @@ def test_a_wrong_file_is_not_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert list(tmp_path.iterdir()) == [path]
 
     monkeypatch.undo()
-    report = export.export_model(model, path, "pt2", (20, 20), check_on)
-    assert report.agreement.same_top1 == 8
+    agreement = export.export_model(model, path, "pt2", (20, 20), check_on)
+    assert agreement.same_top1 == 8
     run, metadata = export.open_pt2(path.read_bytes())
     assert json.loads(metadata)["mean"] == [0.4, 0.5, 0.6]
     assert np.abs(run(check_on[:1]) - model.logits(check_on[:1]).softmax(1).numpy()).max() < SAME

@@ -8,19 +8,17 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tidali.cli.options import AmpOption, CheckpointArgument, DeviceOption, FlipOption, JsonOption, output_file
+from tidali.config import ExportFormat
 from tidali.errors import TidaliError, UsageError
 from tidali.files import printable
 
 if TYPE_CHECKING:
     from tidali.model.image_files import ImageError
-
-Format = Literal["onnx", "pt2"]
-"""As `tidali.model.export.Format`, whose module is too slow to import for the help."""
 
 
 def predict(
@@ -98,7 +96,7 @@ def predict(
 def export(
     checkpoint: CheckpointArgument,
     format: Annotated[
-        Format | None,
+        ExportFormat | None,
         typer.Option(
             help="onnx, or pt2: the program that torch.export saves.", show_default="by the suffix of --out, else onnx"
         ),
@@ -127,7 +125,7 @@ def export(
     JSON with the class names and the preprocessing. The exported model is compared with the checkpoint's first, and nothing is
     written if their outputs differ.
     """
-    fmt: Format = format or ("pt2" if out is not None and out.suffix == ".pt2" else "onnx")
+    fmt: ExportFormat = format or ("pt2" if out is not None and out.suffix == ".pt2" else "onnx")
     size = parse_input_size(input_size) if input_size is not None else None
 
     from tidali.console import print_table
@@ -141,8 +139,8 @@ def export(
     path = output_file(out if out is not None else file.with_suffix(f".{fmt}"), "--out")
     model = load_model(file, device="cpu", amp="off")
     inputs = choose_inputs(model.card, checkpoint, data, size)
-    report = export_model(model, path, fmt, inputs.size, inputs.images)
-    height, width = inputs.size
+    agreement = export_model(model, path, fmt, inputs.size, inputs.images)
+    (height, width), size_bytes = inputs.size, path.stat().st_size
     if json_:
         document = {
             "checkpoint": checkpoint,
@@ -151,20 +149,19 @@ def export(
             "input_height": height,
             "input_width": width,
             "classes": len(model.classes),
-            "size_bytes": report.size_bytes,
+            "size_bytes": size_bytes,
             "checked_on": inputs.what,
-            **asdict(report.agreement),
+            **asdict(agreement),
         }
         print(json.dumps(document))
         return
-    agreement = report.agreement
     print_table(
         str(path),
         ("", ""),
         [
             ("input", f"uint8 (N, {height}, {width}, 3) RGB"),
             ("output", f"float32 (N, {len(model.classes)}) probabilities"),
-            ("size", f"{report.size_bytes / 2**20:.1f} MiB"),
+            ("size", f"{size_bytes / 2**20:.1f} MiB"),
             ("checked on", inputs.what),
             ("largest probability difference", f"{agreement.largest_difference:.1e}"),
             ("same top-1", f"{agreement.same_top1} of {agreement.images}"),

@@ -254,6 +254,12 @@ class Dataset:
         """The split's tars in order, without empty ones: DALI refuses an index of no samples."""
         return [self.root / shard.name for shard in self.split(split).shards if shard.samples]
 
+    def stored_bytes(self, shard: Shard, record: SampleRecord) -> bytes:
+        """The bytes of a sample's image, as the tar has them."""
+        with open(self.root / shard.name, "rb") as file:
+            file.seek(record.offset)
+            return file.read(record.size_bytes)
+
     def index_paths(self, split: str) -> list[Path]:
         return [self.root / shard.index_name for shard in self.split(split).shards if shard.samples]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -123,21 +123,17 @@ def load_model(path: Path) -> tuple[nn.Module, ModelCard]:
     return model.to(memory_format=torch.channels_last).eval(), card
 
 
-class OpenCheckpoint(NamedTuple):
-    """A checkpoint that is ready to be run."""
-
-    model: nn.Module
-    """On the plan's device, in evaluation mode, channels-last."""
-    card: ModelCard
-    plan: DevicePlan
-
-
-def open_checkpoint(given: str, dataset: Dataset | None = None, *, device: DeviceChoice, amp: AmpChoice) -> OpenCheckpoint:
+def open_checkpoint(
+    given: str, dataset: Dataset | None = None, *, device: DeviceChoice, amp: AmpChoice
+) -> tuple[nn.Module, ModelCard, DevicePlan]:
     """Find and load a checkpoint, and put it on its device.
 
     Args:
         given: see `find_checkpoint`.
         dataset: the data set whose classes the checkpoint must have, if any.
+
+    Returns:
+        The model, on the plan's device, in evaluation mode and channels-last; its card; and the plan.
 
     Raises:
         UsageError: no checkpoint there, or one for other classes than the data set's.
@@ -147,7 +143,7 @@ def open_checkpoint(given: str, dataset: Dataset | None = None, *, device: Devic
     if dataset is not None:
         check_classes(card, dataset, given)
     plan = plan_device(device, amp, "off")
-    return OpenCheckpoint(model.to(plan.device), card, plan)
+    return model.to(plan.device), card, plan
 
 
 def check_classes(card: ModelCard, dataset: Dataset, given: str) -> None:

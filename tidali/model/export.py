@@ -11,20 +11,19 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tidali import __version__
+from tidali.config import ExportFormat
 from tidali.errors import TidaliError
 from tidali.files import write_atomically
 from tidali.model.checkpoint import ModelCard
 from tidali.model.predict import Classifier
 from tidali.model.served import ServedModel
-
-Format = Literal["onnx", "pt2"]
 
 METADATA_KEY = "tidali"
 """Key of ONNX's metadata property; with ``.json``, name of a pt2's extra file. The value is a JSON document."""
@@ -48,14 +47,7 @@ class Agreement:
     same_top1: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportReport:
-    path: Path
-    size_bytes: int
-    agreement: Agreement
-
-
-def export_model(model: Classifier, path: Path, format: Format, size: tuple[int, int], check_on: np.ndarray) -> ExportReport:
+def export_model(model: Classifier, path: Path, format: ExportFormat, size: tuple[int, int], check_on: np.ndarray) -> Agreement:
     """Write the model as ONNX or as torch.export's program, after running the exported bytes and comparing them with the model.
 
     Args:
@@ -63,6 +55,9 @@ def export_model(model: Classifier, path: Path, format: Format, size: tuple[int,
         path: the file; it appears whole or not at all.
         size: height and width of the file's input, in pixels.
         check_on: (N, *size, 3) uint8 RGB images.
+
+    Returns:
+        How far the file's probabilities are from the model's.
 
     Raises:
         TidaliError: a package is missing, the file differs from the model, or it cannot be written; no file is written then.
@@ -83,10 +78,10 @@ def export_model(model: Classifier, path: Path, format: Format, size: tuple[int,
             f"({agreement.same_top1} of {agreement.images} images with the same top-1); at most {MOST_DIFFERENCE:.0e} is right"
         )
     write_atomically(path, content)
-    return ExportReport(path=path, size_bytes=len(content), agreement=agreement)
+    return agreement
 
 
-def require_packages(format: Format) -> None:
+def require_packages(format: ExportFormat) -> None:
     """
     Raises:
         TidaliError: a package is missing; names the extra that installs it.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from tidali.dataset.contract import Dataset, iter_records, open_dataset, parse_image_size
+from tidali.dataset.contract import Dataset, iter_records, open_dataset
 from tidali.dataset.remote import is_remote
 from tidali.dataset.source import open_data
 from tidali.errors import DatasetError, UsageError
@@ -43,7 +43,7 @@ def choose_inputs(card: ModelCard, checkpoint: str, data: str | None, size: tupl
     dataset = open_data(data) if data is not None else trained_on(card)
     if dataset is not None:
         split = "val" if "val" in dataset.manifest.splits and dataset.manifest.splits["val"].samples else "train"
-        size = size or stored_size(dataset, split, card.res)
+        size = size or dataset.split(split).single_image_size or (card.res, card.res)
         images = photographs(dataset, split, size)
         return Inputs(size=size, images=images, what=f"{len(images)} images of {split} of {dataset.root}")
     if size is None:
@@ -65,11 +65,6 @@ def trained_on(card: ModelCard) -> Dataset | None:
         return None
 
 
-def stored_size(dataset: Dataset, split: str, res: int) -> tuple[int, int]:
-    sizes = dataset.split(split).image_sizes
-    return parse_image_size(next(iter(sizes))) if len(sizes) == 1 else (res, res)
-
-
 def photographs(dataset: Dataset, split: str, size: tuple[int, int], most: int = MOST_PHOTOGRAPHS) -> np.ndarray:
     """Images spread evenly over a split, (N, *size, 3) uint8 RGB; those of another size are cropped and resized."""
     samples = dataset.split(split).samples
@@ -78,9 +73,7 @@ def photographs(dataset: Dataset, split: str, size: tuple[int, int], most: int =
     out = []
     for number, (shard, record) in enumerate(iter_records(dataset, split)):
         if number in wanted:
-            with (dataset.root / shard.name).open("rb") as file:
-                file.seek(record.offset)
-                image = upright_rgb(Image.open(io.BytesIO(file.read(record.size_bytes))))
+            image = upright_rgb(Image.open(io.BytesIO(dataset.stored_bytes(shard, record))))
             if image.size != size[::-1]:
                 image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
             out.append(np.asarray(image))

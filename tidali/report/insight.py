@@ -102,9 +102,7 @@ class Insight:
             DatasetError: the image cannot be decoded.
         """
         shard, record = self.samples[index]
-        with open(self.dataset.root / shard.name, "rb") as file:
-            file.seek(record.offset)
-            content = file.read(record.size_bytes)
+        content = self.dataset.stored_bytes(shard, record)
         kind = _WEB_FORMATS.get(record.extension)
         if kind is None or max(record.height, record.width) > PICTURE_SIDE_PX:
             content, kind = _reduced(content, f"{self.dataset.root / shard.name}: sample {record.key}"), "jpeg"
