@@ -41,7 +41,7 @@ class PackSettings:
 
     def __post_init__(self) -> None:
         if (self.shard_samples is None) == (self.shard_size_bytes is None):
-            raise UsageError("give one of --shard-samples and --shard-size")
+            raise UsageError("give one of --shard-samples and --shard-size, not both")
         if self.shard_samples is not None and self.shard_samples < 1:
             raise UsageError(f"--shard-samples must be at least 1, not {self.shard_samples}")
         if self.shard_size_bytes is not None and not 1 << 12 <= self.shard_size_bytes < 1 << 40:

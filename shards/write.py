@@ -185,7 +185,10 @@ def _finished(task: ShardTask, sealed: bytes, store: Store, folder: Path, plan_i
     """The summary of the task's shard, if its sealed record is of this plan and every file has its hash; else None."""
     try:
         record = unseal(sealed)
-        if record["plan"] != plan_id or _planned(task) != _recorded(record):
+        planned = sorted((safe_key(ordinal, item.name), printable(item.name), item.label) for ordinal, item in task.samples)
+        entries = [*record["samples"], *record["quarantined"]]
+        recorded = sorted((entry["key"], entry["source"], entry["label"]) for entry in entries)
+        if record["plan"] != plan_id or planned != recorded:
             return None
         summary = summarise(task.stem, sealed, record)  # refuses names that lead out of the folder, before any is used
         tar_name, index_name, _ = task.file_names
@@ -206,11 +209,3 @@ def _is_of_another_plan(sealed: bytes, plan_id: str) -> bool:
         return bool(unseal(sealed)["plan"] != plan_id)
     except (ValueError, KeyError, TypeError):
         return False
-
-
-def _planned(task: ShardTask) -> list[tuple[str, str, int | None]]:
-    return sorted((safe_key(ordinal, item.name), printable(item.name), item.label) for ordinal, item in task.samples)
-
-
-def _recorded(record: dict[str, Any]) -> list[tuple[str, str, int | None]]:
-    return sorted((e["key"], e["source"], e["label"]) for part in ("samples", "quarantined") for e in record[part])

@@ -92,7 +92,7 @@ def test_shard_options_reach_the_manifest(tidali: Any, tiny_zip: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--shard-samples", "5", "--shard-size", "1MB"], "give --shard-samples or --shard-size, not both"),
+        (["--shard-samples", "5", "--shard-size", "1MB"], "give one of --shard-samples and --shard-size, not both"),
         (["--shard-size", "huge"], "--shard-size huge: give a size such as 64MB"),
         (["--classes", "nowhere.txt"], "--classes nowhere.txt: neither a number nor a readable file"),
         (["--classes", "5"], "--classes 5: the source has 4"),
