@@ -203,7 +203,11 @@ def train_epoch(
         images, labels = batch
         images, targets = (images, labels) if mix is None else mix(images, labels)
         if state.plan.compile and images.shape not in state.compiled:
-            logits = _compiling_step(state, images, targets)
+            # Timed apart: it compiles the forward and backward pass for this shape, which takes nearly all of its time.
+            compiling = Stopwatch(state.plan.device)
+            logits = train_step(state, images, targets)
+            state.compile_s += compiling.elapsed_s()
+            state.compiled.add(images.shape)
             not_counted += len(labels)
         else:
             logits = train_step(state, images, targets)
@@ -229,15 +233,6 @@ def all_finite(model: nn.Module) -> bool:
     """Whether all weights and batch-norm statistics are finite. Waits for the device once."""
     floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     return bool(torch.stack([tensor.isfinite().all() for tensor in floats]).all())
-
-
-def _compiling_step(state: TrainState, images: Tensor, targets: Tensor) -> Tensor:
-    """The first step with a new shape, timed: it compiles the forward and backward pass, which takes nearly all of its time."""
-    watch = Stopwatch(state.plan.device)
-    logits = train_step(state, images, targets)
-    state.compile_s += watch.elapsed_s()
-    state.compiled.add(images.shape)
-    return logits
 
 
 @torch.inference_mode()

@@ -30,8 +30,7 @@ _MAY_CHANGE = frozenset(
     }
 )
 """Settings that may differ in a resumed run: those that change weights by rounding at most, and those whose contents are
-compared
-instead: the data through the order, and the starting weights through their normalisation."""
+compared instead: the data through the order, and the starting weights through their normalisation."""
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,8 +123,7 @@ class Run:
             def on_step(waited_s: float) -> None:
                 nonlocal since_save
                 score = self.meter.peek()
-                if not math.isfinite(score.loss_sum):
-                    self.fail_not_finite("loss is")
+                self.require(math.isfinite(score.loss_sum), "the loss is")
                 if not bar.disable and score.samples:
                     done = self.state.step - progress.epoch * len(self.train_batches)
                     rate = score.samples * self.ranks.world_size / watch.peek_s()
@@ -145,14 +144,13 @@ class Run:
             trained = train_epoch(
                 self.state, self.train_batches, self.meter, ranks=self.ranks, mix=self.mixer(), on_step=on_step
             )
-        if not math.isfinite(trained.score.loss_sum):  # on a GPU, on_step may not have seen the last steps' loss
-            self.fail_not_finite("loss is")
+        # On a GPU, on_step may not have seen the last steps' loss.
+        self.require(math.isfinite(trained.score.loss_sum), "the loss is")
 
         self.setup.data.share_corrupt()
         self.ranks.broadcast_buffers(self.state.evaluated)
         score = self.evaluate()
-        if not math.isfinite(score.loss_sum):
-            self.fail_not_finite("loss is")
+        self.require(math.isfinite(score.loss_sum), "the loss is")
         is_best = progress.best is None or score.correct1 > progress.best.correct1
         if is_best:
             progress.best, progress.best_epoch = score, number
@@ -200,11 +198,10 @@ class Run:
         self.agree_at = self.agreed_at + steps_between_agreements(step_s, self.plan.device)
         return [bool(flag) for flag in agreed]
 
-    def fail_not_finite(self, what: str) -> NoReturn:
-        saved = self.out / STATE_NAME
-        raise TidaliError(
-            f"the {what} not finite by step {self.state.step}; try a lower --lr; the last state that was finite is {saved}"
-        )
+    def require(self, finite: bool, what: str) -> None:
+        if not finite:
+            where = f"{what} not finite by step {self.state.step}; try a lower --lr"
+            raise TidaliError(f"{where}; the last state that was finite is {self.out / STATE_NAME}")
 
     def report_epoch(self, trained: EpochResult, score: Score, is_best: bool) -> None:
         """Save the weights, append to metrics.jsonl, and print a line."""
@@ -234,10 +231,8 @@ class Run:
     def save_state(self) -> None:
         """Save everything that a resume needs, on rank 0, with every rank's position in the data. Fails where the weights or
         the loss are not finite; both are checked, as a step's loss is that of the weights before it."""
-        if not math.isfinite(self.meter.read().loss_sum):
-            self.fail_not_finite("loss is")
-        if not all_finite(self.state.model):
-            self.fail_not_finite("weights are")
+        self.require(math.isfinite(self.meter.read().loss_sum), "the loss is")
+        self.require(all_finite(self.state.model), "the weights are")
         loaders = self.ranks.gather(self.train_batches.state_dict())
         if self.ranks.is_main:
             progress = replace(self.progress, seconds=self.progress.seconds + self.watch.elapsed_s())
