@@ -59,9 +59,8 @@ def comparison(runs: Sequence[Run], labels: Sequence[str]) -> Figure:
     ]
     lines += [Line2D([], [], color=MUTED, linestyle="-"), Line2D([], [], color=MUTED, linestyle="--", linewidth=1.2)]
     legend = figure.legend(lines, [""] * len(lines), loc="outside lower left", fontsize=9, ncols=columns)
-    for text, name in zip(
-        legend.get_texts(), names, strict=True
-    ):  # matplotlib leaves out names that begin with _ when they are passed to legend()
+    # matplotlib leaves out names that begin with _ when they are passed to legend().
+    for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(name)
     return figure
 
@@ -124,7 +123,7 @@ def accuracy_against_gmacs(models: Sequence[Evaluated]) -> Figure:
 
     Models with the same cost and, to a tenth, the same accuracy share a point and its label.
     """
-    figure, axes = _panel()
+    figure, axes = _panel("GMACs per forward pass", "top-1, %")
     for model in models:
         line = sorted((gmacs, top1_percent) for _, gmacs, top1_percent in model.at)
         if line:
@@ -149,8 +148,6 @@ def accuracy_against_gmacs(models: Sequence[Evaluated]) -> Figure:
     axes.margins(y=0.09)
     _percent_limits(axes)
     _plain_log_ticks(axes, [model.gmacs for model in models] + [gmacs for model in models for _, gmacs, _ in model.at])
-    axes.set_xlabel("GMACs per forward pass")
-    axes.set_ylabel("top-1, %")
     _label_points(axes, list(points.values()))
     return figure
 
@@ -158,7 +155,7 @@ def accuracy_against_gmacs(models: Sequence[Evaluated]) -> Figure:
 @house_style()
 def accuracy_against_resolution(models: Sequence[Evaluated]) -> Figure:
     """Top-1 of each model at the input sides that it was evaluated at."""
-    figure, axes = _panel()
+    figure, axes = _panel("input side, px", "top-1, %")
     for model in models:
         axes.plot(
             *zip(*sorted((res, top1_percent) for res, _, top1_percent in model.at), strict=True),
@@ -168,8 +165,6 @@ def accuracy_against_resolution(models: Sequence[Evaluated]) -> Figure:
     sides = sorted({res for model in models for res, _, _ in model.at})
     axes.set_xticks(sides, [str(side) for side in sides])
     _percent_limits(axes)
-    axes.set_xlabel("input side, px")
-    axes.set_ylabel("top-1, %")
     return figure
 
 
@@ -184,7 +179,7 @@ def class_accuracy(names: Sequence[str], top1_percent: Sequence[float | None]) -
     left_out = len(rows) - ALL_CLASSES
     if left_out > 0:
         rows[ALL_CLASSES // 2 : -ALL_CLASSES // 2] = [None]
-    figure, axes = _panel(height_in=0.5 + 0.2 * len(rows))
+    figure, axes = _panel("top-1, %", height_in=0.5 + 0.2 * len(rows))
     for place, row in enumerate(rows):
         if row is None:
             axes.text(1, place, f"… {left_out} more …", va="center", color=MUTED, fontsize=9)
@@ -195,7 +190,6 @@ def class_accuracy(names: Sequence[str], top1_percent: Sequence[float | None]) -
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 107)
     axes.set_xticks(range(0, 101, 20))
-    axes.set_xlabel("top-1, %")
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     return figure
@@ -216,7 +210,7 @@ def confusion_matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> F
     cells[..., :3] = _WRONG_RGB
     cells[np.arange(len(table)), np.arange(len(table)), :3] = _RIGHT_RGB
     cells[..., 3] = np.sqrt(fraction)
-    figure, axes = _panel(width_in=6.6, height_in=6.3)
+    figure, axes = _panel("predicted class", "true class", width_in=6.6, height_in=6.3)
     axes.imshow(cells, interpolation="nearest")
     axes.grid(visible=False)
     if len(names) <= NAMED_CELLS:
@@ -227,18 +221,17 @@ def confusion_matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> F
         axes.set_xticks(range(len(names)), short, rotation=90, fontsize=size)
         axes.set_yticks(range(len(names)), short, fontsize=size)
         axes.tick_params(length=0)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
     for side in ("top", "right"):
         axes.spines[side].set_visible(True)
     return figure
 
 
-def _panel(*, width_in: float = WIDTH_IN, height_in: float = HEIGHT_IN) -> tuple[Figure, Axes]:
+def _panel(x: str = "", y: str = "", *, width_in: float = WIDTH_IN, height_in: float = HEIGHT_IN) -> tuple[Figure, Axes]:
+    """A figure of one panel, with the labels of its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width_in, height_in))
-    return figure, figure.subplots()
+    return figure, figure.subplots(subplot_kw={"xlabel": x, "ylabel": y})
 
 
 def _evaluated_and_train(axes: Axes, runs: Sequence[Run], measure: str, label: str) -> None:
