@@ -82,11 +82,9 @@ def shard(
     from shards.plan import PackSettings
     from shards.scan import FileSource
 
-    if shard_samples is not None and shard_size is not None:
-        raise UsageError("give --shard-samples or --shard-size, not both")
     settings = PackSettings(
         seed=seed,
-        shard_samples=None if shard_size is not None else (1000 if shard_samples is None else shard_samples),
+        shard_samples=1000 if shard_samples is None and shard_size is None else shard_samples,
         shard_size_bytes=None if shard_size is None else parse_size(shard_size),
         val_fraction=val_fraction,
         classes=None if classes is None else _parse_classes(classes),

@@ -45,14 +45,13 @@ def read_manifest(location: str) -> Manifest:
     """
     if not is_remote(location):
         return open_dataset(Path(location)).manifest
-    return Manifest.from_json(_remote_manifest(location).decode("utf-8", "replace"), f"{location}/{MANIFEST_NAME}")
+    return _remote_manifest(location)[1]
 
 
 def stage(url: str) -> Path:
     """The local copy of a data set behind a URL."""
     url = url.rstrip("/")
-    text = _remote_manifest(url)
-    manifest = Manifest.from_json(text.decode("utf-8", "replace"), f"{url}/{MANIFEST_NAME}")
+    text, manifest = _remote_manifest(url)
     folder = cache_folder() / f"{url.rpartition('/')[2]}-{hashlib.sha256(text).hexdigest()[:16]}"
     files = [file for split in manifest.splits.values() for shard in split.shards for file in shard.files]
     try:
@@ -74,13 +73,13 @@ def stage(url: str) -> Path:
     return folder
 
 
-def _remote_manifest(url: str) -> bytes:
+def _remote_manifest(url: str) -> tuple[bytes, Manifest]:
     with reached(url) as (fs, root):
         try:
             data: bytes = fs.cat_file(f"{root}/{MANIFEST_NAME}")
         except FileNotFoundError:
             raise DatasetError(f"{url}: no {MANIFEST_NAME} here; make a data set with 'tidali shard SOURCE {url}'") from None
-        return data
+    return data, Manifest.from_json(data.decode("utf-8", "replace"), f"{url}/{MANIFEST_NAME}")
 
 
 def _fetch(url: str, folder: Path, name: str, sha256: str) -> None:

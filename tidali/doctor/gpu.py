@@ -50,21 +50,19 @@ def gpu_fault(capability: tuple[int, int], built_for: Sequence[str]) -> tuple[st
         built_for: what `torch.cuda.get_arch_list` returns, such as ``["sm_75", "sm_80", "compute_80"]``.
     """
     major, minor = capability
+    all_older = True
     for entry in built_for:
         kind, _, digits = entry.partition("_")
         number = digits.rstrip("af")  # sm_90a and the like run on that capability only
         if not number.isdecimal():
+            all_older = False
             continue
         built = (int(number[:-1]), int(number[-1]))
+        all_older &= built < capability
         if kind == "sm" and (built == capability or (number == digits and built[0] == major and built[1] <= minor)):
             return None
         if kind == "compute" and number == digits and built <= capability:
             return None
     text = f"this torch has no code for compute capability {major}.{minor} (it has {', '.join(built_for) or 'none'})"
-    age = "a newer" if all(_older(entry, capability) for entry in built_for) else "an older"
+    age = "a newer" if all_older else "an older"
     return text, f"install {age} torch, or one built for another CUDA (pytorch.org, 'Get started')"
-
-
-def _older(entry: str, capability: tuple[int, int]) -> bool:
-    number = entry.partition("_")[2].rstrip("af")
-    return number.isdecimal() and (int(number[:-1]), int(number[-1])) < capability

@@ -2,8 +2,7 @@
 
 torch's fused SGD kernel for a CPU (torch 2.14) copies each gradient that is not contiguous into another memory order, and then
 does not read the copy: 6.7 ms of the 13 ms that an optimizer step of a ResNet-18 took on two cores, whatever the batch. This
-    can
-go when a profile of ``torch.optim.SGD(..., fused=True)``, taken as tests/unit/test_optimizer.py takes one, has no
+can go when a profile of ``torch.optim.SGD(..., fused=True)``, taken as tests/unit/test_optimizer.py takes one, has no
 ``aten::clone``."""
 
 from __future__ import annotations

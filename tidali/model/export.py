@@ -29,9 +29,8 @@ METADATA_KEY = "tidali"
 """Key of ONNX's metadata property; with ``.json``, name of a pt2's extra file. The value is a JSON document."""
 MOST_DIFFERENCE = 1e-4
 """Largest difference between the file's and the model's probabilities that is accepted. Both are float32 and differ by the
-order
-of their sums: at most 2e-6 on 500 photographs at 64 and 224 px. With the wrong kernel they differed by 0.06 at 128 px, with an
-unclamped overshoot by 0.007."""
+order of their sums: at most 2e-6 on 500 photographs at 64 and 224 px. With the wrong kernel they differed by 0.06 at 128 px,
+with an unclamped overshoot by 0.007."""
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _OPSET = 18  # torch's exporter is written for this one; newer ones exclude older runtimes
 _BATCH = 64  # of the check

@@ -29,9 +29,8 @@ def build_resnet18(num_classes: int, stem: Stem, *, stem_bias: bool = False) -> 
     model = resnet18(weights=None, num_classes=num_classes)
     if stem == "small":
         model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=stem_bias)
-        nn.init.kaiming_normal_(
-            model.conv1.weight, mode="fan_out", nonlinearity="relu"
-        )  # as torchvision initialises the stock one
+        # As torchvision initialises the stock one.
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
     return model
 
