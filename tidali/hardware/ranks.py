@@ -23,7 +23,6 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
     joined: bool = False
     """In one process group, by which ranks can ask each other."""
 
@@ -70,17 +69,6 @@ class Ranks:
             for buffer in model.buffers():
                 distributed.broadcast(buffer, 0)
 
-    def synchronise_batch_norm(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model with batch norm computed over the batches of all ranks.
-
-        Raises:
-            UsageError: the device is a CPU; torch has it for GPUs alone.
-        """
-        if device.type != "cuda":
-            raise UsageError("--sync-bn: torch synchronises batch norm on GPUs only; leave the flag out on a CPU")
-        synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return synchronised
-
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model in DistributedDataParallel. Each rank keeps its own batch-norm statistics; rank 0's are saved."""
         if self.world_size == 1:
@@ -110,11 +98,9 @@ def joined_ranks(device_type: str) -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks()
         return
-    ranks = Ranks(
-        rank=int(os.environ["RANK"]), world_size=world_size, local_rank=int(os.environ.get("LOCAL_RANK", "0")), joined=True
-    )
+    ranks = Ranks(rank=int(os.environ["RANK"]), world_size=world_size, joined=True)
     if device_type == "cuda":
-        torch.cuda.set_device(ranks.local_rank)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     distributed.init_process_group("nccl" if device_type == "cuda" else "gloo")
     try:
         yield ranks

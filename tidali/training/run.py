@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import signal
 import statistics
@@ -16,7 +17,7 @@ from torch import Tensor
 from tidali.config import CacheChoice, TrainSettings
 from tidali.console import progress_bar, say
 from tidali.dataset.contract import Dataset
-from tidali.errors import Interrupted, TidaliError
+from tidali.errors import Interrupted, TidaliError, UsageError
 from tidali.hardware.cpu_memory import keep_freed_memory
 from tidali.hardware.device import DevicePlan, numerics, plan_device
 from tidali.hardware.ranks import Ranks, joined_ranks
@@ -29,7 +30,7 @@ from tidali.training.metrics import JsonlLog, Meter, Score
 from tidali.training.resume import STATE_NAME, Progress, load_state, save_state, saved_route
 from tidali.training.run_folder import RunResult, epoch_fields, make_run_folder, summary, write_json
 from tidali.training.setup import announce, set_up
-from tidali.training.tensorboard import TensorBoardLog, require_tensorboard
+from tidali.training.tensorboard import TensorBoardLog
 
 RANKS_AGREE_S = 2.0
 RANKS_AGREE_STEPS = 20
@@ -81,8 +82,8 @@ class Run:
         self.settings, self.dataset, self.plan, self.ranks, self.stop = settings, dataset, plan, ranks, stop
         self.out = Path(settings.out)
         self.watch = Stopwatch()
-        if settings.tensorboard:
-            require_tensorboard()
+        if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise UsageError("--tensorboard needs the package tensorboard: pip install 'tidali[tensorboard]'")
         self.setup = set_up(settings, dataset, plan, ranks, cache=cache)
         self.state, self.train_batches, self.select_on = self.setup.state, self.setup.train_batches, self.setup.select_on
         if plan.device.type == "cpu":

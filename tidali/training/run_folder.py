@@ -31,7 +31,7 @@ class RunResult:
     minutes: float
 
 
-def make_run_folder(out: Path) -> Path:
+def make_run_folder(out: Path) -> None:
     """
     Raises:
         UsageError: it exists and is not empty.
@@ -43,7 +43,6 @@ def make_run_folder(out: Path) -> Path:
             raise UsageError(f"--out {out}: not empty; give a new folder")
     except OSError as error:
         raise TidaliError(f"--out {out}: cannot be made ({error.strerror})") from None
-    return out
 
 
 def epoch_fields(trained: EpochResult, score: Score, split: str) -> dict[str, float]:

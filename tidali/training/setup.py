@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from tidali.config import RECIPES, CacheChoice, Preprocess, TrainSettings
 from tidali.console import say
@@ -73,7 +74,9 @@ def set_up(
         for batches in (train_batches, eval_batches):
             batches.route = replace(batches.route, reason="as when the run began")
     if settings.sync_bn:
-        model = ranks.synchronise_batch_norm(model, plan.device)
+        if plan.device.type != "cuda":
+            raise UsageError("--sync-bn: torch synchronises batch norm on GPUs only; leave the flag out on a CPU")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     state = make_train_state(model, plan, make_schedule(recipe, len(train_batches)), recipe, ranks=ranks)
     card = ModelCard(
         classes=dataset.manifest.classes,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
-
-from tidali.errors import UsageError
 
 
 class TensorBoardLog:
@@ -25,12 +22,3 @@ class TensorBoardLog:
         for name, value in fields.items():
             self._writer.add_scalar(name, value, epoch)
         self._writer.flush()
-
-
-def require_tensorboard() -> None:
-    """
-    Raises:
-        UsageError: it is not installed.
-    """
-    if importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("--tensorboard needs the package tensorboard: pip install 'tidali[tensorboard]'")
