@@ -30,6 +30,11 @@ def imagenet_weights_path() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
 
 
+def imagenet_sha256() -> str:
+    """How the hash of these weights begins: torchvision has it in the name of the file, resnet18-f37072fd.pth."""
+    return imagenet_weights_path().stem.rpartition("-")[2]
+
+
 def imagenet_weights() -> dict[str, Tensor]:
     """torchvision's ``ResNet18_Weights.IMAGENET1K_V1``, from the cache or downloaded, with the hash checked.
 
@@ -38,8 +43,8 @@ def imagenet_weights() -> dict[str, Tensor]:
     """
     weights, path = ResNet18_Weights.IMAGENET1K_V1, imagenet_weights_path()
     try:
-        # torch checks the hash of its own downloads only; the file's name ends in the first digits of the hash.
-        if path.exists() and not file_digest(path).startswith(path.stem.rpartition("-")[2]):
+        # torch checks the hash of its own downloads only.
+        if path.exists() and not file_digest(path).startswith(imagenet_sha256()):
             raise TidaliError(
                 f"--init imagenet: {path} is damaged or a different file (its SHA-256 is not the one in its name); remove it"
             )

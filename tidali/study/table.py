@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tidali.config import Recipe
-from tidali.model.pretrained import IMAGENET_NAME
+from tidali.model.pretrained import IMAGENET_NAME, imagenet_sha256
 from tidali.report.page import BEST_IS_BIASED
 from tidali.study.rows import IMAGENET, Row
 
 COLUMNS = ("row", "setting", "published %", "last %", "best %", "flip TTA %", "GMACs", "images/s", "minutes")
-
-_TORCHVISIONS_SHA256 = "f37072fd"
-"""How the hash of ResNet18_Weights.IMAGENET1K_V1 begins: torchvision has it in the name of the file, resnet18-f37072fd.pth."""
 
 
 def describe(row: Row, recipe: Recipe | None, *, stored_px: int | None = None) -> dict[str, Any]:
@@ -91,7 +88,7 @@ def notes(study: Mapping[str, Any]) -> list[str]:
     out.append(BEST_IS_BIASED if data["evaluated_on"] == "val" else f"“Best” is the best epoch on {data['evaluated_on']}.")
     if weights is not None:
         name = f"{weights['name']} (SHA-256 {weights['sha256'][:16]}…)"
-        if weights["name"] == IMAGENET_NAME or weights["sha256"].startswith(_TORCHVISIONS_SHA256):
+        if weights["name"] == IMAGENET_NAME or weights["sha256"].startswith(imagenet_sha256()):
             out.append(
                 f"“ImageNet” is {name}. If the classes are among ImageNet's, as Tiny-ImageNet's are, the accuracy says little "
                 f"about other data."
