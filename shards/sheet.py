@@ -22,7 +22,15 @@ def contact_sheet(dataset: Dataset, split: str, *, seed: int = 0) -> Image.Image
     Raises:
         DatasetError: no such split, or a sample that does not decode.
     """
-    chosen = _sample(dataset, split, SHEET_IMAGES, random.Random(seed))
+    rng = random.Random(seed)
+    chosen: list[tuple[Shard, SampleRecord]] = []
+    # One pass that keeps as many at a time as are shown (Vitter's algorithm R).
+    for seen, pair in enumerate(iter_records(dataset, split), start=1):
+        if len(chosen) < SHEET_IMAGES:
+            chosen.append(pair)
+        elif (place := rng.randrange(seen)) < SHEET_IMAGES:
+            chosen[place] = pair
+    rng.shuffle(chosen)
     classes = dataset.manifest.classes
     return draw_sheet(
         [
@@ -47,18 +55,6 @@ def draw_sheet(captioned: Sequence[tuple[Image.Image, str]]) -> Image.Image:
             text = text[:-1]
         draw.text((x, y + _CELL_PX), text, "black", font)
     return sheet
-
-
-def _sample(dataset: Dataset, split: str, count: int, rng: random.Random) -> list[tuple[Shard, SampleRecord]]:
-    """A random choice in one pass that keeps ``count`` at a time (Vitter's algorithm R), in random order."""
-    chosen: list[tuple[Shard, SampleRecord]] = []
-    for seen, pair in enumerate(iter_records(dataset, split), start=1):
-        if len(chosen) < count:
-            chosen.append(pair)
-        elif (place := rng.randrange(seen)) < count:
-            chosen[place] = pair
-    rng.shuffle(chosen)
-    return chosen
 
 
 def _read_image(dataset: Dataset, shard: Shard, record: SampleRecord) -> Image.Image:
