@@ -26,7 +26,7 @@ CROP_RATIO = (3 / 4, 4 / 3)
 """Width to height in pixels, log-uniform. Both ranges are torchvision's defaults."""
 
 SIZES = ((400, 300), (300, 400), (360, 240), (240, 360), (320, 320), (400, 250), (256, 384), (280, 350))
-"""Width and height of the images of each class. Not above 400 px, where FFCV's file would have them shrunk."""
+"""Width and height of the images of each class. Not above 400 px, to which FFCV's file has longer sides shrunk."""
 PER_SIZE = 32
 CHECK_CROPS = 2048
 """How many crops of a loader are compared."""

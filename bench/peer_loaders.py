@@ -207,11 +207,11 @@ def _dali_pipeline(job: DataJob, read: Callable[[], Any]) -> Any:
 
 
 FFCV_CROPS_FROM_PX = 400
+"""The longer side that FFCV's ImageNet example for a ResNet-18 shrinks images to before they are cropped."""
 
 
-def _ffcv(job: DataJob, mode: str) -> Batches:
-    """As jpg, FFCV encodes the decoded pixels as JPEG again. Of images to crop it keeps 400 px of the longer side, as its
-    ImageNet example does for a ResNet-18."""
+def _ffcv(job: DataJob, mode: str, *, longer_side_px: int | None = None) -> Batches:
+    """As jpg, FFCV encodes the decoded pixels as JPEG again."""
     import numpy as np
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.decoders import (
@@ -227,8 +227,7 @@ def _ffcv(job: DataJob, mode: str) -> Batches:
 
     path = Path(job.scratch) / f"{mode}.beton"
     if not path.exists():
-        shrunk = {"max_resolution": FFCV_CROPS_FROM_PX} if job.crops else {}
-        fields = {"image": RGBImageField(write_mode=mode, **shrunk), "label": IntField()}
+        fields = {"image": RGBImageField(write_mode=mode, max_resolution=longer_side_px), "label": IntField()}
         with replacing(path) as temporary:
             writer = DatasetWriter(str(temporary), fields, num_workers=job.cores)
             writer.from_indexed_dataset(datasets.ImageFolder(job.folder))
@@ -252,7 +251,12 @@ def _ffcv(job: DataJob, mode: str) -> Batches:
     )
 
 
-ffcv_raw, ffcv_jpg = partial(_ffcv, mode="raw"), partial(_ffcv, mode="jpg")
+def ffcv_raw(job: DataJob) -> Batches:
+    return _ffcv(job, "raw", longer_side_px=FFCV_CROPS_FROM_PX if job.crops else None)
+
+
+ffcv_jpg = partial(_ffcv, mode="jpg")
+ffcv_jpg_400 = partial(_ffcv, mode="jpg", longer_side_px=FFCV_CROPS_FROM_PX)
 
 # ------------------------------------------------------------------------------------------------ LitData, MosaicML, SPDL
 

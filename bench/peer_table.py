@@ -36,6 +36,8 @@ class Peer:
     """For a loader: it decodes JPEGs for every batch."""
     kernel: str = "bicubic"
     """For a loader: what it resizes crops with. All of them are antialiased."""
+    only_crops: bool = False
+    """For a loader: without random resized crops it would do the work of the case above it."""
     no_crops: str = ""
     """For a loader: why it has no random resized crops."""
     own_files: str = ""
@@ -73,6 +75,15 @@ LOADERS = (
     _loader("dali-webdataset", "DALI webdataset reader", "nvidia-dali-cuda120", carried_over=1024),  # its buffer's default size
     _loader("ffcv-raw", "FFCV raw", "ffcv", env="ffcv", decodes=False, kernel="area (OpenCV)", own_files="raw.beton"),
     _loader("ffcv-jpg", "FFCV jpg", "ffcv", env="ffcv", kernel="area (OpenCV)", own_files="jpg.beton"),
+    _loader(
+        "ffcv-jpg-400",
+        "FFCV jpg, shrunk to 400 px",
+        "ffcv",
+        env="ffcv",
+        kernel="area (OpenCV)",
+        own_files="jpg.beton",
+        only_crops=True,
+    ),
     _loader("litdata", "LitData", "litdata", env="litdata", own_files="chunks/*"),
     _loader("mosaic", "MosaicML Streaming", "mosaicml-streaming", env="mosaic", own_files="mds/*"),
     _loader("spdl", "SPDL", "spdl", env="spdl", hint="it needs FFmpeg's libraries, 4 or later: apt-get install ffmpeg"),
@@ -103,7 +114,7 @@ REFERENCE = _loader("reference", "the reference", "torchvision")
 
 
 def chosen(table: Sequence[Peer], names: Sequence[str] | None) -> tuple[Peer, ...]:
-    """The peers with these ids, or of these families: ``ffcv`` is ffcv-raw and ffcv-jpg. None: all. In the table's order.
+    """The peers with these ids, or of these families: ``ffcv`` is all that begin with ffcv-. None: all. In the table's order.
 
     Raises:
         UsageError: a name is neither.

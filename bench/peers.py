@@ -59,7 +59,7 @@ def bench_peers(
         TidaliError, DatasetError: the data cannot be used.
     """
     plan = plan_device("auto", "auto", "auto") if training else plan_device("cpu", "off", "off")
-    cases = chosen(TRAINING if training else LOADERS, peers)
+    cases = [peer for peer in chosen(TRAINING if training else LOADERS, peers) if crops or not peer.only_crops]
     check_batch_size(dataset, batch_size)
     limits = ceiling_cases(plan, jpegs=() if training else sample_jpegs(dataset))
     rows, ceilings = [], []

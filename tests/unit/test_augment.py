@@ -25,11 +25,11 @@ from tidali.loading.augment import (
     erase,
     erase_boxes,
     flip_flags,
-    flip_where,
     mix_batch,
     shift_offsets,
     shift_pixels,
 )
+from tidali.loading.resample import flip_where
 
 KEY: dict[str, Any] = {"seed": 3, "epoch": 5}
 SAMPLES = torch.arange(4000)

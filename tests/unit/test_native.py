@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tidali.loading import native
-from tidali.loading.augment import take
-from tidali.loading.resample import CompiledProducts, Resample, TorchProducts, choose_products
+from tidali.loading.resample import CompiledProducts, Resample, TorchProducts, choose_products, take
 
 load_anew = native.load.__wrapped__
 
@@ -112,20 +111,29 @@ def test_a_forked_child_has_its_own_threads(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("compiler")
-@given(height=st.integers(1, 9), width=st.integers(1, 9), flags=st.lists(st.booleans(), max_size=12), seed=st.integers(0, 99))
-def test_gathering_is_selecting_and_mirroring(height: int, width: int, flags: list[bool], seed: int):
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    res=st.integers(1, 12),
+    flags=st.lists(st.booleans(), max_size=12),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+@example(size=(5, 5), res=5, flags=[False, True], dtype=torch.float32, seed=0)  # no resize
+def test_rows_and_flips_are_those_of_the_pixels_selected_and_flipped(
+    size: tuple[int, int], res: int, flags: list[bool], dtype: torch.dtype, seed: int
+):
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (7, height, width, 3), dtype=torch.uint8, generator=generator)
-    samples = torch.randint(0, 7, (len(flags),), generator=generator)
-    mirrored = torch.tensor(flags, dtype=torch.bool)
-    expected = pixels[samples]
-    expected[mirrored] = expected[mirrored].flip(2)
-    assert torch.equal(native.gather(native.load(), pixels, samples, mirrored), expected)
-    assert torch.equal(take(pixels, samples, mirrored), expected)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "load", lambda: None)
-        assert torch.equal(take(pixels, samples, mirrored), expected)
-    assert torch.equal(take(pixels, samples, None), pixels[samples])
+    pixels = torch.randint(0, 256, (7, *size, 3), dtype=torch.uint8, generator=generator)
+    rows = torch.randint(0, 7, (len(flags),), generator=generator)
+    flips = torch.tensor(flags, dtype=torch.bool)
+    expected = pixels[rows]
+    expected[flips] = expected[flips].flip(2)
+    assert torch.equal(take(native.Chosen(pixels, rows, flips)), expected)
+    assert torch.equal(take(native.Chosen(pixels, rows, None)), pixels[rows])
+    resample = Resample(size, res, mean=(0.1, 0.2, 0.3), std=(0.2, 0.3, 0.4), dtype=dtype)
+    assert torch.equal(resample(pixels, rows=rows, flips=flips), resample(expected))
+    colour = torch.rand(len(flags), 3, 4, generator=generator)
+    assert torch.equal(resample(pixels, None, colour, rows=rows, flips=flips), resample(expected, None, colour))
 
 
 @pytest.mark.usefixtures("compiler")

@@ -47,7 +47,7 @@ def test_every_case_has_a_function_and_an_environment(table: tuple[Peer, ...]) -
 
 def test_a_name_chooses_a_case_or_a_family() -> None:
     ids = [peer.id for peer in chosen(LOADERS, ["spdl", "ffcv", "torchvision-v2"])]
-    assert ids == ["torchvision-v2", "ffcv-raw", "ffcv-jpg", "spdl"]  # in the table's order
+    assert ids == ["torchvision-v2", "ffcv-raw", "ffcv-jpg", "ffcv-jpg-400", "spdl"]  # in the table's order
     assert chosen(LOADERS, None) == LOADERS
     assert [peer.id for peer in chosen(TRAINING, ["timm"])] == ["timm-step", "timm-loop"]
 

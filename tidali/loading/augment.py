@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tidali.config import Augment, Flip
-from tidali.loading import counter, native
+from tidali.loading import counter
 
 ERASE_SCALE = (0.02, 0.33)
 ERASE_RATIO = (0.3, 3.3)
@@ -167,30 +167,6 @@ def _hue_rotations(angles: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------------- changes
-
-
-def take(pixels: Tensor, samples: Tensor | None, flips: Tensor | None) -> Tensor:
-    """(n, H, W, 3) uint8: the samples (n,) of (N, H, W, 3) pixels, or all of them, flipped
-    horizontally where flagged.
-
-    On a CPU one pass of compiled code where there is a compiler.
-    """
-    library = native.load() if flips is not None and pixels.device.type == "cpu" else None
-    if library is not None and flips is not None:
-        return native.gather(library, pixels, torch.arange(len(pixels)) if samples is None else samples, flips)
-    taken = pixels if samples is None else pixels.index_select(0, samples)
-    return taken if flips is None else flip_where(taken, flips)
-
-
-def flip_where(pixels: Tensor, flags: Tensor) -> Tensor:
-    """(N, H, W, 3) uint8 with the flagged samples flipped horizontally.
-
-    Both sides are made and one is picked: ten times as fast on a CPU as `torch.where`, and no wait for a count on a GPU.
-    """
-    flipped = pixels.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)  # seen as NCHW, torch has a fast kernel for it
-    both = torch.stack((pixels.flatten(1), flipped.flatten(1)), dim=1).flatten(0, 1)
-    picked = 2 * torch.arange(len(pixels), device=pixels.device) + flags
-    return both.index_select(0, picked).view_as(pixels)
 
 
 def shift_pixels(pixels: Tensor, offsets: Tensor) -> Tensor:

@@ -22,10 +22,10 @@ from tidali.loading.augment import (
     flip_flags,
     shift_offsets,
     shift_pixels,
-    take,
 )
+from tidali.loading.native import Chosen
 from tidali.loading.order import ORDER_VERSION, centre_boxes, check_order, epoch_order, num_steps, rank_slice
-from tidali.loading.resample import Resample
+from tidali.loading.resample import Resample, take
 from tidali.loading.route import GIVEN, Route
 from tidali.loading.sizes import SizePlan
 from tidali.loading.stream import Pixels, Request, ShardSource, Source
@@ -198,14 +198,14 @@ class Batches:
         augment, size, samples = self._training.augment, self.source.size, pixels.samples
         key = {"seed": self._training.seed, "epoch": epoch}
         flipped = flip_flags(augment.flip, samples, **key) if augment.flip != "none" else None
-        stored = take(pixels.stored, pixels.rows, flipped)
+        chosen = Chosen(pixels.stored, pixels.rows, flipped)
         if augment.shift_px:
-            stored = shift_pixels(stored, shift_offsets(augment.shift_px, samples, **key))
+            chosen = Chosen(shift_pixels(take(chosen), shift_offsets(augment.shift_px, samples, **key)), None, None)
         boxes = None
         if augment.crop_scale is not None and size is not None:
             boxes = crop_boxes(size, augment.crop_scale, augment.crop_ratio, samples, **key)
         colour = colour_matrices(augment, samples, **key) if augment.changes_colour else None
-        images = self._resample[side](stored, boxes, colour)
+        images = self._resample[side](chosen.stored, boxes, colour, rows=chosen.rows, flips=chosen.flips)
         if augment.erase:
             erase(images, erase_boxes((side, side), augment.erase, samples, **key))
         return images

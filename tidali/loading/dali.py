@@ -150,7 +150,7 @@ class DaliDecoder:
             ends = job.boxes[:, :2] + job.boxes[:, 2:]
             inputs = {"roi_start": job.boxes[:, :2], "roi_end": ends, "size": np.full_like(ends, job.side)}
         for name, values in inputs.items():
-            self._pipe.feed_input(name, list(values))
+            self._pipe.feed_input(name, np.ascontiguousarray(values))
         return starts
 
     def start(self, job: Job) -> Queued:

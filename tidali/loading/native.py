@@ -41,6 +41,14 @@ class _Axis(ctypes.Structure):
     _fields_ = [("first", ctypes.c_void_p), ("weights", ctypes.c_void_p), ("taps", ctypes.c_int64), ("shared", ctypes.c_int64)]
 
 
+class _Images(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("pixels", "samples", "flips")]
+
+
+class _Output(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("values", "lowest", "highest")), ("bfloat16", ctypes.c_int64)]
+
+
 class _Piece(ctypes.Structure):
     _fields_ = [
         ("pixels", ctypes.c_void_p),
@@ -49,77 +57,40 @@ class _Piece(ctypes.Structure):
     ]
 
 
+class Chosen(NamedTuple):
+    """Which stored images a batch is made of."""
+
+    stored: Tensor
+    """(M, H, W, 3) uint8."""
+    rows: Tensor | None
+    """(N,) int64, their places in ``stored``; None where they are all, in order."""
+    flips: Tensor | None
+    """(N,) bool, which are flipped horizontally; None: none."""
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.stored if self.rows is None else self.rows)
+
+
 class Axis(NamedTuple):
     """A matrix by its non-zero elements: each row's stand side by side."""
 
     first: Tensor
     """(N or 1, res) int32, the source index of a row's first element; -taps..size. Beyond the image its border counts."""
     weights: Tensor
-    """(N or 1, res, taps) float32; taps is a multiple of 4."""
+    """(N or 1, res, taps) float32; taps is a multiple of 2."""
 
 
 def make_axis(first: Tensor, weights: Tensor, size: int) -> Axis:
     """Of (N, res) first indices and (N, res, taps) weights over ``size`` source pixels."""
-    weights = functional.pad(weights, (0, -weights.shape[2] % 4)).contiguous()
+    weights = functional.pad(weights, (0, -weights.shape[2] % 2)).contiguous()
     return Axis(first.clamp(-weights.shape[2], size).to(torch.int32).contiguous(), weights)
-
-
-def gather(library: Any, pixels: Tensor, samples: Tensor, flips: Tensor) -> Tensor:
-    """
-    Args:
-        library: `load`'s.
-        pixels: (N, H, W, 3) uint8.
-        samples: (n,) int64, each in 0..N - 1.
-        flips: (n,) bool.
-
-    Returns:
-        (n, H, W, 3) uint8, those samples, flipped horizontally where flagged.
-    """
-    n, (_, height, width, _) = len(samples), pixels.shape
-    assert (samples.dtype, flips.dtype, flips.shape) == (torch.int64, torch.bool, samples.shape)
-    out = torch.empty(n, height, width, 3, dtype=torch.uint8)
-    assert all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in (pixels, samples, flips))
-
-    def run(begin: int, end: int) -> None:
-        sizes = map(ctypes.c_int64, (begin, end, height, width))
-        library.tidali_gather(_pointer(pixels), *sizes, _pointer(samples), _pointer(flips), _pointer(out))
-
-    if n:
-        in_parallel(run, n)
-    return out
-
-
-def normalise(library: Any, pixels: Tensor, *, scale: Tensor, offset: Tensor, out: Tensor) -> None:
-    """
-    Args:
-        library: `load`'s.
-        pixels: (N, H, W, 3) uint8.
-        scale, offset: (3 * W,) float32, of each element of a row of pixels of 0..255.
-        out: (N, H, W, 3) float32 or bfloat16.
-    """
-    n, height, width, _ = pixels.shape
-    assert out.shape == pixels.shape
-    assert scale.shape == offset.shape == (3 * width,)
-    check_for_c(pixels, scale, offset, out)
-
-    def run(begin: int, end: int) -> None:
-        library.tidali_normalise(
-            _pointer(pixels),
-            ctypes.c_int64(begin * height),
-            ctypes.c_int64(end * height),
-            ctypes.c_int64(3 * width),
-            _pointer(scale),
-            _pointer(offset),
-            ctypes.c_int(out.dtype == torch.bfloat16),
-            _pointer(out),
-        )
-
-    in_parallel(run, n)
 
 
 def resample(
     library: Any,
-    pixels: Tensor,
+    images: Chosen,
     vertical: Axis,
     horizontal: Axis,
     *,
@@ -131,63 +102,56 @@ def resample(
     """
     Args:
         library: `load`'s.
-        pixels: (N, H, W, 3) uint8.
         colours: (N or 1, 3, 4) float32: what maps a pixel (R, G, B, 1) of 0..255 to a normalised one.
         lowest, highest: (3,) float32, what the images' channels are clamped to.
         out: (N, res, res, 3) float32 or bfloat16.
     """
-    n, height, width, _ = pixels.shape
-    res, taps = out.shape[1], horizontal.weights.shape[2]
-    assert out.shape == (n, res, res, 3)
+    shape, taps = _Shape(*images.stored.shape[1:3], out.shape[1]), horizontal.weights.shape[2]
+    assert all(len(axis.first) in (1, len(out)) and axis.first.shape[1] == shape.res for axis in (vertical, horizontal))
+    check_for_c(images.stored, *vertical, *horizontal, out)
+    library.tidali_scratch.restype = ctypes.c_int64
+    floats = library.tidali_scratch(shape, ctypes.c_int64(vertical.weights.shape[2]), ctypes.c_int64(taps))
+    axes = _struct(vertical), _struct(horizontal)
+    _map_colours(library.tidali_resample, images, (shape, *axes), colours, (lowest, highest), floats, out)
+
+
+def colour(library: Any, images: Chosen, *, colours: Tensor, lowest: Tensor, highest: Tensor, out: Tensor) -> None:
+    """As `resample`, of images that are res x res already."""
+    res = out.shape[1]
+    assert images.stored.shape[1:] == out.shape[1:]
+    _map_colours(library.tidali_colour, images, (ctypes.c_int64(res),), colours, (lowest, highest), 3 * res + 1, out)
+
+
+def _map_colours(
+    function: Any,
+    images: Chosen,
+    shape: Sequence[Any],
+    colours: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    floats: int,
+    out: Tensor,
+) -> None:
+    """Call one of the two with what they have in common. ``floats``: of scratch memory that each thread needs."""
+    n, res, _, _ = out.shape
+    rows, flips = images.rows, images.flips
+    assert images.num_images == n
+    assert out.shape[1:] == (res, res, 3)
+    assert rows is None or rows.dtype == torch.int64
+    assert flips is None or (flips.dtype, flips.shape) == (torch.bool, (n,))
     assert colours.shape[1:] == (3, 4)
     assert len(colours) in (1, n)
-    assert all(len(axis.first) in (1, n) and axis.first.shape[1] == res for axis in (vertical, horizontal))
-    columns, lowest, highest = _columns(colours), lowest.repeat(res), highest.repeat(res)
-    check_for_c(pixels, *vertical, *horizontal, columns, lowest, highest, out)
+    # Columns, each with a fourth element of 0, as `struct colour` has them.
+    columns, lowest, highest = functional.pad(colours.transpose(1, 2), (0, 1)).contiguous(), *(b.repeat(res) for b in bounds)
+    check_for_c(images.stored, *(tensor for tensor in (rows, flips) if tensor is not None), columns, lowest, highest, out)
+    chosen = _Images(*(None if tensor is None else tensor.data_ptr() for tensor in images))
+    output = _Output(out.data_ptr(), lowest.data_ptr(), highest.data_ptr(), out.dtype == torch.bfloat16)
 
     def run(begin: int, end: int) -> None:
-        scratch = torch.empty(4 * (width + 2 * taps) + (height + 1) * (3 * res + 8))
-        library.tidali_resample(
-            _pointer(pixels),
-            ctypes.c_int64(begin),
-            ctypes.c_int64(end),
-            _Shape(height, width, res),
-            _struct(vertical),
-            _struct(horizontal),
-            _pointer(columns),
-            ctypes.c_int64(len(columns) == 1),
-            _pointer(lowest),
-            _pointer(highest),
-            ctypes.c_int(out.dtype == torch.bfloat16),
-            _pointer(scratch),
-            _pointer(out),
-        )
+        scratch = torch.empty(floats)
+        part = map(ctypes.c_int64, (begin, end))
+        function(chosen, *part, *shape, _pointer(columns), ctypes.c_int64(len(columns) == 1), _pointer(scratch), output)
 
     in_parallel(run, n)
-
-
-def colour(library: Any, pixels: Tensor, *, colours: Tensor, lowest: Tensor, highest: Tensor, out: Tensor) -> None:
-    """(N, H, W, 3) uint8 pixels -> ``out`` of the same shape, each image by its own of the (N, 3, 4) ``colours``."""
-    assert out.shape == pixels.shape
-    assert colours.shape == (len(pixels), 3, 4)
-    columns = _columns(colours)
-    check_for_c(pixels, columns, lowest, highest, out)
-
-    def run(begin: int, end: int) -> None:
-        library.tidali_colour(
-            _pointer(pixels),
-            *map(ctypes.c_int64, (begin, end, pixels.shape[1] * pixels.shape[2])),
-            *map(_pointer, (columns, lowest, highest)),
-            ctypes.c_int(out.dtype == torch.bfloat16),
-            _pointer(out),
-        )
-
-    in_parallel(run, len(pixels))
-
-
-def _columns(colours: Tensor) -> Tensor:
-    """(N, 3, 4) matrices -> (N, 4, 4): their columns, each with a fourth element of 0, as `struct colour` has them."""
-    return functional.pad(colours.transpose(1, 2), (0, 1)).contiguous()
 
 
 def squares(library: Any, images: Sequence[Any], boxes: Sequence[Sequence[float]], a: float, out: Tensor) -> None:

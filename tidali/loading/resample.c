@@ -7,18 +7,41 @@
 #include <string.h>
 #include <sys/mman.h>
 
-typedef float pixel __attribute__((vector_size(16))); /* R, G, B and nothing */
+typedef float pixel __attribute__((vector_size(16)));             /* R, G, B and nothing */
+typedef float pair __attribute__((vector_size(32), aligned(16))); /* a pixel of one row and one of the next */
+typedef int32_t integers __attribute__((vector_size(16)));
+typedef uint8_t bytes __attribute__((vector_size(16)));
 
 /* An axis's matrix: each output row or column is a weighted sum of `taps` source ones, from `first` on. */
 struct axis {
   const int32_t *first; /* [samples][res], or [1][res] where shared; -taps..size */
   const float *weights; /* [samples][res][taps], or [1][res][taps] */
-  int64_t taps;         /* a multiple of 4 */
+  int64_t taps;         /* a multiple of 2 */
   int64_t shared;
 };
 
 struct shape {
   int64_t height, width, res;
+};
+
+/* Images of one size: image n is number samples[n] of the pixels, flipped horizontally where flips[n]. NULL: number n; none. */
+struct images {
+  const uint8_t *pixels; /* [][height][width][3] */
+  const int64_t *samples;
+  const uint8_t *flips;
+};
+
+/* An affine map of colours, y = red * R + green * G + blue * B + offset: normalisation, and colour augmentation with it. */
+struct colour {
+  pixel red, green, blue, offset;
+  enum map { NONE, DIAGONAL, MIXING } map; /* the identity; no channel depends on another; any other */
+};
+
+/* [samples][res][res][3] float or bfloat16 values, each clamped; `lowest`, `highest`: of each element of a row. */
+struct output {
+  void *values;
+  const float *lowest, *highest;
+  int64_t bfloat16;
 };
 
 static inline int64_t inside(int64_t index, int64_t size) { return index < 0 ? 0 : index < size ? index : size - 1; }
@@ -35,69 +58,167 @@ static inline uint16_t to_bfloat16(float value) {
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* An affine map of colours, y = red * R + green * G + blue * B + offset: normalisation, and colour augmentation with it. */
-struct colour {
-  pixel red, green, blue, offset;
-};
+static void store_row(const float *values, int64_t row, int64_t length, struct output o) {
+  if (o.bfloat16) {
+    uint16_t *restrict out = (uint16_t *)o.values + row * length;
+    for (int64_t x = 0; x < length; x++) out[x] = to_bfloat16(clamped(values[x], o.lowest[x], o.highest[x]));
+  } else {
+    float *restrict out = (float *)o.values + row * length;
+    for (int64_t x = 0; x < length; x++) out[x] = clamped(values[x], o.lowest[x], o.highest[x]);
+  }
+}
 
 /* `colours`: [samples][4][4], or [1][4][4] where shared: the columns of a 3 x 4 matrix, each with a fourth element of 0. */
 static struct colour colour_of(const float *colours, int64_t shared, int64_t sample) {
   struct colour c;
-  memcpy(&c, colours + (shared ? 0 : 16 * sample), sizeof c);
+  memcpy(&c, colours + (shared ? 0 : 16 * sample), 4 * sizeof c.red);
+  c.map = c.red[1] || c.red[2] || c.green[0] || c.green[2] || c.blue[0] || c.blue[1] ? MIXING : DIAGONAL;
   return c;
 }
 
-static inline pixel coloured(struct colour c, const uint8_t *p) {
-  return c.red * (float)p[0] + (c.green * (float)p[1] + (c.blue * (float)p[2] + c.offset));
+/* Pixel `number` of four. A shuffle spreads its bytes: GCC 12 converts bytes to integers one by one. */
+static inline pixel pixel_of(bytes four, int number) {
+  bytes zero = {0};
+#ifdef __clang__
+#define PIXEL(i) __builtin_shufflevector(four, zero, i, 16, 16, 16, i + 1, 16, 16, 16, i + 2, 16, 16, 16, 16, 16, 16, 16)
+  bytes one = number == 0 ? PIXEL(0) : number == 1 ? PIXEL(3) : number == 2 ? PIXEL(6) : PIXEL(9);
+#undef PIXEL
+#else
+  uint8_t i = (uint8_t)(3 * number);
+  bytes one = __builtin_shuffle(four, zero, (bytes){i, 16, 16, 16, i + 1, 16, 16, 16, i + 2, 16, 16, 16, 16, 16, 16, 16});
+#endif
+  return __builtin_convertvector((integers)one, pixel);
 }
 
-/* One source row with its colours mapped, and `taps` more pixels on both sides that repeat its borders. */
-static void load_line(const uint8_t *source, int64_t width, int64_t taps, struct colour c, pixel *line) {
-  for (int64_t x = 0; x < width; x++) line[taps + x] = coloured(c, source + 3 * x);
-  for (int64_t x = 0; x < taps; x++) {
-    line[x] = line[taps];
-    line[taps + width + x] = line[taps + width - 1];
+static inline void store_pixel(pixel p, const struct colour *c, enum map map, float *out) {
+  if (map == DIAGONAL)
+    p = p * (c->red + c->green + c->blue) + c->offset;
+  else if (map == MIXING)
+    p = c->red * p[0] + (c->green * p[1] + (c->blue * p[2] + c->offset));
+  memcpy(out, &p, sizeof p);
+}
+
+/* One row with its colours mapped. Pixels are `step` floats apart; where that is 3, the next pixel overwrites the fourth float.
+   Four at a time where 16 bytes can be read of them. */
+static inline void load_row_as(const uint8_t *source, int64_t width, const struct colour *c, enum map map, int flip, int64_t step,
+                               float *row) {
+  int64_t x = 0, four_from = flip ? 2 : 0, four_to = width - (flip ? 4 : 6);
+  while (x < width) {
+    bytes b = {0};
+    if (x >= four_from && x <= four_to) {
+      memcpy(&b, source + 3 * (flip ? width - 4 - x : x), 16);
+      for (int k = 0; k < 4; k++) store_pixel(pixel_of(b, flip ? 3 - k : k), c, map, row + step * (x + k));
+      x += 4;
+    } else {
+      memcpy(&b, source + 3 * (flip ? width - 1 - x : x), 3);
+      store_pixel(pixel_of(b, 0), c, map, row + step * x++);
+    }
   }
 }
 
-/* (width,) pixels -> (res, 3) floats. A pixel is stored as four of them; the next one overwrites the fourth. */
-static void resample_line(const pixel *line, int64_t res, struct axis a, float *out) {
-  for (int64_t x = 0; x < res; x++) {
-    const pixel *p = line + a.taps + a.first[x];
-    const float *w = a.weights + x * a.taps;
-    pixel sum = p[0] * w[0] + p[1] * w[1] + p[2] * w[2] + p[3] * w[3];
-    for (int64_t k = 4; k < a.taps; k += 4) sum += p[k] * w[k] + p[k + 1] * w[k + 1] + p[k + 2] * w[k + 2] + p[k + 3] * w[k + 3];
-    memcpy(out + 3 * x, &sum, sizeof sum);
+static void load_row(const uint8_t *source, int64_t width, const struct colour *c, int flip, int64_t step, float *row) {
+  if (c->map == NONE)
+    load_row_as(source, width, c, NONE, 0, step, row);
+  else if (c->map == MIXING)
+    load_row_as(source, width, c, MIXING, flip, step, row);
+  else if (flip)
+    load_row_as(source, width, c, DIAGONAL, 1, step, row);
+  else
+    load_row_as(source, width, c, DIAGONAL, 0, step, row);
+}
+
+static inline const uint8_t *image_of(struct images i, int64_t n, int64_t bytes) {
+  return i.pixels + (i.samples ? i.samples[n] : n) * bytes;
+}
+
+/* Images begin..end - 1, res x res, with their colours mapped. `scratch`: 3 * res + 1 floats. */
+void tidali_colour(struct images i, int64_t begin, int64_t end, int64_t res, const float *colours, int64_t one_colour,
+                   float *scratch, struct output o) {
+  for (int64_t n = begin; n < end; n++) {
+    const uint8_t *source = image_of(i, n, 3 * res * res);
+    struct colour c = colour_of(colours, one_colour, n);
+    for (int64_t y = 0; y < res; y++) {
+      load_row(source + 3 * y * res, res, &c, i.flips && i.flips[n], 3, scratch);
+      store_row(scratch, n * res + y, 3 * res, o);
+    }
   }
 }
 
-/* sum, or sum + where `more`, the weighted sum of four source rows from `first` on. */
-static inline void add_rows(const float *rows, int64_t pitch, int64_t height, int64_t first, const float *weights, int64_t length,
-                            int more, float *restrict sum) {
-  const float *r0 = rows + inside(first, height) * pitch, *r1 = rows + inside(first + 1, height) * pitch;
-  const float *r2 = rows + inside(first + 2, height) * pitch, *r3 = rows + inside(first + 3, height) * pitch;
-  float w0 = weights[0], w1 = weights[1], w2 = weights[2], w3 = weights[3];
-  if (more)
+/* What resizes one image. Of the rows resized along x only the last taps + 2 are held, which stay in the nearest cache. */
+struct resizer {
+  const uint8_t *pixels; /* the first row's first pixel that is read */
+  int64_t pixel_pitch, height, width, res;
+  struct axis vertical, horizontal;
+  struct colour colour;
+  int flip;
+  int64_t done;              /* rows resized along x */
+  pair *line;                /* two rows of pixels, with `taps` more on both sides that repeat their borders */
+  float *rows, *sum; /* row y stands at y % (taps + 2) */
+};
+
+static inline int64_t pitch_of(int64_t res) { return 3 * res + 8; } /* past the last pixel's fourth float */
+
+static size_t scratch_floats(int64_t width, int64_t res, int64_t vertical_taps, int64_t horizontal_taps) {
+  return 8 * (width + 2 * horizontal_taps) + (vertical_taps + 3) * pitch_of(res);
+}
+
+static void place_scratch(struct resizer *r, float *scratch) {
+  r->line = (pair *)scratch;
+  r->rows = (float *)(r->line + r->width + 2 * r->horizontal.taps);
+  r->sum = r->rows + (r->vertical.taps + 2) * pitch_of(r->res);
+}
+
+static inline float *row_of(const struct resizer *r, int64_t y) {
+  return r->rows + inside(y, r->height) % (r->vertical.taps + 2) * pitch_of(r->res);
+}
+
+/* The next two rows along x: (width,) pixels -> (res, 3) floats. A pixel is stored as four; the next one overwrites the fourth. */
+static void resize_two_rows(struct resizer *r) {
+  int64_t taps = r->horizontal.taps, width = r->width;
+  for (int64_t k = 0; k < 2; k++) {
+    pixel *line = (pixel *)r->line + k;
+    const uint8_t *row = r->pixels + inside(r->done + k, r->height) * r->pixel_pitch;
+    load_row(row, width, &r->colour, r->flip, 8, (float *)(line + 2 * taps));
+    for (int64_t x = 0; x < taps; x++) {
+      line[2 * x] = line[2 * taps];
+      line[2 * (taps + width + x)] = line[2 * (taps + width - 1)];
+    }
+  }
+  /* The number of slots is even, so the second row's slot is the next one. */
+  float *first = r->rows + r->done % (r->vertical.taps + 2) * pitch_of(r->res), *second = first + pitch_of(r->res);
+  for (int64_t x = 0; x < r->res; x++) {
+    const pair *p = r->line + taps + r->horizontal.first[x];
+    const float *w = r->horizontal.weights + x * taps;
+    pair even = p[0] * w[0], odd = p[1] * w[1]; /* two sums, which do not wait for each other */
+    for (int64_t k = 2; k < taps; k += 2) even += p[k] * w[k], odd += p[k + 1] * w[k + 1];
+    even += odd;
+    memcpy(first + 3 * x, &even, sizeof(pixel));
+    memcpy(second + 3 * x, (const char *)&even + sizeof(pixel), sizeof(pixel));
+  }
+  r->done += 2;
+}
+
+/* sum, or sum + where `more`, the weighted sum of `count` rows from `first` on, 2 or 4. */
+static inline void add_rows(const struct resizer *r, int64_t first, const float *weights, int count, int more) {
+  const float *r0 = row_of(r, first), *r1 = row_of(r, first + 1), *r2 = row_of(r, first + 2), *r3 = row_of(r, first + 3);
+  float w0 = weights[0], w1 = weights[1], w2 = count > 2 ? weights[2] : 0, w3 = count > 2 ? weights[3] : 0;
+  float *restrict sum = r->sum;
+  int64_t length = 3 * r->res;
+  if (count == 2)
+    for (int64_t x = 0; x < length; x++) sum[x] = r0[x] * w0 + r1[x] * w1;
+  else if (more)
     for (int64_t x = 0; x < length; x++) sum[x] += r0[x] * w0 + r1[x] * w1 + r2[x] * w2 + r3[x] * w3;
   else
     for (int64_t x = 0; x < length; x++) sum[x] = r0[x] * w0 + r1[x] * w1 + r2[x] * w2 + r3[x] * w3;
 }
 
-/* (height, res, 3) -> (res, res, 3), clamped. A row's sum stays in the nearest cache until it is whole. */
-static void resample_rows(const float *rows, int64_t pitch, struct shape s, struct axis a, const float *lowest,
-                          const float *highest, int bfloat16, float *restrict sum, void *image) {
-  int64_t length = 3 * s.res;
-  for (int64_t y = 0; y < s.res; y++) {
-    for (int64_t k = 0; k < a.taps; k += 4)
-      add_rows(rows, pitch, s.height, a.first[y] + k, a.weights + y * a.taps + k, length, k > 0, sum);
-    if (bfloat16) {
-      uint16_t *restrict out = (uint16_t *)image + y * length;
-      for (int64_t x = 0; x < length; x++) out[x] = to_bfloat16(clamped(sum[x], lowest[x], highest[x]));
-    } else {
-      float *restrict out = (float *)image + y * length;
-      for (int64_t x = 0; x < length; x++) out[x] = clamped(sum[x], lowest[x], highest[x]);
-    }
-  }
+/* Output row y, (res, 3) floats, in `sum`. Rows have to be asked for in order. */
+static void resize_row(struct resizer *r, int64_t y) {
+  int64_t taps = r->vertical.taps, first = r->vertical.first[y], k = taps % 4;
+  const float *weights = r->vertical.weights + y * taps;
+  while (r->done <= inside(first + taps - 1, r->height)) resize_two_rows(r);
+  if (k) add_rows(r, first, weights, 2, 0);
+  for (int more = k > 0; k < taps; k += 4, more = 1) add_rows(r, first + k, weights + k, 4, more);
 }
 
 static struct axis of_sample(struct axis a, int64_t sample, int64_t res) {
@@ -105,79 +226,22 @@ static struct axis of_sample(struct axis a, int64_t sample, int64_t res) {
   return a;
 }
 
-/* A row of pixels from right to left. Four bytes at a time where a fifth pixel's do no harm: the next pixel overwrites the fourth. */
-static void flip_row(const uint8_t *source, int64_t width, uint8_t *out) {
-  const uint8_t *last = source + 3 * (width - 1);
-  memcpy(out, last, 3);
-  for (int64_t x = 1; x < width - 1; x++) memcpy(out + 3 * x, last - 3 * x, 4);
-  memcpy(out + 3 * (width - 1), source, 3);
+int64_t tidali_scratch(struct shape s, int64_t vertical_taps, int64_t horizontal_taps) {
+  return scratch_floats(s.width, s.res, vertical_taps, horizontal_taps);
 }
 
-/* Images begin..end - 1 of `out` (n, height, width, 3): image i is number samples[i] of `pixels`, flipped where flips[i]. */
-void tidali_gather(const uint8_t *pixels, int64_t begin, int64_t end, int64_t height, int64_t width, const int64_t *samples,
-                   const uint8_t *flips, uint8_t *out) {
-  int64_t pitch = 3 * width, size = height * pitch;
+/* Images begin..end - 1 to res x res, with their colours mapped. `scratch`: tidali_scratch floats, 16-byte aligned. */
+void tidali_resample(struct images i, int64_t begin, int64_t end, struct shape s, struct axis vertical, struct axis horizontal,
+                     const float *colours, int64_t one_colour, float *scratch, struct output o) {
   for (int64_t n = begin; n < end; n++) {
-    const uint8_t *source = pixels + samples[n] * size;
-    if (flips[n])
-      for (int64_t y = 0; y < height; y++) flip_row(source + y * pitch, width, out + n * size + y * pitch);
-    else
-      memcpy(out + n * size, source, size);
-  }
-}
-
-/* Rows begin..end - 1 of (rows, length) pixels, normalised. `scale`, `offset`: of each element of a row. */
-void tidali_normalise(const uint8_t *pixels, int64_t begin, int64_t end, int64_t length, const float *scale, const float *offset,
-                      int bfloat16, void *images) {
-  for (int64_t y = begin; y < end; y++) {
-    const uint8_t *row = pixels + y * length;
-    if (bfloat16) {
-      uint16_t *restrict out = (uint16_t *)images + y * length;
-      for (int64_t x = 0; x < length; x++) out[x] = to_bfloat16(row[x] * scale[x] + offset[x]);
-    } else {
-      float *restrict out = (float *)images + y * length;
-      for (int64_t x = 0; x < length; x++) out[x] = row[x] * scale[x] + offset[x];
+    struct resizer r = {image_of(i, n, 3 * s.height * s.width), 3 * s.width, s.height, s.width, s.res};
+    r.vertical = of_sample(vertical, n, s.res), r.horizontal = of_sample(horizontal, n, s.res);
+    r.colour = colour_of(colours, one_colour, n), r.flip = i.flips && i.flips[n];
+    place_scratch(&r, scratch);
+    for (int64_t y = 0; y < s.res; y++) {
+      resize_row(&r, y);
+      store_row(r.sum, n * s.res + y, 3 * s.res, o);
     }
-  }
-}
-
-/* Images begin..end - 1 of (N, length, 3) pixels, each with its own colour map, clamped. `lowest`, `highest`: of each channel. */
-void tidali_colour(const uint8_t *pixels, int64_t begin, int64_t end, int64_t length, const float *colours, const float *lowest,
-                   const float *highest, int bfloat16, void *images) {
-  for (int64_t n = begin; n < end; n++) {
-    struct colour c = colour_of(colours, 0, n);
-    for (int64_t i = n * length; i < (n + 1) * length; i++) {
-      pixel value = coloured(c, pixels + 3 * i);
-      for (int k = 0; k < 3; k++) {
-        float channel = clamped(value[k], lowest[k], highest[k]);
-        if (bfloat16)
-          ((uint16_t *)images)[3 * i + k] = to_bfloat16(channel);
-        else
-          ((float *)images)[3 * i + k] = channel;
-      }
-    }
-  }
-}
-
-/* Samples begin..end - 1 of (N, height, width, 3) pixels to (N, res, res, 3) images.
-   `colours`: see colour_of. `lowest`, `highest`: of each element of an output row.
-   `scratch`: 4 * (width + 2 * horizontal.taps) + (height + 1) * (3 * res + 8) floats, 16-byte aligned. */
-void tidali_resample(const uint8_t *pixels, int64_t begin, int64_t end, struct shape s, struct axis vertical,
-                     struct axis horizontal, const float *colours, int64_t one_colour, const float *lowest, const float *highest,
-                     int bfloat16, float *scratch, void *images) {
-  int64_t pitch = 3 * s.res + 8; /* past the last pixel's fourth float */
-  pixel *line = (pixel *)scratch;
-  float *rows = (float *)(line + s.width + 2 * horizontal.taps), *sum = rows + s.height * pitch;
-  int64_t image_bytes = 3 * s.res * s.res * (bfloat16 ? 2 : 4);
-  for (int64_t n = begin; n < end; n++) {
-    const uint8_t *source = pixels + n * s.height * s.width * 3;
-    struct axis columns = of_sample(horizontal, n, s.res);
-    struct colour c = colour_of(colours, one_colour, n);
-    for (int64_t y = 0; y < s.height; y++) {
-      load_line(source + 3 * y * s.width, s.width, columns.taps, c, line);
-      resample_line(line, s.res, columns, rows + y * pitch);
-    }
-    resample_rows(rows, pitch, s, of_sample(vertical, n, s.res), lowest, highest, bfloat16, sum, (char *)images + n * image_bytes);
   }
 }
 
@@ -195,7 +259,7 @@ static float cubic(float x, float a) {
   return x < 2 ? a * (((x - 5) * x + 8) * x - 4) : 0;
 }
 
-static int64_t taps_of(float scale) { return (2 * (int64_t)ceilf(2 * fmaxf(scale, 1)) + 3) / 4 * 4; }
+static int64_t taps_of(float scale) { return 2 * (int64_t)ceilf(2 * fmaxf(scale, 1)); }
 
 /* The rows of an axis's matrix: `res` output pixels from `start` on, `scale` source pixels each, antialiased. */
 static void make_taps(int64_t res, float start, float scale, float a, int64_t taps, int32_t *first, float *weights) {
@@ -223,41 +287,36 @@ static int64_t narrow(int64_t res, int64_t taps, int64_t size, int32_t *first, i
 /* Pieces begin..end - 1 to (res, res, 3) uint8 squares, bicubic with the constant `a`, rounded to the nearest.
    Returns 0, or 1 where there is no memory. */
 int tidali_squares(const struct piece *pieces, int64_t begin, int64_t end, int64_t res, float a, uint8_t *squares) {
-  struct colour plain = {{1, 0, 0, 0}, {0, 1, 0, 0}, {0, 0, 1, 0}, {0, 0, 0, 0}};
-  int64_t pitch = 3 * res + 8, length = 3 * res;
+  int64_t length = 3 * res;
   float *scratch = NULL;
   size_t held = 0;
   for (int64_t n = begin; n < end; n++) {
     struct piece p = pieces[n];
     float scale_y = p.box_height / res, scale_x = p.box_width / res;
-    struct axis rows = {NULL, NULL, taps_of(scale_y), 1}, columns = {NULL, NULL, taps_of(scale_x), 1};
-    size_t matrices = (size_t)res * (2 + rows.taps + columns.taps), lines = 4 * (size_t)(p.width + 2 * columns.taps);
-    /* The box's own rows alone are resized along x: a bound of them, known before the matrix is. */
-    size_t most = (size_t)fminf(p.height, p.box_height + 2 * rows.taps + 2) + 1;
-    size_t needed = (matrices + lines + (most + 1) * pitch + 4) * sizeof(float);
+    struct resizer r = {NULL, 3 * p.width, p.height, p.width, res};
+    r.vertical.taps = taps_of(scale_y), r.horizontal.taps = taps_of(scale_x);
+    r.colour.map = NONE;
+    size_t floats = scratch_floats(p.width, res, r.vertical.taps, r.horizontal.taps);
+    size_t needed = (floats + res * (2 + r.vertical.taps + r.horizontal.taps)) * sizeof(float);
     if (needed > held) {
       free(scratch);
-      scratch = malloc(held = needed);
+      scratch = malloc(held = needed); /* aligned to 16 bytes */
       if (scratch == NULL) return 1;
     }
-    pixel *line = (pixel *)scratch; /* malloc aligns to 16 bytes */
-    float *resized = scratch + lines, *sum = resized + most * pitch, *weights_y = sum + pitch;
-    float *weights_x = weights_y + res * rows.taps;
-    int32_t *first_y = (int32_t *)(weights_x + res * columns.taps), *first_x = first_y + res;
-    make_taps(res, p.top, scale_y, a, rows.taps, first_y, weights_y);
-    make_taps(res, p.left, scale_x, a, columns.taps, first_x, weights_x);
-    int64_t height, width, y0 = narrow(res, rows.taps, p.height, first_y, &height);
-    int64_t x0 = narrow(res, columns.taps, p.width, first_x, &width);
-    columns.first = first_x, columns.weights = weights_x;
-    for (int64_t y = 0; y < height; y++) {
-      load_line(p.pixels + 3 * ((y0 + y) * p.width + x0), width, columns.taps, plain, line);
-      resample_line(line, res, columns, resized + y * pitch);
-    }
+    float *weights_y = scratch + floats, *weights_x = weights_y + res * r.vertical.taps;
+    int32_t *first_y = (int32_t *)(weights_x + res * r.horizontal.taps), *first_x = first_y + res;
+    make_taps(res, p.top, scale_y, a, r.vertical.taps, first_y, weights_y);
+    make_taps(res, p.left, scale_x, a, r.horizontal.taps, first_x, weights_x);
+    int64_t top = narrow(res, r.vertical.taps, p.height, first_y, &r.height);
+    int64_t left = narrow(res, r.horizontal.taps, p.width, first_x, &r.width);
+    r.pixels = p.pixels + top * r.pixel_pitch + 3 * left;
+    r.vertical.first = first_y, r.vertical.weights = weights_y;
+    r.horizontal.first = first_x, r.horizontal.weights = weights_x;
+    place_scratch(&r, scratch);
     uint8_t *restrict out = squares + n * res * length;
     for (int64_t y = 0; y < res; y++, out += length) {
-      for (int64_t k = 0; k < rows.taps; k += 4)
-        add_rows(resized, pitch, height, first_y[y] + k, weights_y + y * rows.taps + k, length, k > 0, sum);
-      for (int64_t x = 0; x < length; x++) out[x] = (uint8_t)(clamped(sum[x], 0, 255) + 0.5f);
+      resize_row(&r, y);
+      for (int64_t x = 0; x < length; x++) out[x] = (uint8_t)(clamped(r.sum[x], 0, 255) + 0.5f);
     }
   }
   free(scratch);

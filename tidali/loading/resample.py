@@ -21,6 +21,7 @@ from torch import Tensor
 from tidali.config import Kernel
 from tidali.hardware.cpu_memory import ReusedMemory
 from tidali.loading import native
+from tidali.loading.native import Chosen
 
 CUBIC_A = {"pil": -0.5, "opencv": -0.75}
 """The free constant of Keys' cubic: -0.5 in PIL, DALI and torch's antialiased bicubic; -0.75 in OpenCV and torch's plain."""
@@ -125,6 +126,23 @@ def apply_band(band: Band, x: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(weights, windows.view(n * blocks, window, inner), out=out).view(n, blocks * rows, inner)
 
 
+def take(images: Chosen) -> Tensor:
+    """(N, H, W, 3) uint8: a batch's images, flipped where flagged."""
+    taken = images.stored if images.rows is None else images.stored.index_select(0, images.rows)
+    return taken if images.flips is None else flip_where(taken, images.flips)
+
+
+def flip_where(pixels: Tensor, flags: Tensor) -> Tensor:
+    """(N, H, W, 3) uint8 with the flagged samples flipped horizontally.
+
+    Both sides are made and one is picked: ten times as fast on a CPU as `torch.where`, and no wait for a count on a GPU.
+    """
+    flipped = pixels.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)  # seen as NCHW, torch has a fast kernel for it
+    both = torch.stack((pixels.flatten(1), flipped.flatten(1)), dim=1).flatten(0, 1)
+    picked = 2 * torch.arange(len(pixels), device=pixels.device) + flags
+    return both.index_select(0, picked).view_as(pixels)
+
+
 class Affine(NamedTuple):
     """Normalisation of pixels of 0..255, float32, and the range that it gives.
 
@@ -165,7 +183,7 @@ def make_affine(mean: Sequence[float], std: Sequence[float], device: torch.devic
 class Products(Protocol):
     """How ``Y = A_y X A_x^T`` is computed."""
 
-    def normalise(self, pixels: Tensor, affine: Affine, out: Tensor) -> None:
+    def normalise(self, images: Chosen, affine: Affine, out: Tensor) -> None:
         """(N, res, res, 3) uint8 pixels -> ``out`` of the same shape: both matrices are the identity."""
         ...
 
@@ -173,7 +191,7 @@ class Products(Protocol):
         """An axis's matrix in this one's own form."""
         ...
 
-    def __call__(self, pixels: Tensor, vertical: Any, horizontal: Any, affine: Affine, out: Tensor) -> None:
+    def __call__(self, images: Chosen, vertical: Any, horizontal: Any, affine: Affine, out: Tensor) -> None:
         """(N, H, W, 3) uint8 pixels and two prepared matrices -> (N, res, res, 3) ``out``."""
         ...
 
@@ -193,29 +211,30 @@ class TorchProducts:
         image_bytes = 3 * res * res * torch.float32.itemsize
         self._chunk = None if on_gpu else torch.get_num_threads() * max(_CPU_CHUNK_BYTES // image_bytes, 1)
 
-    def normalise(self, pixels: Tensor, affine: Affine, out: Tensor) -> None:
+    def normalise(self, images: Chosen, affine: Affine, out: Tensor) -> None:
         """Whole rows at a time: a broadcast over three channels is not vectorised."""
+        pixels = take(images)
         chunk = self._chunk or len(pixels)
         if len(affine.colours) > 1:
             for i in range(0, len(pixels), chunk):
                 part = affine._replace(colours=affine.colours[i : i + chunk])
-                images = _coloured(pixels[i : i + chunk].flatten(1, 2).to(torch.float32), part)
-                lowest, highest = part.lowest, part.highest
-                out[i : i + chunk].flatten(1, 2).copy_(images.clamp_(lowest, highest))
+                coloured = _coloured(pixels[i : i + chunk].flatten(1, 2).to(torch.float32), part)
+                out[i : i + chunk].flatten(1, 2).copy_(coloured.clamp_(part.lowest, part.highest))
             return
         scale, offset = affine.scale.repeat(self._res), affine.offset.repeat(self._res)
         for i in range(0, len(pixels), chunk):
-            rows, images = pixels[i : i + chunk].flatten(2).to(torch.float32), out[i : i + chunk].flatten(2)
+            rows, normalised = pixels[i : i + chunk].flatten(2).to(torch.float32), out[i : i + chunk].flatten(2)
             if out.dtype == torch.float32:
-                torch.addcmul(offset, rows, scale, out=images)
+                torch.addcmul(offset, rows, scale, out=normalised)
             else:
-                images.copy_(torch.addcmul(offset, rows, scale))
+                normalised.copy_(torch.addcmul(offset, rows, scale))
 
     def prepare(self, taps: Taps, size: int, max_scale: float) -> Band:
         band = make_band(taps, size, max_scale=max_scale, block_rows=self._block_rows, align=self._align)
         return Band(band.weights.to(self._dtype), band.columns)
 
-    def __call__(self, pixels: Tensor, vertical: Band, horizontal: Band, affine: Affine, out: Tensor) -> None:
+    def __call__(self, images: Chosen, vertical: Band, horizontal: Band, affine: Affine, out: Tensor) -> None:
+        pixels = take(images)
         chunk = self._chunk or len(pixels)
         for i in range(0, len(pixels), chunk):
             part = slice(i, i + chunk)
@@ -251,19 +270,14 @@ class CompiledProducts:
     def __init__(self, library: Any) -> None:
         self._library = library
 
-    def normalise(self, pixels: Tensor, affine: Affine, out: Tensor) -> None:
-        width = pixels.shape[2]
-        if len(affine.colours) > 1:
-            native.colour(self._library, pixels, **affine._asdict(), out=out)
-            return
-        scale, offset = affine.scale.repeat(width), affine.offset.repeat(width)
-        native.normalise(self._library, pixels, scale=scale, offset=offset, out=out)
+    def normalise(self, images: Chosen, affine: Affine, out: Tensor) -> None:
+        native.colour(self._library, images, **affine._asdict(), out=out)
 
     def prepare(self, taps: Taps, size: int, max_scale: float) -> native.Axis:
         return native.make_axis(*taps, size=size)
 
-    def __call__(self, pixels: Tensor, vertical: native.Axis, horizontal: native.Axis, affine: Affine, out: Tensor) -> None:
-        native.resample(self._library, pixels, vertical, horizontal, **affine._asdict(), out=out)
+    def __call__(self, images: Chosen, vertical: native.Axis, horizontal: native.Axis, affine: Affine, out: Tensor) -> None:
+        native.resample(self._library, images, vertical, horizontal, **affine._asdict(), out=out)
 
 
 def choose_products(res: int, device_type: str, dtype: torch.dtype) -> Products:
@@ -312,29 +326,40 @@ class Resample:
         self._products = products or choose_products(res, device.type if device is not None else "cpu", dtype)
         self._centre = None if size == (res, res) and crop_fraction == 1 else (self._centre_matrix(0), self._centre_matrix(1))
 
-    def __call__(self, pixels: Tensor, boxes: Tensor | None = None, colour: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        pixels: Tensor,
+        boxes: Tensor | None = None,
+        colour: Tensor | None = None,
+        *,
+        rows: Tensor | None = None,
+        flips: Tensor | None = None,
+    ) -> Tensor:
         """
         Args:
-            pixels: (N, H, W, 3) uint8, contiguous.
+            pixels: (M, H, W, 3) uint8, contiguous.
             boxes: (N, 4) float32: top, left, height and width of what becomes res x res, in pixels, inside the image. By
                 default the shorter side is resized to ``res`` and the centre cropped, as in the DALI graph.
             colour: (N, 3, 4) float32: changes of colour on a 0..1 scale, ``y = A x + b``, made before the normalisation and
                 with it, in one matrix.
+            rows: (N,) int64, which of the pixels' images; all by default.
+            flips: (N,) bool, which of those are flipped horizontally, before everything else.
 
         Returns:
             (N, 3, res, res) ``dtype``, channels_last, between what 0 and 255 are normalised to.
         """
         if pixels.shape[1:] != (*self._size, 3):
             raise ValueError(f"made for pixels of {self._size}, got {tuple(pixels.shape)}")
-        images = self._empty((len(pixels), self._res, self._res, 3), pixels.device)
-        if len(pixels):
+        chosen = Chosen(pixels, rows, flips)
+        images = self._empty((chosen.num_images, self._res, self._res, 3), pixels.device)
+        if chosen.num_images:
             matrices = self._centre if boxes is None else (self._box_matrix(0, boxes), self._box_matrix(1, boxes))
             with torch.autocast(pixels.device.type, enabled=False):  # it would make the products bfloat16
                 affine = self._affine if colour is None else self._affine.after(colour)
                 if matrices is None:
-                    self._products.normalise(pixels, affine, images)
+                    self._products.normalise(chosen, affine, images)
                 else:
-                    self._products(pixels, *matrices, affine, images)
+                    self._products(chosen, *matrices, affine, images)
         return images.permute(0, 3, 1, 2)
 
     def _empty(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
