@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +23,21 @@ from tidali.model.predict import load_model
 from tidali.report.insight import inspect_checkpoint
 from tidali.training.evaluation import evaluate_checkpoint, evaluate_served
 
-H100 = DeviceInfo(type="cuda", name="H100", capability=(9, 0), has_compiler=True)
-A100 = DeviceInfo(type="cuda", name="A100", capability=(8, 0), has_compiler=True)
-T4 = DeviceInfo(type="cuda", name="T4", capability=(7, 5), has_compiler=True)
-P100 = DeviceInfo(type="cuda", name="P100", capability=(6, 0), has_compiler=True)
+H100 = DeviceInfo(type="cuda", name="H100", capability=(9, 0))
+A100 = DeviceInfo(type="cuda", name="A100", capability=(8, 0))
+T4 = DeviceInfo(type="cuda", name="T4", capability=(7, 5))
+P100 = DeviceInfo(type="cuda", name="P100", capability=(6, 0))
 BARE_A100 = DeviceInfo(type="cuda", name="A100 without a compiler", capability=(8, 0))
-OLD_CPU = DeviceInfo(type="cpu", name="AVX2", cpu_flags=frozenset({"avx2", "avx512f"}), has_compiler=True)
-ZEN4 = DeviceInfo(type="cpu", name="Zen 4", cpu_flags=frozenset({"avx2", "avx512_bf16"}), has_compiler=True)
+NO_COMPILER = "no C compiler on PATH"
+
+
+def find_fault(info: DeviceInfo) -> Callable[[str], str | None]:
+    """What `choose_compile` is told of the machine of a described device."""
+    return lambda device_type: NO_COMPILER if info in (BARE_A100, SAPPHIRE) else None
+
+
+OLD_CPU = DeviceInfo(type="cpu", name="AVX2", cpu_flags=frozenset({"avx2", "avx512f"}))
+ZEN4 = DeviceInfo(type="cpu", name="Zen 4", cpu_flags=frozenset({"avx2", "avx512_bf16"}))
 SAPPHIRE = DeviceInfo(type="cpu", name="Sapphire Rapids", cpu_flags=frozenset({"amx_bf16", "avx512_bf16"}))
 
 
@@ -46,9 +57,9 @@ SAPPHIRE = DeviceInfo(type="cpu", name="Sapphire Rapids", cpu_flags=frozenset({"
 )
 def test_auto(info: DeviceInfo, dtype: torch.dtype | None, compiled: bool) -> None:
     chosen, amp_reason = choose_amp(info, "auto")
-    assert (chosen, choose_compile(info, "auto")[0]) == (dtype, compiled)
+    assert (chosen, choose_compile(info, "auto", find_fault(info))[0]) == (dtype, compiled)
     assert amp_reason
-    assert choose_compile(info, "auto")[1]
+    assert choose_compile(info, "auto", find_fault(info))[1]
 
 
 @pytest.mark.parametrize("info", [H100, P100, OLD_CPU], ids=lambda info: info.name)
@@ -56,12 +67,12 @@ def test_an_explicit_choice_is_kept_and_is_the_reason(info: DeviceInfo) -> None:
     assert choose_amp(info, "off") == (None, "--amp off")
     assert choose_amp(info, "bf16") == (torch.bfloat16, "--amp bf16")
     assert choose_amp(info, "fp16") == (torch.float16, "--amp fp16")
-    assert choose_compile(info, "off") == (False, "--compile off")
+    assert choose_compile(info, "off", find_fault(info)) == (False, "--compile off")
 
 
 @pytest.mark.parametrize("info", [H100, T4, OLD_CPU], ids=lambda info: info.name)
 def test_compilation_is_on_where_it_is_asked_for(info: DeviceInfo) -> None:
-    assert choose_compile(info, "on") == (True, "--compile on")
+    assert choose_compile(info, "on", find_fault(info)) == (True, "--compile on")
 
 
 @pytest.mark.parametrize(
@@ -70,12 +81,60 @@ def test_compilation_is_on_where_it_is_asked_for(info: DeviceInfo) -> None:
     ids=lambda value: value.name if isinstance(value, DeviceInfo) else "",
 )
 def test_compilation_that_cannot_work_is_refused(info: DeviceInfo, cause: str) -> None:
-    assert choose_compile(info, "off") == (False, "--compile off")
+    assert choose_compile(info, "off", find_fault(info)) == (False, "--compile off")
     for choice in ("on", "max-autotune"):
         with pytest.raises(TidaliError, match=f"--compile {choice}: .*{cause}.*--compile off"):
-            choose_compile(info, choice)
+            choose_compile(info, choice, find_fault(info))
     if info.type == "cuda":
-        assert cause in choose_compile(info, "auto")[1]
+        assert cause in choose_compile(info, "auto", find_fault(info))[1]
+
+
+@pytest.fixture
+def headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in which Python's headers are looked for; nothing else of a GPU's machine is missing."""
+    for variable in ("CC", "CXX", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    if shutil.which("gcc") is None or shutil.which("g++") is None:
+        pytest.skip("no C compiler")
+    return tmp_path
+
+
+@pytest.mark.parametrize("info", [A100, OLD_CPU], ids=lambda info: info.name)
+def test_python_h_is_looked_for_where_it_is_included_from(info: DeviceInfo, headers: Path) -> None:
+    """By a compiler, as torch.compile's back ends do: a Debian without python3-dev has gcc and no Python.h."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    fault = device.compile_fault(info.type)
+    assert fault is not None
+    assert all(fact in fault for fact in ("Python.h", str(headers), f"{version}-dev", f"{version}-devel"))
+    with pytest.raises(TidaliError, match=r"--compile on: .*Python\.h.*--compile off"):
+        choose_compile(info, "on")
+    if info.type == "cuda":
+        compiles, reason = choose_compile(info, "auto")
+        assert not compiles
+        assert fault in reason
+    (headers / "Python.h").write_text("#include <no_such_header.h>\n")
+    assert "no_such_header.h" in (device.compile_fault(info.type) or "")  # gcc without libc6-dev has no stdio.h
+    (headers / "Python.h").write_text("int one;\n")
+    assert device.compile_fault(info.type) is None
+    assert choose_compile(info, "on") == (True, "--compile on")
+
+
+def test_a_missing_compiler_and_libcuda_are_named(headers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (headers / "Python.h").touch()
+    monkeypatch.setenv("CC", str(headers / "none"))
+    assert "CC" in (device.compile_fault("cuda") or "")
+    monkeypatch.delenv("CC")
+    monkeypatch.delenv("TRITON_LIBCUDA_PATH")
+    if not torch.cuda.is_available():
+        assert "libcuda.so.1" in (device.compile_fault("cuda") or "")
+    (headers / "libcuda.so.1").touch()
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"/none:{headers}")
+    assert device.compile_fault("cuda") is None
+    monkeypatch.setenv("PATH", str(headers))
+    assert "install gcc" in (device.compile_fault("cuda") or "")
+    assert "install g++" in (device.compile_fault("cpu") or "")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +144,7 @@ def test_compilation_that_cannot_work_is_refused(info: DeviceInfo, cause: str) -
 )
 def test_plan_of_a_gpu(monkeypatch, info: DeviceInfo, amp: str, dtype_name: str, needs_scaler: bool, autocasts: bool) -> None:
     monkeypatch.setattr(device, "describe_device", lambda choice: info)
+    monkeypatch.setattr(device, "compile_fault", find_fault(info))
     monkeypatch.setenv("LOCAL_RANK", "3")
     plan = plan_device("auto", amp, "auto")
     assert (plan.device, plan.name) == (torch.device("cuda", 3), info.name)

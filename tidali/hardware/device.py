@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +18,8 @@ import torch
 
 from tidali.config import AmpChoice, CompileChoice, DeviceChoice
 from tidali.errors import TidaliError, UsageError
+
+_COMPILER_TIMEOUT_S = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +32,6 @@ class DeviceInfo:
     capability: tuple[int, int] | None = None
     """CUDA compute capability; None on a CPU."""
     cpu_flags: frozenset[str] = frozenset()
-    has_compiler: bool = False
-    """A C compiler is on the path: Triton's launchers and Inductor's CPU code need one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,12 @@ class DevicePlan:
     def needs_scaler(self) -> bool:
         """float16's range underflows gradients; bfloat16 has float32's range."""
         return self.amp_dtype is torch.float16
+
+    @property
+    def images_dtype(self) -> torch.dtype:
+        """Of the images that loaders make: on CUDA what the network's first layer would cast them to, so that they are resized
+        on tensor cores and take half of the memory. float32 on a CPU, where casting costs nothing that was measured."""
+        return self.amp_dtype if self.amp_dtype is not None and self.device.type == "cuda" else torch.float32
 
     @property
     def dtype_name(self) -> str:
@@ -80,29 +90,33 @@ def choose_amp(info: DeviceInfo, choice: AmpChoice) -> tuple[torch.dtype | None,
     return None, "this CPU has neither avx512_bf16 nor amx_bf16, bf16 would be emulated"
 
 
-def choose_compile(info: DeviceInfo, choice: CompileChoice) -> tuple[bool, str]:
+def choose_compile(
+    info: DeviceInfo, choice: CompileChoice, find_fault: Callable[[str], str | None] | None = None
+) -> tuple[bool, str]:
     """Whether to compile, and the reason. Not on a CPU: Inductor uses oneDNN's convolutions too, and was slower than eager
     mode.
+
+    Args:
+        find_fault: `compile_fault` by default.
 
     Raises:
         TidaliError: compilation was asked for and cannot work here.
     """
     if choice == "off":
         return False, "--compile off"
+    if choice == "auto" and info.type != "cuda":
+        return False, "eager is faster on a CPU (57 against 47 img/s at 224 px, measured on two cores)"
     reason: str | None = None  # why torch.compile cannot work, if it cannot
     if info.capability is not None and info.capability < (7, 0):
         major, minor = info.capability
         reason = f"Triton needs a GPU of compute capability 7.0, {info.name} has {major}.{minor}"
-    elif not info.has_compiler:
-        user = "Triton" if info.type == "cuda" else "Inductor"
-        reason = f"no C compiler on PATH, which {user} needs; install gcc to gain its speed"
+    else:
+        reason = (find_fault or compile_fault)(info.type)
     if choice != "auto":
         if reason is not None:
             raise TidaliError(f"--compile {choice}: {reason}; or use --compile off")
         return True, f"--compile {choice}"
-    if info.type != "cuda":
-        return False, "eager is faster on a CPU (57 against 47 img/s at 224 px, measured on two cores)"
-    return (False, reason) if reason is not None else (True, "pays on CUDA")
+    return (False, f"eager, as {reason}") if reason is not None else (True, "pays on CUDA")
 
 
 def describe_device(choice: DeviceChoice) -> DeviceInfo:
@@ -112,7 +126,6 @@ def describe_device(choice: DeviceChoice) -> DeviceInfo:
         TidaliError: ``cuda`` was asked for and is not available.
         UsageError: torchrun started more ranks than there are GPUs.
     """
-    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
     if choice == "cuda" and not torch.cuda.is_available():
         cause = "this torch is built without CUDA" if torch.version.cuda is None else "no usable NVIDIA GPU or driver was found"
         raise TidaliError(f"--device cuda: {cause}; use --device cpu, or 'auto' to take a GPU only where there is one")
@@ -127,10 +140,62 @@ def describe_device(choice: DeviceChoice) -> DeviceInfo:
             type="cuda",
             name=torch.cuda.get_device_name(index),
             capability=torch.cuda.get_device_capability(index),
-            has_compiler=has_compiler,
         )
     name, flags = _cpu_name_and_flags()
-    return DeviceInfo(type="cpu", name=name, cpu_flags=flags, has_compiler=has_compiler)
+    return DeviceInfo(type="cpu", name=name, cpu_flags=flags)
+
+
+def compile_fault(device_type: str) -> str | None:
+    """Why torch.compile cannot make code for this type of device here, and how to fix it; None if it can.
+
+    Both of its back ends compile a file that includes Python.h: Triton its launchers, in C, and Inductor a CPU's code, in C++.
+    The same is tried here, with the compiler and the folder of headers that they take (triton/runtime/build.py of Triton 3.8,
+    torch/_inductor/cpp_builder.py of torch 2.14), so a compiler without its own headers is found too.
+    """
+    on_gpu = device_type == "cuda"
+    user, variable, language, names = (
+        ("Triton", "CC", "c", ("gcc", "clang")) if on_gpu else ("Inductor", "CXX", "c++", ("g++",))
+    )
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; install torch's Linux build"
+    compiler = os.environ.get(variable) or next((name for name in names if shutil.which(name)), None)
+    if compiler is None:
+        return f"no {language.upper()} compiler on PATH, which {user} needs; install {names[0]}"
+    scheme = sysconfig.get_default_scheme()
+    # Debian's own Python installs under /usr/local by default, and has its headers under /usr: Triton does the same.
+    include = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    command = [compiler, "-x", language, "-fsyntax-only", f"-I{include}", "-"]
+    try:
+        done = subprocess.run(
+            command, input="#include <Python.h>\n", capture_output=True, text=True, timeout=_COMPILER_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{compiler} cannot be run, which {user} needs ({type(error).__name__}); set {variable} to a working compiler"
+    if done.returncode and not (Path(include) / "Python.h").is_file():
+        python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        return (
+            f"Python.h is not in {include}, which {user} needs; install Python's headers: the package {python}-dev on Debian "
+            f"and Ubuntu, {python}-devel on Fedora and Red Hat"
+        )
+    if done.returncode:
+        said = next((line.strip() for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
+        return f"{compiler} cannot compile Python.h, which {user} needs ({said}); install the C library's headers"
+    return _libcuda_fault() if on_gpu else None
+
+
+def _libcuda_fault() -> str | None:
+    """Triton links with libcuda.so.1 where ``ldconfig -p`` or LD_LIBRARY_PATH names it (triton/backends/nvidia/driver.py of
+    Triton 3.8); torch loads it by its name alone, so torch may work where Triton does not."""
+    if os.environ.get("TRITON_LIBCUDA_PATH"):
+        return None
+    try:
+        known = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return "/sbin/ldconfig is missing, by which Triton finds libcuda.so.1; set TRITON_LIBCUDA_PATH to its folder"
+    folders = os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    if "libcuda.so.1" in known or any((Path(folder) / "libcuda.so.1").exists() for folder in folders if folder):
+        return None
+    return "Triton does not find libcuda.so.1; run ldconfig as root, or set TRITON_LIBCUDA_PATH to its folder"
 
 
 def plan_device(device: DeviceChoice, amp: AmpChoice, compile: CompileChoice) -> DevicePlan:
@@ -186,6 +251,26 @@ def numerics(deterministic: bool | None = None) -> Iterator[None]:
         cudnn.allow_tf32, cudnn.benchmark = allow_tf32, benchmark
         if deterministic is not None:
             torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@contextmanager
+def explain_out_of_memory(what: str, fix: str) -> Iterator[None]:
+    """Where memory runs out, one line instead of a traceback.
+
+    Args:
+        what: needs the memory, such as ``batches of 256 images of 224 px``.
+        fix: how to need less.
+
+    Raises:
+        TidaliError: the GPU's memory does not suffice, or the machine's.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch's CPU allocator raises no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        where = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "the machine's memory"
+        raise TidaliError(f"{what} do not fit {where}; {fix}") from None
 
 
 def cpu_count() -> int:
