@@ -271,7 +271,7 @@ def slowed(function: Any, before: Path | None = None) -> Any:
 def test_a_sleep_in_the_loader_is_found(tidali, quick, small, monkeypatch, tmp_path: Path) -> None:
     before, after = tmp_path / "before.json", tmp_path / "after.json"
     assert tidali("bench", *small, "--repeats", 3, "--json", before).code == 0
-    monkeypatch.setattr(batches.Batches, "_images", slowed(batches.Batches._images, before))
+    monkeypatch.setattr(batches.Batches, "_batch", slowed(batches.Batches._batch, before))
     ended = tidali("bench", *small, "--repeats", 3, "--json", after, "--compare", before, "--tolerance", 60)
     assert ended.code == 1
     (found,) = json.loads(after.read_text())["diagnosis"]

@@ -74,7 +74,7 @@ class Streamed:
             assert request.boxes is None or request.boxes.device.type == "cpu"
             shape = (len(request.samples), *(self.size or (request.side, request.side)), 3)
             stored = torch.empty(shape, dtype=torch.uint8, device=self.device)
-            yield request, Pixels(request.samples.to(self.device), stored, None)
+            yield request, Pixels(request.samples, stored, None)
 
 
 @pytest.mark.parametrize("augment", [*AUGMENTS.values(), EVERYTHING], ids=[*AUGMENTS, "everything"])

@@ -169,6 +169,39 @@ def _hue_rotations(angles: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------- changes
 
 
+def gather(pixels: Tensor, samples: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Picked rows and columns of picked images, in one launch on a GPU.
+
+    Args:
+        pixels: (N, H, W, 3) uint8.
+        samples: (n,) int64.
+        rows, columns: (n or 1, H) and (n or 1, W) int64, of each picked image.
+
+    Returns:
+        (n, H, W, 3) uint8, contiguous.
+    """
+    return pixels[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def source_pixels(shape: tuple[int, int], flips: Tensor | None, shifts: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """What `gather` picks for images that are flipped, then shifted; None for neither.
+
+    Args:
+        shape: height and width.
+        flips: (n,) bool.
+        shifts: (n, 2) int64, as `shift_pixels` takes.
+    """
+    some = flips if flips is not None else shifts
+    if some is None:
+        return None
+    rows, columns = (torch.arange(size, device=some.device)[None] for size in shape)
+    if shifts is not None:
+        rows, columns = _reflected(rows - shifts[:, :1], shape[0]), _reflected(columns - shifts[:, 1:], shape[1])
+    if flips is not None:
+        columns = torch.where(flips[:, None], shape[1] - 1 - columns, columns)
+    return rows, columns
+
+
 def shift_pixels(pixels: Tensor, offsets: Tensor) -> Tensor:
     """(N, H, W, 3) uint8 moved down and right by (N, 2) int64 ``offsets``, reflected at the border."""
     n, height, width, _ = pixels.shape
@@ -188,10 +221,19 @@ def _reflected(index: Tensor, size: int) -> Tensor:
 
 def erase(images: Tensor, boxes: Tensor) -> Tensor:
     """Zero the (N, 4) boxes of (N, 3, H, W) images, in place: normalised, zero is the mean colour."""
+    return erase_inside(images, *erase_masks(boxes, (images.shape[2], images.shape[3])))
+
+
+def erase_masks(boxes: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The rows (N, H) and the columns (N, W), bool, that the (N, 4) boxes cover."""
     top, left, height, width = boxes.unsqueeze(-1).unbind(1)  # each (N, 1)
-    y, x = torch.arange(images.shape[2], device=images.device), torch.arange(images.shape[3], device=images.device)
-    inside_y, inside_x = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
-    return images.masked_fill_((inside_y[:, :, None] & inside_x[:, None, :])[:, None], 0.0)
+    y, x = (torch.arange(size, device=boxes.device) for size in shape)
+    return (y >= top) & (y < top + height), (x >= left) & (x < left + width)
+
+
+def erase_inside(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """`erase` of what is in both, rows (N, H) and columns (N, W)."""
+    return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 
 
 # -------------------------------------------------------------------------------------------------------------------- mixing

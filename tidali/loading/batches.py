@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,18 +16,9 @@ from torch import Tensor
 from tidali.config import Augment, Preprocess
 from tidali.errors import TidaliError, UsageError
 from tidali.hardware.ranks import Ranks
-from tidali.loading.augment import (
-    colour_matrices,
-    crop_boxes,
-    erase,
-    erase_boxes,
-    flip_flags,
-    shift_offsets,
-    shift_pixels,
-)
-from tidali.loading.native import Chosen
+from tidali.loading.augment import crop_boxes
+from tidali.loading.changes import DrawnSteps, draw, make_changes
 from tidali.loading.order import ORDER_VERSION, centre_boxes, check_order, epoch_order, num_steps, rank_slice
-from tidali.loading.resample import Resample, take
 from tidali.loading.route import GIVEN, Route
 from tidali.loading.sizes import SizePlan
 from tidali.loading.stream import Pixels, Request, ShardSource, Source
@@ -83,16 +76,17 @@ class Batches:
         self._sizes = self._training.sizes or SizePlan.of(preprocess.res)
         # Images of unequal size come as squares, which are cropped already.
         crop_fraction = preprocess.crop_fraction if source.size is not None else 1.0
-        self._resample = {
-            side: Resample(
+        self._changes = {
+            side: make_changes(
                 source.size or (side, side),
                 side,
+                batch_size,
+                dtype,
+                source.device,
                 mean=preprocess.mean,
                 std=preprocess.std,
-                dtype=dtype,
                 kernel=preprocess.kernel,
                 crop_fraction=crop_fraction,
-                device=source.device,
             )
             for side in self._sizes.sides
         }
@@ -165,22 +159,47 @@ class Batches:
 
     def _rest_of_epoch(self, epoch: int, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._left_out = 0
-        for request, pixels in self.source.read(self._requests(epoch, first_step)):
-            self._left_out += len(request.samples) - len(pixels.samples)
-            if self._train and len(pixels.samples) < min(2, len(request.samples)):
+        drawn: deque[tuple[DrawnSteps, int]] = deque()  # of the requests that are not yet answered
+        for request, pixels in self.source.read(self._requests(epoch, first_step, drawn)):
+            asked, given = len(request.samples), len(pixels.samples)
+            self._left_out += asked - given
+            if self._train and given < min(2, asked):
                 raise TidaliError(
-                    f"{len(pixels.samples)} of a batch's {len(request.samples)} samples are sound, and batch norm needs two; "
+                    f"{given} of a batch's {asked} samples are sound, and batch norm needs two; "
                     f"give a larger --batch-size, or repair the data set"
                 )
-            yield self._images(pixels, epoch, request.side), self.source.labels.index_select(0, pixels.samples)
+            kept = None
+            if given < asked:  # on a GPU the host waits here, which is as rare as corrupt samples are
+                kept = torch.isin(request.samples, pixels.samples).nonzero()[:, 0].to(self.source.device)
+            steps, step = drawn.popleft()
+            yield self._batch(pixels, request.side, steps, step, kept)
 
-    def _requests(self, epoch: int, first_step: int) -> Iterator[Request]:
+    def _requests(self, epoch: int, first_step: int, drawn: deque[tuple[DrawnSteps, int]]) -> Iterator[Request]:
+        """Appends what is drawn for a step before it yields the step's request."""
         count, device = len(self.source.labels), self.source.order_device
         order = epoch_order(count, self._training.seed, epoch, device) if self._train else torch.arange(count, device=device)
-        for step in range(first_step, self._steps):
-            samples = order[rank_slice(count, step, self._batch_size, self._rank, self._world_size)]
-            side = self._sizes.at(epoch, step)
-            yield Request(samples, side, self._boxes(samples, epoch, side) if self.source.takes_boxes else None)
+        at_once = self._changes[self._sizes.sides[0]].draw_steps
+        for first in range(first_step, self._steps, at_once):
+            steps_of: dict[int, list[Tensor]] = {side: [] for side in self._sizes.sides}
+            requests = []
+            for step in range(first, min(first + at_once, self._steps)):
+                samples = order[rank_slice(count, step, self._batch_size, self._rank, self._world_size)]
+                side = self._sizes.at(epoch, step)
+                requests.append((samples, side, len(steps_of[side])))
+                steps_of[side].append(samples)
+            draws = {side: self._draw(steps, epoch, side) for side, steps in steps_of.items() if steps}
+            for samples, side, number in requests:
+                drawn.append((draws[side], number))
+                yield Request(samples, side, self._boxes(samples, epoch, side) if self.source.takes_boxes else None)
+
+    def _draw(self, steps: Sequence[Tensor], epoch: int, side: int) -> DrawnSteps:
+        """What is random in steps of one input size, the boxes of `_boxes` aside."""
+        source, training = self.source, self._training
+        samples = (torch.cat(list(steps)) if len(steps) > 1 else steps[0]).to(source.device)
+        labels = source.labels.index_select(0, samples)
+        with self._no_autocast():
+            draws = draw(training.augment, samples, labels, size=source.size, side=side, seed=training.seed, epoch=epoch)
+        return DrawnSteps(self._changes[side], draws, [len(step) for step in steps])
 
     def _boxes(self, samples: Tensor, epoch: int, side: int) -> Tensor:
         """What becomes a square of each image, where images are of unequal size."""
@@ -189,26 +208,15 @@ class Batches:
             return centre_boxes(sizes, side, self._preprocess.crop_fraction)
         return crop_boxes(sizes, augment.crop_scale, augment.crop_ratio, samples, seed=self._training.seed, epoch=epoch)
 
-    def _images(self, pixels: Pixels, epoch: int, side: int) -> Tensor:
-        """From stored pixels to what the network sees. Nothing in it makes the host wait for the device."""
-        with torch.autocast(self.source.device.type, enabled=False):  # the consumer's would make its products bfloat16
-            return self._augmented(pixels, epoch, side)
+    def _batch(self, pixels: Pixels, side: int, steps: DrawnSteps, step: int, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """From stored pixels to what the network sees, and labels. Nothing in it makes the host wait for the device."""
+        with self._no_autocast():
+            labels, changes = steps.of(step, kept)
+            return self._changes[side].apply(pixels.stored, pixels.rows, changes), labels
 
-    def _augmented(self, pixels: Pixels, epoch: int, side: int) -> Tensor:
-        augment, size, samples = self._training.augment, self.source.size, pixels.samples
-        key = {"seed": self._training.seed, "epoch": epoch}
-        flipped = flip_flags(augment.flip, samples, **key) if augment.flip != "none" else None
-        chosen = Chosen(pixels.stored, pixels.rows, flipped)
-        if augment.shift_px:
-            chosen = Chosen(shift_pixels(take(chosen), shift_offsets(augment.shift_px, samples, **key)), None, None)
-        boxes = None
-        if augment.crop_scale is not None and size is not None:
-            boxes = crop_boxes(size, augment.crop_scale, augment.crop_ratio, samples, **key)
-        colour = colour_matrices(augment, samples, **key) if augment.changes_colour else None
-        images = self._resample[side](chosen.stored, boxes, colour, rows=chosen.rows, flips=chosen.flips)
-        if augment.erase:
-            erase(images, erase_boxes((side, side), augment.erase, samples, **key))
-        return images
+    def _no_autocast(self) -> AbstractContextManager[None]:
+        """The consumer's autocast would make products here bfloat16."""
+        return torch.autocast(self.source.device.type, enabled=False)
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:

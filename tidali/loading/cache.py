@@ -32,7 +32,7 @@ class PixelCache:
     corrupt: CorruptSamples
     """Samples that have no pixels."""
 
-    takes_boxes = False
+    takes_boxes = decodes_on_gpu = False
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +76,7 @@ def fill_cache(
             if len(found.samples) == len(request.samples):
                 pixels[side][first : last + 1].copy_(found.stored)
             else:
-                pixels[side].index_copy_(0, found.samples, found.stored)
+                pixels[side].index_copy_(0, found.samples.to(source.device), found.stored)
             if on_batch is not None:
                 on_batch(done * count + last + 1)
     return PixelCache(pixels=pixels, labels=source.labels, identity=source.identity, size=source.size, corrupt=source.corrupt)

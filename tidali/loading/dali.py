@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali import Pipeline, backend, fn, pipeline_def, types
 from PIL import Image
 from torch import Tensor
 
@@ -119,7 +119,9 @@ class DaliDecoder:
         if threads.table.info.single_image_size is None:
             self._work = "decode boxes" if device.type == "cpu" else "resize boxes"
         self._queue: deque[Queued] = deque()
-        self._pipe = define_graph(Placement.on(device), self._work, batch_size=batch_size, num_threads=num_threads)
+        self._in_use: deque[tuple[torch.cuda.Event, Any]] = deque()
+        """DALI's pixels that a queued copy still reads, and what tells its end."""
+        self._pipe: Any = define_graph(Placement.on(device), self._work, batch_size=batch_size, num_threads=num_threads)
         try:
             self._pipe.build()
             self._fill_queue()
@@ -180,7 +182,28 @@ class DaliDecoder:
         """Take DALI's next batch and keep it for whoever queued it: DALI returns batches in the order they were queued."""
         queued = self._queue.popleft()
         with suppress(RuntimeError):  # the message names one sample at best; `finish` decodes the batch another way
-            (queued.pixels,) = self._pipe.outputs()
+            (queued.pixels,) = self._pipe.outputs(cuda_stream=self._stream())
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        """The stream that waits for DALI's work in place of the host, which would wait for the prefetched batches' too."""
+        return torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+
+    def _copied(self, queued: Queued) -> Tensor:
+        """DALI's pixels in torch's memory.
+
+        DALI 2.4 gives the memory of a batch back as soon as nobody refers to it, ordered after the work of the stream that it
+        was bound to when it was handed out (dali/pipeline/data/buffer.h), but not after what a view of it was used for on
+        another stream or later. A copy is torch's, whose allocator is told of other streams; DALI's own pixels live until the
+        copy is done.
+        """
+        while self._in_use and self._in_use[0][0].query():
+            self._in_use.popleft()
+        copy = torch.from_dlpack(queued.pixels.as_tensor()).clone()
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self._device))
+        self._in_use.append((done, queued.pixels))
+        queued.pixels = None
+        return copy
 
     def finish(self, job: Job, queued: Queued) -> tuple[Tensor, dict[int, str]]:
         """As `ThreadDecoder.finish`; the pixels are on DALI's device."""
@@ -190,10 +213,14 @@ class DaliDecoder:
         if pixels is None:  # DALI failed: the threads find out which samples cannot be decoded, if any
             decoded, worse = self._threads.finish(part, self._threads.start(part))
             number_of = {place.position: number for number, place in enumerate(job.places)}
-            return decoded.to(self._device), bad | {number_of[part.places[n].position]: why for n, why in worse.items()}
+            return decoded.to(self._device, non_blocking=True), bad | {
+                number_of[part.places[n].position]: why for n, why in worse.items()
+            }
+        if self._device.type == "cuda":
+            return self._copied(queued), bad
         if self._work != "decode boxes":
             return torch.from_dlpack(pixels.as_tensor()), bad  # a view, valid as long as it is held
-        out = torch.empty(len(part.places), job.side, job.side, 3, dtype=torch.uint8)
+        out = self._threads.empty(len(part.places), job.side, job.side)
         assert part.boxes is not None
         assert starts is not None
         boxes = part.boxes - np.pad(starts, ((0, 0), (0, 2)))  # of the decoded part of each image
@@ -206,6 +233,16 @@ class DaliDecoder:
         for done in self._threads.in_chunks(len(out), resize):
             done.result()
         return out, bad
+
+    def close(self) -> None:
+        """End decoding. DALI keeps freed memory for later pipelines, until it is asked to return it."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # what is queued may still read it
+        self._in_use.clear()
+        self._queue.clear()
+        self._pipe = None
+        backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]  # which its stubs leave out
+        self._threads.close()
 
 
 def regions(boxes: np.ndarray, sizes: np.ndarray, res: int) -> tuple[np.ndarray, np.ndarray]:

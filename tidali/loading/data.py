@@ -36,10 +36,12 @@ class Data:
         decoder: DecoderChoice = "auto",
         max_bad: int | None = None,
         ranks: Ranks | None = None,
+        training_bytes: int = 0,
     ) -> None:
         """
         Args:
             max_bad: samples of a split that may be corrupt and are then left out; 0.1 % of it by default.
+            training_bytes: of the device's memory that caches leave for training, by an estimate.
             ranks: this process among those that share each batch; where they are joined by torch.distributed, each of them has
                 to ask for the same batches, and the one with the least memory decides for all.
         """
@@ -48,6 +50,7 @@ class Data:
         self._cache_choice: CacheChoice = cache
         self._decoder: DecoderChoice = decoder
         self._max_bad = max_bad
+        self._training_bytes = training_bytes
         self._tables: dict[str, tuple[SampleTable, CorruptSamples]] = {}
         self._caches: dict[tuple[Any, ...], PixelCache] = {}
 
@@ -81,6 +84,7 @@ class Data:
             sides=sizes.sides,
             crops=training is not None and training.augment.crop_scale is not None,
             free_bytes=self._least_free_bytes(),
+            training_bytes=self._training_bytes + self._decoding_bytes(table, batch_size),
         )
         source: Source
         if route.cached:
@@ -106,7 +110,7 @@ class Data:
         """A split's images in stored order, as the cache keeps them: pixels (n, H, W, 3) uint8 and labels (n,) int64."""
         source = self.streamed(split, preprocess, batch_size)
         for _, found in source.read(stored_order(source, preprocess.res, preprocess.crop_fraction, batch_size)):
-            yield found.stored, source.labels.index_select(0, found.samples)
+            yield found.stored, source.labels.index_select(0, found.samples.to(self.device))
 
     def corrupt(self, split: str) -> frozenset[int]:
         """Positions of the split's samples that are known to be corrupt by now."""
@@ -138,7 +142,16 @@ class Data:
                 self._caches[key] = fill_cache(
                     source, sides, preprocess.crop_fraction, on_batch=lambda done: bar.update(task, completed=done)
                 )
+            source.close()
         return self._caches[key]
+
+    def _decoding_bytes(self, table: SampleTable, batch_size: int) -> int:
+        """What DALI has in hand of images of unequal size, by an estimate: whole ones, as many batches as its queue is long and
+        one that is used. Of caches that are filled its memory is returned."""
+        if self.device.type == "cpu" or table.info.single_image_size is not None:
+            return 0
+        mean_pixels = float(table.sizes.to(torch.float32).prod(1).mean())
+        return int(4 * batch_size * 3 * mean_pixels)
 
     def _least_free_bytes(self) -> int:
         return min(self.ranks.gather(free_memory_bytes(self.device)))

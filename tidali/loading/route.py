@@ -10,7 +10,8 @@ from tidali.dataset.contract import Split
 from tidali.errors import UsageError
 
 CACHE_SHARE = 0.5
-"""Of the free memory: the rest is for activations, which at 224 px and batch 256 take more than Tiny-ImageNet's pixels."""
+"""Of the free memory at most: the rest is for activations, which at 224 px and batch 256 take more than Tiny-ImageNet's
+pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +31,16 @@ GIVEN = Route(cached=True, reason="made for its pixels", pixel_bytes=0)
 """Of batches whose source nobody chose."""
 
 
-def choose_route(choice: CacheChoice, split: Split, *, sides: Sequence[int], crops: bool, free_bytes: int) -> Route:
+def choose_route(
+    choice: CacheChoice, split: Split, *, sides: Sequence[int], crops: bool, free_bytes: int, training_bytes: int = 0
+) -> Route:
     """Cache what fits and loses nothing by it.
 
     Args:
         sides: of the input, in pixels: images of unequal size are cached as squares of each of them.
         crops: random crops are asked for, which a cache of such squares would blur.
         free_bytes: of the device's memory, now.
+        training_bytes: of it that training will need besides the cache, by an estimate.
 
     Raises:
         UsageError: a cache was asked for where it would blur the crops.
@@ -60,8 +64,12 @@ def choose_route(choice: CacheChoice, split: Split, *, sides: Sequence[int], cro
         reason = f"random crops of {len(split.image_sizes)} sizes of images are cut from the whole images"
         return Route(cached=False, reason=reason, pixel_bytes=pixel_bytes)
     if choice == "auto":
-        free = f"half of the {free_bytes / 2**30:,.1f} GiB free"
-        if pixel_bytes > CACHE_SHARE * free_bytes:
+        free, most = f"half of the {free_bytes / 2**30:,.1f} GiB free", CACHE_SHARE * free_bytes
+        if training_bytes > most:
+            most = free_bytes - training_bytes
+            free = f"what is left of the {free_bytes / 2**30:,.1f} GiB free by training, which takes about "
+            free += f"{training_bytes / 2**30:,.1f} GiB"
+        if pixel_bytes > most:
             return Route(cached=False, reason=f"{stored}, over {free}", pixel_bytes=pixel_bytes)
         stored += f", under {free}"
     return Route(cached=True, reason=stored, pixel_bytes=pixel_bytes)

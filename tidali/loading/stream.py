@@ -38,7 +38,7 @@ class Pixels(NamedTuple):
     """What a source gives for a request: rows of stored pixels."""
 
     samples: Tensor
-    """(n,) int64 on the device: those asked for, without corrupt ones."""
+    """(n,) int64 on the source's `order_device`: those asked for, without corrupt ones."""
     stored: Tensor
     """(M, H, W, 3) uint8 on the device."""
     rows: Tensor | None
@@ -76,6 +76,11 @@ class Source(Protocol):
     @property
     def takes_boxes(self) -> bool:
         """Whether requests have boxes."""
+        ...
+
+    @property
+    def decodes_on_gpu(self) -> bool:
+        """Whether DALI decodes on the GPU whenever pixels are asked for."""
         ...
 
     @property
@@ -126,13 +131,21 @@ class ShardSource:
         self.takes_boxes = self.size is None
         self.reads_all = False
         """Every rank reads every sample, so only the main rank prints which are corrupt."""
-        threads = num_threads or rank_threads()
-        self._decoder: Any = ThreadDecoder(table, kernel, threads)
+        threads = num_threads or decoding_threads(device)
+        self.decodes_on_gpu = False
+        self._decoder: Any = ThreadDecoder(table, kernel, threads, pinned=device.type == "cuda")
         if choose_decoder(decoder, device, self.size) == "dali":
             from tidali.loading.dali import DaliDecoder
 
             where = torch.device("cpu") if decoder == "cpu" or (kernel != "pil" and self.takes_boxes) else device
-            self._decoder = DaliDecoder(self._decoder, where, batch_size=batch_size, num_threads=threads)
+            self.decodes_on_gpu = where.type == "cuda"
+            # On a GPU DALI 2.4 has two pools of so many threads: its own and its JPEG decoder's.
+            dali_threads = threads if where.type == "cpu" else max(threads // 2, 1)
+            self._decoder = DaliDecoder(self._decoder, where, batch_size=batch_size, num_threads=dali_threads)
+
+    def close(self) -> None:
+        """End decoding, and return the memory that DALI keeps for it on a GPU."""
+        self._decoder.close()
 
     def sizes_of(self, samples: Tensor) -> Tensor:
         return self.table.sizes.index_select(0, samples)
@@ -162,7 +175,12 @@ class ShardSource:
         samples = torch.tensor(
             [place.position for number, place in enumerate(job.places) if number not in bad], dtype=torch.int64
         )
-        return request, Pixels(samples.to(self.device), stored.to(self.device, non_blocking=True), None)
+        return request, Pixels(samples, stored.to(self.device, non_blocking=True), None)
+
+
+def decoding_threads(device: torch.device) -> int:
+    """This rank's cores; on a GPU less one, which the thread that launches its kernels needs for itself."""
+    return max(rank_threads() - (1 if device.type == "cuda" else 0), 1)
 
 
 def choose_decoder(

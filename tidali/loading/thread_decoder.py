@@ -34,8 +34,12 @@ class Job(NamedTuple):
 class ThreadDecoder:
     """Decoding and resizing by threads of this process, each image by one of them."""
 
-    def __init__(self, table: SampleTable, kernel: Kernel, num_threads: int) -> None:
-        self.table, self.kernel = table, kernel
+    def __init__(self, table: SampleTable, kernel: Kernel, num_threads: int, *, pinned: bool = False) -> None:
+        """
+        Args:
+            pinned: the pixels are in memory that a GPU copies from while the host goes on.
+        """
+        self.table, self.kernel, self._pinned = table, kernel, pinned
         self._threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tidali-decode")
         counts = table.dataset.manifest.counts
@@ -44,9 +48,13 @@ class ThreadDecoder:
     def start(self, job: Job) -> Any:
         """The batch's pixels (n, H, W, 3) uint8, not yet written, and the work that writes them."""
         height, width = self.table.info.single_image_size or (job.side, job.side)
-        out = torch.empty(len(job.places), height, width, 3, dtype=torch.uint8)
+        out = self.empty(len(job.places), height, width)
         decode = self._whole if job.boxes is None else self._squares
         return out, self.in_chunks(len(job.places), lambda chunk: decode(job, chunk, out))
+
+    def empty(self, count: int, height: int, width: int) -> Tensor:
+        """(count, height, width, 3) uint8, uninitialised. torch keeps pinned memory until a copy from it is done."""
+        return torch.empty(count, height, width, 3, dtype=torch.uint8, pin_memory=self._pinned)
 
     def in_chunks(self, count: int, work: Callable[[range], dict[int, str]]) -> list[Future[dict[int, str]]]:
         chunks = min(self._threads * _CHUNKS_PER_THREAD, count)
@@ -60,6 +68,9 @@ class ThreadDecoder:
         out, chunks = decoding
         bad = {number: reason for chunk in chunks for number, reason in chunk.result().items()}
         return (out[[number for number in range(len(out)) if number not in bad]] if bad else out), bad
+
+    def close(self) -> None:
+        self._pool.shutdown()
 
     def decode(self, place: Place, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8] | str:
         """(H, W, 3) uint8, or why the sample has no pixels."""
