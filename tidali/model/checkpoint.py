@@ -62,13 +62,14 @@ class ModelCard:
         return build_resnet18(len(self.classes), self.stem, stem_bias=self.stem_bias)
 
 
-def save_checkpoint(path: Path, model: nn.Module, card: ModelCard) -> None:
-    """Write the weights of the model, not compiled, and the card; the file appears whole or not at all.
+def save_checkpoint(path: Path, weights: nn.Module | Mapping[str, Tensor], card: ModelCard) -> None:
+    """Write the weights of a model, not compiled, or its state dict, and the card; the file appears whole or not at all.
 
     Raises:
         TidaliError: it cannot be written; a file that was at `path` before is unchanged.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, save(state, metadata={_METADATA_KEY: json.dumps(asdict(card))}))
 
 

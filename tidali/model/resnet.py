@@ -68,6 +68,15 @@ def resnet18_gmacs(num_classes: int, stem: Stem, res: int) -> float:
     return forward_gmacs(build_resnet18(num_classes, stem), (1, 3, res, res))
 
 
+def resnet18_activations(stem: Stem, res: int) -> int:
+    """Elements of feature maps that a training step keeps of an image for the backward pass: each convolution's output, and
+    that of each batch norm or ReLU after it."""
+    stages = [(64, 4 * 2), (128, 5 * 2), (256, 5 * 2), (512, 5 * 2)]  # channels; convolutions, the shortcut's too, times two
+    side = res // 4 if stem == "imagenet" else res
+    kept = 2 * 64 * (res // 2) ** 2 + 64 * side**2 if stem == "imagenet" else 2 * 64 * side**2
+    return kept + sum(maps * channels * (side >> stage) ** 2 for stage, (channels, maps) in enumerate(stages))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
     """Which tensors were loaded into a model from another model's weights, and which were not."""

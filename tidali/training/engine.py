@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +57,8 @@ class TrainState:
     """The module without compilation; its weights are saved."""
     forward: Callable[[Tensor], Tensor]
     """The same module for the forward pass: compiled and in DistributedDataParallel where the run has them."""
+    ddp: DistributedDataParallel | None = None
+    """The same module in DistributedDataParallel, where there are several ranks."""
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     plan: DevicePlan
@@ -108,6 +111,7 @@ def make_train_state(
     return TrainState(
         model=model,
         forward=compiled(wrapped, plan) if plan.compile else wrapped,
+        ddp=wrapped if isinstance(wrapped, DistributedDataParallel) else None,
         optimizer=optimizer,
         schedule=schedule,
         plan=plan,
@@ -132,7 +136,7 @@ def train_step(state: TrainState, images: Tensor, targets: Tensor) -> Tensor:
     """One optimizer step. Nothing in it makes the host wait for the device.
 
     Args:
-        images: (N, 3, H, W) float32, channels_last, normalised, on the device.
+        images: (N, 3, H, W) float, channels_last, normalised, on the device.
         targets: labels (N,) int64, or class probabilities (N, C) float32, on the device.
 
     Returns:
@@ -142,11 +146,14 @@ def train_step(state: TrainState, images: Tensor, targets: Tensor) -> Tensor:
     for group in state.optimizer.param_groups:
         group["lr"] = state.schedule(state.step)
     logits = []
-    for part, labels in zip(images.tensor_split(recipe.accumulate), targets.tensor_split(recipe.accumulate), strict=True):
-        with state.plan.autocast():
-            logits.append(state.forward(part))
-            loss = functional.cross_entropy(logits[-1].float(), labels, label_smoothing=recipe.label_smoothing)
-        state.scaler.scale(loss * (len(part) / len(images))).backward()
+    parts = list(zip(images.tensor_split(recipe.accumulate), targets.tensor_split(recipe.accumulate), strict=True))
+    for number, (part, labels) in enumerate(parts):
+        # Ranks add up their gradients once, in the last piece's backward pass, which adds to what the others left.
+        with nullcontext() if state.ddp is None or number == len(parts) - 1 else state.ddp.no_sync():
+            with state.plan.autocast():
+                logits.append(state.forward(part))
+                loss = functional.cross_entropy(logits[-1].float(), labels, label_smoothing=recipe.label_smoothing)
+            state.scaler.scale(loss * (len(part) / len(images))).backward()
     if recipe.grad_clip_norm:
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.model.parameters(), recipe.grad_clip_norm)

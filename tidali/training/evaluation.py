@@ -10,7 +10,7 @@ import torch
 from tidali.config import AmpChoice, CacheChoice, DeviceChoice, check_res
 from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError
-from tidali.hardware.device import numerics
+from tidali.hardware.device import explain_out_of_memory, numerics
 from tidali.hardware.ranks import joined_ranks
 from tidali.loading.data import Data
 from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard, open_checkpoint
@@ -61,8 +61,9 @@ def evaluate_checkpoint(
     with joined_ranks(plan.device.type) as ranks:
         data = Data(dataset, plan.device, cache=cache, max_bad=max_bad, ranks=ranks)
         for res in resolutions:
-            batches = data.batches(split, card.preprocess(res), EVAL_BATCH_SIZE)
-            score = evaluate(model, batches, plan, expected_samples=batches.samples_given, flip=flip, ranks=ranks)
+            batches = data.batches(split, card.preprocess(res), EVAL_BATCH_SIZE, dtype=plan.images_dtype)
+            with explain_out_of_memory(f"batches of {EVAL_BATCH_SIZE} images of {res} px", "give a smaller --res"):
+                score = evaluate(model, batches, plan, expected_samples=batches.samples_given, flip=flip, ranks=ranks)
             data.share_corrupt()
             rows.append(ResolutionScore(res=res, score=score))
     return card, rows

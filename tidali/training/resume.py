@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -48,23 +48,22 @@ class Progress:
     """Spent before the run was last resumed."""
 
 
-def save_state(
-    path: Path,
-    state: TrainState,
-    progress: Progress,
-    meter: Meter,
-    loaders: Sequence[Mapping[str, Any]],
-    card: ModelCard,
-) -> None:
-    """Write the state; the file appears whole or not at all.
+class SavedState(NamedTuple):
+    """A state of its own, which training does not change any more."""
 
+    tensors: Mapping[str, Tensor]
+    """On the CPU."""
+    document: Mapping[str, Any]
+
+
+def copy_state(
+    state: TrainState, progress: Progress, meter: Meter, loaders: Sequence[Mapping[str, Any]], card: ModelCard
+) -> SavedState:
+    """
     Args:
         meter: the counts of the current epoch so far.
         loaders: `state_dict` of every rank's training batches, JSON-able.
         card: of the run's checkpoints: its classes, settings and versions.
-
-    Raises:
-        TidaliError: it cannot be written; the previous state is still there.
     """
     tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
     if state.ema is not None:
@@ -83,11 +82,17 @@ def save_state(
         "loaders": loaders,
         "run": asdict(card),
     }
-    content = save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        metadata={_METADATA_KEY: json.dumps(document)},
-    )
-    write_atomically(path, content)
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return SavedState(copies, json.loads(json.dumps(document)))
+
+
+def write_state(path: Path, state: SavedState) -> None:
+    """Write the state; the file appears whole or not at all.
+
+    Raises:
+        TidaliError: it cannot be written; the previous state is still there.
+    """
+    write_atomically(path, save(dict(state.tensors), metadata={_METADATA_KEY: json.dumps(state.document)}))
 
 
 def read_document(path: Path) -> dict[str, Any]:

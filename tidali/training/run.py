@@ -19,19 +19,22 @@ from tidali.console import progress_bar, say
 from tidali.dataset.contract import Dataset
 from tidali.errors import Interrupted, TidaliError, UsageError
 from tidali.hardware.cpu_memory import keep_freed_memory
-from tidali.hardware.device import DevicePlan, numerics, plan_device
+from tidali.hardware.device import DevicePlan, explain_out_of_memory, numerics, plan_device
 from tidali.hardware.ranks import Ranks, joined_ranks
 from tidali.hardware.timing import Stopwatch
 from tidali.loading.augment import draw_mix, mix_batch
-from tidali.model.checkpoint import SUFFIX, save_checkpoint
 from tidali.training.engine import EpochResult, all_finite, evaluate, train_epoch
 from tidali.training.interrupt import StopRequest
 from tidali.training.metrics import JsonlLog, Meter, Score
-from tidali.training.resume import STATE_NAME, Progress, load_state, save_state, saved_route
+from tidali.training.resume import STATE_NAME, Progress, copy_state, load_state, saved_route
+from tidali.training.run_files import RunFiles
 from tidali.training.run_folder import RunResult, epoch_fields, make_run_folder, summary, write_json
 from tidali.training.setup import announce, set_up
 from tidali.training.tensorboard import TensorBoardLog
 
+EPOCH_SAVE_S = 30.0
+"""An epoch's end saves if so many seconds have passed since the last save, or ``checkpoint_minutes`` if that is less: a state
+of 134 MB after each epoch of a second or two would take as long as the epoch. A kill loses at most what was done since."""
 RANKS_AGREE_S = 2.0
 RANKS_AGREE_STEPS = 20
 """How often ranks agree whether to stop or to save: on CPUs after each step; on GPUs, where that makes each rank wait for its
@@ -50,13 +53,20 @@ def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False) ->
         Interrupted: the run was asked to stop, and its state is saved.
     """
     plan = plan_device(settings.device, settings.amp, settings.compile)
-    with numerics(settings.deterministic), joined_ranks(plan.device.type) as ranks, StopRequest() as stop:
+    recipe = settings.recipe
+    sides = max((settings.res, *recipe.train_sizes))
+    memory = explain_out_of_memory(
+        f"--batch-size {recipe.batch_size} and images of {sides} px",
+        "give a smaller --batch-size, or micro-batches of it with --set accumulate=2",
+    )
+    with numerics(settings.deterministic), joined_ranks(plan.device.type) as ranks, StopRequest() as stop, memory:
         cache = saved_route(Path(settings.out) / STATE_NAME) if resume else settings.cache
         run = Run(settings, dataset, plan, ranks, stop, cache)
-        run.open_folder(resume)
-        while run.progress.epoch < settings.recipe.epochs:
-            run.epoch()
-        return run.finish()
+        with run.files:
+            run.open_folder(resume)
+            while run.progress.epoch < recipe.epochs:
+                run.epoch()
+            return run.finish()
 
 
 def steps_between_agreements(step_s: float, device: torch.device) -> int:
@@ -90,6 +100,8 @@ class Run:
             keep_freed_memory()
         self.progress = Progress(images_per_s=[])
         self.meter = Meter(plan.device)
+        self.files = RunFiles(self.out)
+        self.since_save = Stopwatch()
 
     def open_folder(self, resume: bool) -> None:
         """Make the run folder, or resume from the state in it."""
@@ -119,10 +131,9 @@ class Run:
         self.train_batches.set_epoch(progress.epoch)
         with progress_bar(show=self.ranks.is_main) as bar:
             task = bar.add_task(f"epoch {number}/{recipe.epochs}", total=len(self.train_batches), note="")
-            watch, since_save = Stopwatch(), Stopwatch()
+            watch = Stopwatch()
 
             def on_step(waited_s: float) -> None:
-                nonlocal since_save
                 score = self.meter.peek()
                 self.require(math.isfinite(score.loss_sum), "the loss is")
                 if not bar.disable and score.samples:
@@ -131,7 +142,8 @@ class Run:
                     note = f"loss {score.loss:.3f}  top-1 {score.top1_percent:.1f} %  {rate:.0f} images/s"
                     note += f"  waiting for data {100 * waited_s / watch.peek_s():.1f} %"
                     bar.update(task, completed=done, note=note)
-                stop, save = self.agree(self.stop.requested, since_save.peek_s() > 60 * self.settings.checkpoint_minutes)
+                due = self.since_save.peek_s() > 60 * self.settings.checkpoint_minutes
+                stop, save = self.agree(self.stop.requested, due)
                 if stop:
                     self.save_state()
                     raise Interrupted(
@@ -140,7 +152,6 @@ class Run:
                     )
                 if save:
                     self.save_state()
-                    since_save = Stopwatch()
 
             trained = train_epoch(
                 self.state, self.train_batches, self.meter, ranks=self.ranks, mix=self.mixer(), on_step=on_step
@@ -160,7 +171,11 @@ class Run:
             progress.images_per_s.append(trained.images_per_s)
         self.meter = Meter(self.plan.device)
         self.report_epoch(trained, score, is_best)
-        self.save_state()
+        due = self.since_save.peek_s() > min(EPOCH_SAVE_S, 60 * self.settings.checkpoint_minutes)
+        if progress.epoch == recipe.epochs:
+            self.save_state()
+        elif self.ranks.all_reduce_max([due], self.plan.device)[0]:
+            self.save_state(beside_training=True)
 
     def evaluate(self, *, flip: bool = False) -> Score:
         batches = self.setup.eval_batches
@@ -205,14 +220,13 @@ class Run:
             raise TidaliError(f"{where}; the last state that was finite is {self.out / STATE_NAME}")
 
     def report_epoch(self, trained: EpochResult, score: Score, is_best: bool) -> None:
-        """Save the weights, append to metrics.jsonl, and print a line."""
+        """Keep the weights for the next save, append to metrics.jsonl, and print a line."""
         if not self.ranks.is_main:
             return
         number, recipe = self.progress.epoch, self.settings.recipe
         metrics = {"epoch": number, **{f"{self.select_on}_{k}": v for k, v in score.to_dict().items()}}
         card = replace(self.setup.card, metrics=metrics)
-        for name in ("last", "best") if is_best else ("last",):
-            save_checkpoint(self.out / f"{name}{SUFFIX}", self.state.evaluated, card)
+        self.files.keep(self.state.evaluated, card, is_best=is_best)
         fields: dict[str, Any] = {
             "epoch": number,
             "step": self.state.step,
@@ -229,16 +243,22 @@ class Run:
             f"waiting for data {100 * trained.data_wait_share:.1f} %{compiling}"
         )
 
-    def save_state(self) -> None:
-        """Save everything that a resume needs, on rank 0, with every rank's position in the data. Fails where the weights or
-        the loss are not finite; both are checked, as a step's loss is that of the weights before it."""
+    def save_state(self, *, beside_training: bool = False) -> None:
+        """Save the weights of the epochs since the last save, and everything that a resume needs, on rank 0, with every rank's
+        position in the data. Fails where the weights or the loss are not finite; both are checked, as a step's loss is that of
+        the weights before it.
+
+        Args:
+            beside_training: write while training goes on.
+        """
         self.require(math.isfinite(self.meter.read().loss_sum), "the loss is")
         self.require(all_finite(self.state.model), "the weights are")
         loaders = self.ranks.gather(self.train_batches.state_dict())
         if self.ranks.is_main:
             progress = replace(self.progress, seconds=self.progress.seconds + self.watch.elapsed_s())
-            path = self.out / STATE_NAME
-            save_state(path, self.state, progress, self.meter, loaders, self.setup.card)
+            state = copy_state(self.state, progress, self.meter, loaders, self.setup.card)
+            self.files.save(state, beside_training=beside_training)
+        self.since_save = Stopwatch()
 
     def finish(self) -> RunResult:
         """Write summary.json."""

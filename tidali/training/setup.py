@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from tidali.config import RECIPES, CacheChoice, Preprocess, TrainSettings
+from tidali.config import RECIPES, CacheChoice, Preprocess, Stem, TrainSettings
 from tidali.console import say
 from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError
@@ -19,9 +19,11 @@ from tidali.loading.data import Data
 from tidali.loading.sizes import SizePlan
 from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard
 from tidali.model.pretrained import apply_init, choose_normalisation
-from tidali.model.resnet import LoadReport, build_resnet18
+from tidali.model.resnet import LoadReport, build_resnet18, resnet18_activations
 from tidali.training.engine import TrainState, make_train_state
 from tidali.training.schedule import make_schedule
+
+_FIXED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +66,22 @@ def set_up(
     load_report, init_normalisation = apply_init(model, settings.init, settings.stem_init)
     mean, std = choose_normalisation(recipe.normalise, init_normalisation, dataset)
     data = Data(
-        dataset, plan.device, cache=cache or settings.cache, decoder=settings.decoder, max_bad=settings.max_bad, ranks=ranks
+        dataset,
+        plan.device,
+        cache=cache or settings.cache,
+        decoder=settings.decoder,
+        max_bad=settings.max_bad,
+        ranks=ranks,
+        training_bytes=training_bytes(plan, settings.stem, max(sizes.sides), -(-batch_size // recipe.accumulate)),
     )
     preprocess = Preprocess(res=settings.res, mean=mean, std=std, kernel=recipe.kernel, crop_fraction=recipe.crop_fraction)
     training = Training(augment=recipe.augment, seed=settings.seed, sizes=sizes)
-    train_batches = data.batches("train", preprocess, batch_size, training=training)
-    eval_batches = data.batches(select_on, preprocess, EVAL_BATCH_SIZE)
+    train_batches = data.batches("train", preprocess, batch_size, training=training, dtype=plan.images_dtype)
+    eval_batches = data.batches(select_on, preprocess, EVAL_BATCH_SIZE, dtype=plan.images_dtype)
     if cache not in (None, settings.cache):
         for batches in (train_batches, eval_batches):
             batches.route = replace(batches.route, reason="as when the run began")
+    refuse_graphs_beside_dali(plan, train_batches, eval_batches)
     if settings.sync_bn:
         if plan.device.type != "cuda":
             raise UsageError("--sync-bn: torch synchronises batch norm on GPUs only; leave the flag out on a CPU")
@@ -99,6 +108,29 @@ def set_up(
         load_report=load_report,
         data=data,
     )
+
+
+def training_bytes(plan: DevicePlan, stem: Stem, res: int, batch_size: int) -> int:
+    """The memory that training takes besides the pixels, by an estimate (not measured on a GPU): the activations of a batch,
+    and weights, gradients, momentum, averages and the libraries' work space.
+
+    Args:
+        res: the largest input side in pixels.
+        batch_size: of one forward pass on one rank.
+    """
+    return batch_size * resnet18_activations(stem, res) * plan.images_dtype.itemsize + _FIXED_BYTES
+
+
+def refuse_graphs_beside_dali(plan: DevicePlan, *given: Batches) -> None:
+    """
+    Raises:
+        UsageError: CUDA graphs would be captured while DALI decodes on the GPU.
+    """
+    if plan.compile_mode == "max-autotune" and any(batches.source.decodes_on_gpu for batches in given):
+        raise UsageError(
+            "--compile max-autotune captures CUDA graphs, and DALI, which decodes this stream on the GPU, frees memory "
+            "meanwhile, which ends a capture; give --compile on, --decoder cpu, or --cache device"
+        )
 
 
 def selection_split(dataset: Dataset) -> str:
