@@ -16,7 +16,8 @@ import torch
 
 from bench.measure import Case, Rates
 from tidali.dataset.contract import Dataset, SampleRecord, iter_records
-from tidali.hardware.device import DevicePlan, choose_amp, cpu_count, describe_device
+from tidali.hardware.device import DevicePlan, choose_amp, describe_device
+from tidali.hardware.limits import cpu_count
 
 DECODE, COPY, UPLOAD = "JPEG decoding", "memory copy", "host-to-GPU copy"
 _COPY_BYTES = 64 << 20

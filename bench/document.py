@@ -19,7 +19,8 @@ from bench.measure import Rates
 from tidali.console import say
 from tidali.dataset.contract import Dataset
 from tidali.hardware.cpu_threads import WAITING
-from tidali.hardware.device import DevicePlan, cpu_count, describe_device
+from tidali.hardware.device import DevicePlan, describe_device
+from tidali.hardware.limits import cpu_count
 from tidali.hardware.versions import versions
 
 SCHEMA_VERSION = 2

@@ -19,7 +19,7 @@ from typing import Any
 
 from tidali.config import Stem
 from tidali.errors import TidaliError, UsageError
-from tidali.hardware.cpu_threads import wait_briefly
+from tidali.hardware.cpu_threads import limit_threads, wait_briefly
 
 REPEATS = 5
 PEERS_BATCH_SIZE = 256
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         raise UsageError("give a packed data set: python -m bench.gate DATA")
     wait_briefly()  # as the `tidali` command does, and before torch is imported
+    limit_threads()
     from bench.peers import bench_peers
     from bench.step import bench_step
     from tidali.dataset.source import open_data

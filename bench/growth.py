@@ -21,7 +21,7 @@ from bench.measure import Case, CaseFailed, Measurable, Rates
 from bench.routes import CACHED, STREAMING, batch_settings, counting
 from tidali.dataset.contract import Dataset, open_dataset
 from tidali.errors import TidaliError
-from tidali.hardware.device import cpu_count
+from tidali.hardware.limits import cpu_count
 from tidali.hardware.ranks import Ranks
 from tidali.loading.batches import Batches
 from tidali.loading.cache import PixelCache

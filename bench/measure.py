@@ -14,7 +14,7 @@ import torch
 
 from tidali.console import progress_bar
 from tidali.errors import TidaliError
-from tidali.hardware.device import cpu_count
+from tidali.hardware.limits import affinity_count
 from tidali.hardware.timing import Stopwatch, WaitTimer
 
 MIN_SECONDS = 1.0
@@ -136,7 +136,7 @@ class Case:
         seconds, idle_after_s = watch.elapsed_s(), idle_s()
         idle_share = None
         if idle_before_s is not None and idle_after_s is not None:
-            idle_share = min((idle_after_s - idle_before_s) / (seconds * cpu_count()), 1.0)
+            idle_share = min((idle_after_s - idle_before_s) / (seconds * affinity_count()), 1.0)
         return Rates(
             per_s=(images / seconds,),
             first_step_s=first_step_s,

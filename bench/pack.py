@@ -24,7 +24,8 @@ from shards.demo import DemoSource
 from tidali.console import say
 from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError, UsageError
-from tidali.hardware.device import cpu_count, plan_device
+from tidali.hardware.device import plan_device
+from tidali.hardware.limits import cpu_count
 from tidali.hardware.timing import Stopwatch
 
 IMAGES = 110_000

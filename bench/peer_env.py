@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import site
 import subprocess
@@ -149,6 +150,7 @@ def _run(command: Sequence[str], out: object, log: Path, hint: str) -> None:
             stderr=subprocess.STDOUT,
             timeout=INSTALL_TIMEOUT_S,
             check=False,
+            env={**os.environ, "PYTHONSAFEPATH": "1"},  # not the pip or venv of the current folder
         )
     except subprocess.TimeoutExpired:
         raise PeerMissing(f"cannot be installed: not done after {INSTALL_TIMEOUT_S:.0f} s (log: {log})") from None

@@ -29,7 +29,8 @@ from bench.step import step_cost
 from tidali.console import say
 from tidali.dataset.contract import Dataset, parse_image_size
 from tidali.errors import UsageError
-from tidali.hardware.device import DevicePlan, cpu_count, plan_device
+from tidali.hardware.device import DevicePlan, plan_device
+from tidali.hardware.limits import cpu_count
 
 _CHECK_BATCH_SIZE = 32
 

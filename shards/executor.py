@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -13,6 +14,8 @@ from multiprocessing import forkserver
 from typing import TypeVar
 
 from tidali.errors import TidaliError
+from tidali.hardware.limits import cpu_count
+from tidali.hardware.processes import own_import_path
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,20 +38,21 @@ def default_workers() -> int:
 
     Packing 110,000 images on two cores took 16.6 to 18.1 s with three workers and 18.4 to 19.7 s with two, taking turns.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
-    return cores + 1
+    return cpu_count() + 1
 
 
 def start_early() -> None:
     """Start the server that workers are forked from, which imports for 0.4 s, while the caller still does other work."""
     _context()
-    forkserver.ensure_running()
 
 
 def _context() -> multiprocessing.context.ForkServerContext:
     """Not plain fork: the packer may be called from a process with threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["shards.write"])
+    if sys.version_info >= (3, 11):  # an earlier one would import from the current folder, see `own_import_path`
+        context.set_forkserver_preload(["shards.write"])
+    with own_import_path():
+        forkserver.ensure_running()
     return context
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tidali.errors import TidaliError
@@ -40,9 +42,19 @@ def run_tasks_on_ray(job: Callable[[T], R], tasks: Sequence[T], workers: int | N
 
 
 def _run(ray: Any, job: Callable[[T], R], tasks: Sequence[T]) -> Iterator[tuple[int, R]]:
-    remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(_call)
-    shared = ray.put(job)  # once a machine, not once a task
-    waiting = {remote.remote(shared, task): index for index, task in enumerate(tasks)}
+    pickle, hiding = ray.cloudpickle, "" if Path(__file__).parents[1] == Path.cwd() else os.getcwd()
+
+    def call(job: bytes, task: bytes) -> Any:
+        """A function inside a function, and bytes, because Ray imports nothing from this package to make them: it puts the
+        current folder of this process first on its workers' import path, where a folder ``shards`` or ``tidali`` would hide
+        the package."""
+        if hiding in sys.path:
+            sys.path.remove(hiding)
+        return pickle.loads(job)(pickle.loads(task))
+
+    remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(call)
+    shared = ray.put(pickle.dumps(job))  # once a machine, not once a task
+    waiting = {remote.remote(shared, pickle.dumps(task)): index for index, task in enumerate(tasks)}
     while waiting:
         (done,), _ = ray.wait(list(waiting), num_returns=1)
         try:
@@ -54,7 +66,3 @@ def _run(ray: Any, job: Callable[[T], R], tasks: Sequence[T]) -> Iterator[tuple[
         except ray.exceptions.RayError as error:
             raise TidaliError(f"a Ray worker was lost: {str(error).splitlines()[0]}; run the same command again") from None
         yield waiting.pop(done), result
-
-
-def _call(job: Callable[[T], R], task: T) -> R:
-    return job(task)

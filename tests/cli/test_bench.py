@@ -20,7 +20,8 @@ from bench.report import parts
 from bench.routes import ROUTES
 from bench.train import CASES
 from tidali.dataset.contract import open_dataset
-from tidali.hardware.device import cpu_count, plan_device
+from tidali.hardware.device import plan_device
+from tidali.hardware.limits import cpu_count
 from tidali.loading import batches
 from tidali.training import engine
 

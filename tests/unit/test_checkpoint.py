@@ -106,7 +106,7 @@ def _card(**changes: object) -> dict[str, str]:
         (lambda path: path.write_bytes(path.read_bytes()[:3]), "not a readable safetensors file"),
         (lambda path: path.write_bytes(b""), "not a readable safetensors file"),
         (lambda path: path.write_bytes(b"\xff" * 64), "not a readable safetensors file"),
-        (lambda path: path.unlink(), "not a readable safetensors file"),
+        (lambda path: path.unlink(), "No such file"),
         (lambda path: _with_metadata(path, {}), "no tidali metadata .* --init only"),
         (lambda path: _with_metadata(path, {"tidali": "{"}), "metadata is damaged"),
         (lambda path: _with_metadata(path, {"tidali": "3"}), "metadata is damaged"),

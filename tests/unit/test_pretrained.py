@@ -98,6 +98,6 @@ def test_a_file_put_there_by_hand_is_checked(
 
 
 def test_a_file_with_a_head_of_a_thousand_classes_is_taken_for_imagenets(stock_file: Path, tmp_path: Path) -> None:
-    assert file_weights(str(stock_file))[1] == (IMAGENET_MEAN, IMAGENET_STD)
+    assert file_weights(str(stock_file)).normalisation == (IMAGENET_MEAN, IMAGENET_STD)
     torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), tmp_path / "other.pth")
-    assert file_weights(str(tmp_path / "other.pth"))[1] is None
+    assert file_weights(str(tmp_path / "other.pth")).normalisation is None

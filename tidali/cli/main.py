@@ -22,7 +22,7 @@ from tidali.cli.report import plot, report
 from tidali.cli.study import study
 from tidali.cli.train import eval_, train
 from tidali.errors import Interrupted, TidaliError, UsageError
-from tidali.hardware.cpu_threads import wait_briefly
+from tidali.hardware.cpu_threads import limit_threads, wait_briefly
 
 app = typer.Typer(
     name="tidali",
@@ -81,6 +81,7 @@ def main() -> None:
     """The console script. An error that a user can cause ends as one line and an exit code: 2 for wrong use, 1 for failed
     work."""
     wait_briefly()
+    limit_threads()
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()  # a full disk is reported here in one line; the interpreter's own flush at exit could not

@@ -20,6 +20,7 @@ from tidali.console import silenced
 from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError
 from tidali.hardware.device import plan_device
+from tidali.hardware.processes import own_import_path
 from tidali.hardware.ranks import check_all_reduce
 from tidali.hardware.timing import Stopwatch
 from tidali.loading.batches import Batches, Training
@@ -265,9 +266,10 @@ def ranks_communicate(device_type: str, ranks: int) -> str:
 
 
 def _check_all_reduce_in_processes(backend: str, ranks: int, folder: str) -> None:
-    context: Any = multiprocessing.start_processes(
-        check_all_reduce, (backend, ranks, folder), nprocs=ranks, join=False, start_method="spawn"
-    )
+    with own_import_path():
+        context: Any = multiprocessing.start_processes(
+            check_all_reduce, (backend, ranks, folder), nprocs=ranks, join=False, start_method="spawn"
+        )
     try:
         watch = Stopwatch()
         while not context.join(timeout=1):  # true when every process has ended

@@ -22,7 +22,8 @@ from tidali.doctor.findings import Finding, failure, ok, run_check, warning
 from tidali.doctor.gpu import driver_fault, driver_version, gpu_fault
 from tidali.doctor.parity import parity_table
 from tidali.errors import TidaliError, first_line
-from tidali.hardware.device import DevicePlan, cpu_count, plan_device
+from tidali.hardware.device import DevicePlan, plan_device
+from tidali.hardware.limits import cpu_count
 from tidali.hardware.versions import versions
 from tidali.loading import native
 from tidali.loading.data import free_memory_bytes
@@ -128,9 +129,12 @@ def _memory(device: torch.device) -> Finding:
 
 
 def _compiler() -> Finding:
-    if native.load() is not None:
-        return ok("found: images are resized by compiled code on a CPU")
-    return warning("none works: on a CPU images are resized by torch, at half the speed or less", "install gcc")
+    try:
+        native.build()
+    except TidaliError as error:
+        text, _, fix = str(error).partition("; ")
+        return warning(f"{text}: on a CPU images are resized by torch, at half the speed or less", fix)
+    return ok("found: images are resized by compiled code on a CPU")
 
 
 def _dali(version: str) -> Finding:

@@ -18,6 +18,7 @@ import torch
 
 from tidali.config import AmpChoice, CompileChoice, DeviceChoice
 from tidali.errors import TidaliError, UsageError
+from tidali.hardware.limits import cpu_count
 
 _COMPILER_TIMEOUT_S = 30
 
@@ -271,21 +272,6 @@ def explain_out_of_memory(what: str, fix: str) -> Iterator[None]:
             raise
         where = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "the machine's memory"
         raise TidaliError(f"{what} do not fit {where}; {fix}") from None
-
-
-def cpu_count() -> int:
-    """Cores that this process may use, which is fewer than the machine's under taskset or a container."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def ranks_on_machine() -> int:
-    """Ranks that torchrun started on this machine, which share its memory and cores; 1 without it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def rank_threads() -> int:
-    """Cores for each rank on this machine, at least 1."""
-    return max(cpu_count() // ranks_on_machine(), 1)
 
 
 def _cpu_name_and_flags() -> tuple[str, frozenset[str]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ import torch
 from tidali.config import CacheChoice, DecoderChoice, Preprocess
 from tidali.console import progress_bar
 from tidali.dataset.contract import Dataset
-from tidali.hardware.device import ranks_on_machine
+from tidali.hardware.limits import free_memory, ranks_on_machine
 from tidali.hardware.ranks import Ranks
 from tidali.loading.batches import Batches, Training
 from tidali.loading.cache import FILL_BATCH, PixelCache, fill_cache, stored_order
@@ -158,21 +156,8 @@ class Data:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Of the GPU, or this rank's share of the machine's memory within the container's limit."""
+    """Of the GPU, or this rank's part of the memory that the machine and the container leave to this process."""
     if device.type == "cuda":
         # torch keeps what it freed, and the driver counts that as taken.
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _free_ram_bytes() // ranks_on_machine()
-
-
-def _free_ram_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except OSError:  # not Linux: half of what the machine has
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
-    except OSError:
-        return free
+    return free_memory().size_bytes // ranks_on_machine()

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from tidali.errors import TidaliError
 from tidali.files import cache_folder, remove_left_over, replacing
 
 _SOURCE = Path(__file__).with_name("resample.c")
@@ -240,29 +241,59 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has the pool bu
 
 @cache
 def load() -> Any | None:
-    """The compiled library, or None where it cannot be had: no compiler, or nowhere to keep its result."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
-    if compiler is None or os.name != "posix":
-        return None
+    """The compiled library, or None where `build` says that it cannot be had."""
     try:
+        return build()
+    except TidaliError:
+        return None
+
+
+def build() -> Any:
+    """Compile the library, unless an earlier process did, and load it.
+
+    Raises:
+        TidaliError: there is no compiler, it fails, its result cannot be kept, or what it made cannot be loaded.
+    """
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if compiler is None:
+        raise TidaliError("no C compiler on PATH; install gcc")
+    try:
+        folder = cache_folder()
         built_from = (_SOURCE.read_text(), *_FLAGS, compiler, _processor())
         digest = hashlib.sha256("\n".join(built_from).encode()).hexdigest()
-        folder = cache_folder()
         path = folder / f"resample-{digest[:16]}.so"
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _compile(compiler, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: Python finds no home folder
+        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        fix = "set TIDALI_CACHE to a folder that you may write to"
+        raise TidaliError(f"compiled code can be kept nowhere ({why}); {fix}") from None
+    try:
         return ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, subprocess.SubprocessError):
-        return None
+    except OSError as error:  # a disk mounted with noexec, or a damaged file
+        fix = "remove it, or set TIDALI_CACHE to a folder on a disk that programs may be run from"
+        raise TidaliError(f"the compiled code cannot be loaded ({error}); {fix}") from None
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Under another name first: processes that start together must not load half a file."""
+    """Under another name first: processes that start together must not load half a file.
+
+    Raises:
+        OSError: the folder cannot be written.
+        TidaliError: the compiler failed.
+    """
     remove_left_over(path.parent)
     with replacing(path) as temporary:
-        command = [compiler, *_FLAGS, "-o", str(temporary), str(_SOURCE)]
-        subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
+        temporary.touch()  # so that only what the compiler is to blame for is said of the compiler
+        try:
+            command = [compiler, *_FLAGS, "-o", str(temporary), str(_SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
+        except (OSError, subprocess.SubprocessError) as error:
+            lines = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").splitlines()
+            why = next((line for line in lines if "error" in line.lower()), lines[0])
+            fix = "install gcc with the headers of the C library, such as Debian's build-essential"
+            raise TidaliError(f"the C compiler {compiler} fails ({why.strip()}); {fix}") from None
 
 
 def _processor() -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tidali.dataset.contract import Dataset, read_record
 from tidali.errors import DatasetError
-from tidali.hardware.device import rank_threads
+from tidali.hardware.limits import rank_threads
 from tidali.loading import native
 
 _FIELDS = ("label", "offset", "size_bytes", "crc32", "height", "width")  # the integers of a record's sample, in its order

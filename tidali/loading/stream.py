@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tidali.config import DecoderChoice, Kernel
 from tidali.errors import UsageError
-from tidali.hardware.device import rank_threads
+from tidali.hardware.limits import rank_threads
 from tidali.loading.corrupt import CorruptSamples
 from tidali.loading.samples import SampleTable
 from tidali.loading.thread_decoder import Job, ThreadDecoder

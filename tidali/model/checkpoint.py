@@ -19,12 +19,13 @@ from tidali.dataset.contract import ClassName, Dataset
 from tidali.errors import UsageError
 from tidali.files import write_atomically
 from tidali.hardware.device import DevicePlan, plan_device
-from tidali.model.resnet import build_resnet18
+from tidali.model.resnet import build_resnet18, load_matching
+from tidali.model.weight_files import TORCH, is_safetensors, what_is
 
 SUFFIX = ".safetensors"
 EVAL_BATCH_SIZE = 256
 """The same in training runs, ``tidali eval`` and ``tidali predict``, so that they compute the same results to the bit."""
-_METADATA_KEY = "tidali"  # safetensors metadata maps strings to strings: under this key, a JSON document
+METADATA_KEY = "tidali"  # safetensors metadata maps strings to strings: under this key, a JSON document
 _METADATA_VERSION = 1
 
 
@@ -70,7 +71,7 @@ def save_checkpoint(path: Path, weights: nn.Module | Mapping[str, Tensor], card:
     """
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(state, metadata={_METADATA_KEY: json.dumps(asdict(card))}))
+    write_atomically(path, save(state, metadata={METADATA_KEY: json.dumps(asdict(card))}))
 
 
 def find_checkpoint(given: str) -> Path:
@@ -93,12 +94,12 @@ def load_checkpoint(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
         UsageError: not a tidali checkpoint, or one of a newer version.
     """
     weights, metadata = read_safetensors(path)
-    if _METADATA_KEY not in metadata:
+    if METADATA_KEY not in metadata:
         raise UsageError(
             f"{path}: holds weights but no tidali metadata (class names, preprocessing); it can serve as --init only"
         )
     try:
-        document = json.loads(metadata[_METADATA_KEY])
+        document = json.loads(metadata[METADATA_KEY])
         if document["version"] > _METADATA_VERSION:
             raise UsageError(f"{path}: written by a newer tidali (metadata version {document['version']}); update tidali")
         document["classes"] = tuple(ClassName(**c) for c in document["classes"])
@@ -112,15 +113,14 @@ def load_model(path: Path) -> tuple[nn.Module, ModelCard]:
     """The model of a checkpoint file, on the CPU, channels-last and in evaluation mode, and its card.
 
     Raises:
-        UsageError: not a tidali checkpoint, or its weights do not fit the model that its card describes.
+        UsageError: not a tidali checkpoint, or its weights do not fit the model that its card describes, or are not finite.
     """
     card, weights = load_checkpoint(path)
     model = card.build_model()
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:  # lists every tensor, a line each
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path}: the weights do not fit the model that its metadata describes ({reason[:200]})") from None
+    report = load_matching(model, weights, str(path))
+    if report.fresh or report.unused:
+        different = ", ".join([*report.fresh, *report.unused][:3])
+        raise UsageError(f"{path}: the weights do not fit the model that its metadata describes ({different})")
     return model.to(memory_format=torch.channels_last).eval(), card
 
 
@@ -189,5 +189,8 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: not a readable safetensors file ({error})") from None
+    except (OSError, SafetensorError):
+        why = "damaged, or cut off" if is_safetensors(path) else what_is(path)
+        if why == TORCH:
+            why += ", which can serve as --init only"
+        raise UsageError(f"{path}: not a readable safetensors file ({why})") from None

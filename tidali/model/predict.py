@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tidali.config import AmpChoice, DeviceChoice
-from tidali.hardware.device import DevicePlan, cpu_count, numerics
+from tidali.hardware.device import DevicePlan, numerics
+from tidali.hardware.limits import cpu_count
 from tidali.loading.resample import Resample
 from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard, open_checkpoint
 from tidali.model.image_files import ImageError, read_pixels

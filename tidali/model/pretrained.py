@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
 from tidali.config import IMAGENET_MEAN, IMAGENET_STD, StemInit
-from tidali.dataset.contract import Dataset
+from tidali.dataset.contract import ClassName, Dataset
 from tidali.errors import TidaliError, UsageError, first_line
 from tidali.files import file_digest
-from tidali.model.checkpoint import SUFFIX, find_checkpoint, load_checkpoint, read_safetensors
-from tidali.model.resnet import LoadReport, load_matching, weights_only
+from tidali.model.checkpoint import METADATA_KEY, find_checkpoint, load_checkpoint, read_metadata, read_safetensors
+from tidali.model.resnet import LoadReport, load_matching
+from tidali.model.weight_files import find_state_dict, is_safetensors, read_torch
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation per RGB channel on a 0..1 scale."""
@@ -56,44 +58,55 @@ def imagenet_weights() -> dict[str, Tensor]:
         ) from None
 
 
-def file_weights(given: str) -> tuple[dict[str, Tensor], Normalisation | None, str]:
-    """The tensors of a tidali checkpoint, a plain safetensors file or a torchvision ``.pth``; no pickled code is run.
+@dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """A ResNet-18's weights, and what is known of how they were trained."""
 
-    Returns:
-        The tensors; the normalisation that they were trained with, if known (it is in a tidali checkpoint, and a head of 1,000
-        classes is taken to be ImageNet's); and the file that was read.
+    where: str
+    tensors: Mapping[str, Tensor]
+    """By torchvision's names."""
+    others: tuple[str, ...] = ()
+    """What else is in the file, by name."""
+    normalisation: Normalisation | None
+    classes: tuple[ClassName, ...] | None = None
+    """In label order; None where the file does not name them."""
+
+
+def file_weights(given: str) -> InitialWeights:
+    """The weights in a tidali checkpoint, or in a safetensors file or one of ``torch.save`` by any program, wherever the state
+    dict is in it; no pickled code is run.
+
+    The normalisation is in a tidali checkpoint; a head of 1,000 classes is taken to be ImageNet's.
 
     Raises:
-        UsageError: no such file, or it does not hold weights.
+        UsageError: no such file, or it does not hold the weights of a ResNet-18.
     """
-    if given.endswith((".pth", ".pt")):
-        path = Path(given)
-        try:
-            weights = weights_only(torch.load(path, map_location="cpu", weights_only=True), given)
-            return weights, _normalisation_of(weights), str(path)
-        except FileNotFoundError:
-            raise UsageError(f"--init {given}: no such file") from None
-        except Exception as error:  # torch.load raises whatever its unpickler met
-            raise UsageError(f"--init {given}: not loadable as plain weights ({first_line(error)})") from None
-    path = find_checkpoint(given)
-    if path.suffix != SUFFIX:
-        raise UsageError(f"--init {given}: give a {SUFFIX}, .pth or .pt file")
-    weights, metadata = read_safetensors(path)
-    if "tidali" not in metadata:
-        weights = weights_only(weights, given)
-        return weights, _normalisation_of(weights), str(path)
-    card, weights = load_checkpoint(path)
-    return weights, (card.mean, card.std), str(path)
+    try:
+        path = find_checkpoint(given)
+        where = str(path)
+        if not is_safetensors(path):
+            document = read_torch(path)
+        elif METADATA_KEY in read_metadata(path):
+            card, tensors = load_checkpoint(path)
+            return InitialWeights(where=where, tensors=tensors, normalisation=(card.mean, card.std), classes=card.classes)
+        else:
+            document = read_safetensors(path)[0]
+        found = find_state_dict(document, where)
+    except UsageError as error:
+        raise UsageError(f"--init {error}") from None
+    head = found.tensors.get("fc.bias")
+    of_imagenet = head is not None and head.shape == (IMAGENET_CLASSES,)
+    normalisation = (IMAGENET_MEAN, IMAGENET_STD) if of_imagenet else None
+    return InitialWeights(where=where, tensors=found.tensors, others=found.others, normalisation=normalisation)
 
 
-def _normalisation_of(weights: Mapping[str, Tensor]) -> Normalisation | None:
-    """ImageNet's for a head of 1,000 classes; otherwise unknown."""
-    head = weights.get("fc.bias")
-    return (IMAGENET_MEAN, IMAGENET_STD) if head is not None and len(head) == IMAGENET_CLASSES else None
-
-
-def apply_init(model: nn.Module, init: str, stem_init: StemInit = "fresh") -> tuple[LoadReport | None, Normalisation | None]:
+def apply_init(
+    model: nn.Module, init: str, stem_init: StemInit = "fresh", classes: Sequence[ClassName] = ()
+) -> tuple[LoadReport | None, Normalisation | None]:
     """Load the starting weights into the model.
+
+    Args:
+        classes: the model's, in label order: the report says where a head was loaded that may be for others.
 
     Returns:
         A report of the loaded tensors, and the normalisation that the weights were trained with, if known.
@@ -101,10 +114,22 @@ def apply_init(model: nn.Module, init: str, stem_init: StemInit = "fresh") -> tu
     if init == "none":
         return None, None
     if init == "imagenet":
-        report = load_matching(model, imagenet_weights(), "ImageNet weights", stem_init=stem_init)
-        return report, (IMAGENET_MEAN, IMAGENET_STD)
-    weights, normalisation, where = file_weights(init)
-    return load_matching(model, weights, where, stem_init=stem_init), normalisation
+        normalisation = (IMAGENET_MEAN, IMAGENET_STD)
+        given = InitialWeights(where=init, tensors=imagenet_weights(), normalisation=normalisation)
+    else:
+        given = file_weights(init)
+    report = load_matching(model, given.tensors, f"--init {given.where}", stem_init=stem_init)
+    notes = (note,) if "fc.weight" in report.loaded and (note := _other_head(given.classes, classes)) else ()
+    return replace(report, unused=(*report.unused, *given.others), notes=notes), given.normalisation
+
+
+def _other_head(trained: Sequence[ClassName] | None, own: Sequence[ClassName]) -> str:
+    """What to say of a head that was loaded; empty if it is known to be for the model's classes."""
+    if trained is None:
+        return f"the head was loaded too: the file does not say which {len(own)} classes it is for"
+    pairs = enumerate(zip((one.id for one in trained), (one.id for one in own), strict=False))
+    different = next((f"class {label} was {theirs!r} and is {ours!r}" for label, (theirs, ours) in pairs if theirs != ours), "")
+    return different and f"the head was loaded too, which was trained for other classes: {different} here"
 
 
 def choose_normalisation(normalise: bool, init_normalisation: Normalisation | None, dataset: Dataset) -> Normalisation:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,52 +86,97 @@ class LoadReport:
     fresh: Mapping[str, str] = field(default_factory=dict)
     """Name of each tensor that keeps its random values -> the reason."""
     unused: tuple[str, ...] = ()
-    """Tensors of the source that this model does not have."""
+    """What else the source holds: tensors that this model does not have, and other entries."""
     resampled: tuple[str, ...] = ()
     """Those of `loaded` whose kernels were resampled to another size."""
+    notes: tuple[str, ...] = ()
+    """What else the user should know."""
 
     def lines(self) -> list[str]:
         """A readable report: counts, and every tensor that was not loaded."""
-        out = [f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.fresh)} tensors"]
+        out = [f"loaded {len(self.loaded)} of {len(self.loaded) + len(self.fresh)} tensors", *self.notes]
         out += [f"resampled: {name}" for name in self.resampled]
         out += [f"not loaded: {name} ({reason})" for name, reason in self.fresh.items()]
-        out += [f"unused: {name}" for name in self.unused]
-        return out
+        out += [f"unused: {ascii(name)[1:-1]}" for name in self.unused[:_MOST_LINES]]
+        return out + ([f"unused: {len(self.unused) - _MOST_LINES} more"] if len(self.unused) > _MOST_LINES else [])
 
 
-_STEM = "conv1.weight"
+_MOST_LINES = 10  # of one kind
+_STEM, _STEM_BIAS = "conv1.weight", "conv1.bias"
+_HEAD = "fc."
+_BODY = re.compile(r"(conv|bn|layer|stage|block)\d")
+"""How the names of the tensors of a network's body begin."""
 
 
 def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str, *, stem_init: StemInit = "fresh") -> LoadReport:
-    """Copy every tensor whose name and shape match into the model, and report the rest.
+    """Copy weights into a ResNet-18. All of its body must be in them and nothing of another body, so that weights of another
+    network are never taken for part of this one's. The head may be for other classes, the stem of the other kind.
 
     Args:
-        where: the weights' source, for the error message.
+        weights: by torchvision's names.
+        where: the weights' source, for the error messages.
         stem_init: ``resample`` resamples the first convolution's kernels to the model's size where that is smaller.
 
     Raises:
-        UsageError: no convolution matches, so these are not weights of a ResNet-18.
+        UsageError: these are not weights of a ResNet-18, or not finite.
     """
-    own = model.state_dict()
+    own, weights = model.state_dict(), dict(weights)
     resampled: tuple[str, ...] = ()
-    if stem_init == "resample" and _STEM in weights and weights[_STEM].ndim == 4:
-        size, smaller = weights[_STEM].shape[-1], own[_STEM].shape[-1]
-        if smaller < size and weights[_STEM].shape[:2] == own[_STEM].shape[:2]:
-            weights = {**weights, _STEM: shrink_kernels(weights[_STEM], smaller)}
-            resampled = (_STEM,)
-    loaded, fresh = [], {}
-    for name, tensor in own.items():
-        if name not in weights:
-            fresh[name] = "not in the file"
-        elif weights[name].shape != tensor.shape:
-            fresh[name] = f"{tuple(weights[name].shape)} in the file, {tuple(tensor.shape)} in this model"
-        else:
-            loaded.append(name)
-    if not any(own[name].ndim == 4 for name in loaded):
-        raise UsageError(f"{where}: no convolution in it fits a ResNet-18; give a tidali or torchvision resnet18 checkpoint")
-    model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
+    stem, side = weights.get(_STEM), own[_STEM].shape[-1]
+    other_stem = stem is not None and stem.ndim == 4 and stem.shape[:2] == own[_STEM].shape[:2] and stem.shape[-1] != side
+    if stem is not None and other_stem and stem_init == "resample" and side < stem.shape[-1]:
+        weights[_STEM] = shrink_kernels(stem.float(), side)
+        resampled = (_STEM,)
+    for name in own:
+        if name.endswith("num_batches_tracked"):  # files of torch before 0.4.1 lack it, and nothing here uses it
+            weights.setdefault(name, torch.zeros((), dtype=torch.int64))
+    reasons = {name: _misfit(weights.get(name), tensor) for name, tensor in own.items()}
+    loaded = tuple(name for name, reason in reasons.items() if not reason)
+    fresh = {name: reason for name, reason in reasons.items() if reason}
+    wrong = [
+        f"{name} is {reason}"
+        for name, reason in fresh.items()
+        if not name.startswith(_HEAD) and name != _STEM_BIAS and not (name == _STEM and other_stem)
+    ]
     unused = tuple(name for name in weights if name not in own)
-    return LoadReport(loaded=tuple(loaded), fresh=fresh, unused=unused, resampled=resampled)
+    if wrong:
+        raise UsageError(f"{where}: the weights do not fit the model, a ResNet-18: {_some(wrong)}")
+    twice = [
+        f"{known} is in it twice, also as {name}"
+        for name in unused
+        for known in own
+        if known in weights and name.endswith(f".{known}") and not _BODY.match(name)
+    ]
+    if twice:
+        raise UsageError(f"{where}: {_some(twice)}; save one model alone")
+    foreign = [name for name in unused if name != _STEM_BIAS and _of_a_body(name, weights[name])]
+    if foreign:
+        raise UsageError(f"{where}: the weights are of another network: a ResNet-18 has no {_some(foreign)}")
+    broken = [name for name in loaded if weights[name].is_floating_point() and not weights[name].isfinite().all()]
+    if broken:
+        raise UsageError(f"{where}: the weights are not finite: {_some(broken)}; take an earlier checkpoint of that training")
+    model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
+    return LoadReport(loaded=loaded, fresh=fresh, unused=unused, resampled=resampled)
+
+
+def _misfit(given: Tensor | None, own: Tensor) -> str:
+    """Why a tensor of a file cannot be this one of the model's; empty if it can."""
+    if given is None:
+        return "not in the file"
+    if given.shape != own.shape:
+        return f"{tuple(given.shape)} in the file, {tuple(own.shape)} in this model"
+    if own.is_floating_point() and not given.is_floating_point():  # a quantised network's integers mean other numbers
+        return f"{given.dtype} in the file, {own.dtype} in this model"
+    return ""
+
+
+def _of_a_body(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is of a network's body and not of a head: by its name, or as it is a kernel of more than one pixel."""
+    return _BODY.match(name) is not None or (tensor.ndim == 4 and max(tensor.shape[2:]) > 1)
+
+
+def _some(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
 
 
 def shrink_kernels(kernels: Tensor, side: int) -> Tensor:
@@ -142,17 +188,3 @@ def shrink_kernels(kernels: Tensor, side: int) -> Tensor:
     upsample = functional.interpolate(torch.eye(side)[None], size=kernels.shape[-1], mode="linear")[0].T  # (K, side)
     upsample = upsample.to(kernels)
     return upsample.T @ kernels @ upsample
-
-
-def weights_only(state: object, where: str) -> dict[str, Tensor]:
-    """The tensors of a plain state dict, or of one under the usual ``state_dict`` or ``model`` key.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UsageError(f"{where}: not a state dict of tensors")
-    return {name.removeprefix("module."): value for name, value in state.items()}

@@ -118,7 +118,7 @@ class Study:
         given = self.settings.imagenet_weights
         if given is not None:
             try:
-                path = file_weights(given)[2]
+                path = file_weights(given).where
             except UsageError as error:
                 raise UsageError(str(error).replace("--init", "--imagenet-weights")) from None
             self.weights = {"name": given, "path": path, "sha256": file_digest(Path(path))}

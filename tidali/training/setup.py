@@ -11,7 +11,8 @@ from tidali.config import RECIPES, CacheChoice, Preprocess, Stem, TrainSettings
 from tidali.console import say
 from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError
-from tidali.hardware.device import DevicePlan, cpu_count
+from tidali.hardware.device import DevicePlan
+from tidali.hardware.limits import cpu_count
 from tidali.hardware.ranks import Ranks
 from tidali.hardware.versions import versions
 from tidali.loading.batches import Batches, Training
@@ -63,7 +64,7 @@ def set_up(
     torch.manual_seed(settings.seed)
     stem_bias = recipe.stem_bias and settings.stem == "small"
     model = build_resnet18(len(dataset.manifest.classes), settings.stem, stem_bias=stem_bias)
-    load_report, init_normalisation = apply_init(model, settings.init, settings.stem_init)
+    load_report, init_normalisation = apply_init(model, settings.init, settings.stem_init, dataset.manifest.classes)
     mean, std = choose_normalisation(recipe.normalise, init_normalisation, dataset)
     data = Data(
         dataset,
