@@ -70,7 +70,7 @@ def _run_in_pool(job: Callable[[T], R], tasks: Sequence[T], workers: int) -> Ite
         for process in set(multiprocessing.active_children()) - children_before:
             process.terminate()
             process.join()
-        if isinstance(error, BrokenProcessPool):
+        if isinstance(error, BrokenProcessPool | EOFError | ConnectionError):  # the latter two: the server died
             text = "a worker process died (killed, or out of memory); run the same command again to resume"
             raise TidaliError(text) from None
         raise

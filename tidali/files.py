@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -123,7 +124,8 @@ def resumable(place: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = f"{error.filename or place}: {error.strerror or error}"
-        raise TidaliError(f"{where}; fix that and run the same command again to resume") from None
+        fix = "allow more with 'ulimit -n'" if error.errno == errno.EMFILE else "fix that"
+        raise TidaliError(f"{where}; {fix} and run the same command again to resume") from None
 
 
 # -------------------------------------------------------------------------------------------------------------------- locking

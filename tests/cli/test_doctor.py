@@ -20,7 +20,8 @@ from tidali.doctor.findings import Finding, run_check
 from tidali.doctor.machine import examine
 from tidali.errors import TidaliError
 from tidali.hardware.device import DevicePlan, plan_device
-from tidali.loading import native
+from tidali.hardware.limits import FreeMemory
+from tidali.loading import data as data_module
 from tidali.model.checkpoint import find_checkpoint
 from tidali.model.resnet import build_resnet18
 
@@ -279,7 +280,20 @@ def no_dali(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setenv("PATH", "")
+
+
+def no_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDALI_CACHE", "/proc/none")
+
+
+def few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "raise_open_files_limit", lambda: 20)
+
+
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (doctor, data_module):
+        monkeypatch.setattr(module, "free_memory", lambda: FreeMemory(2**30, "/sys/fs/cgroup/memory.max"))
 
 
 def other_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +312,16 @@ def doctor_routes() -> dict[str, Callable]:
     ("stage", "name", "status", "says", "fix"),
     [
         (no_dali, "DALI", "failure", "not installed", "pip install nvidia-dali-cuda120"),
-        (no_compiler, "C compiler", "warning", "by torch", "install gcc"),
+        (no_compiler, "C compiler", "warning", "no C compiler on PATH", "install gcc"),
+        (no_cache_folder, "C compiler", "warning", "/proc/none", "TIDALI_CACHE"),
+        (few_open_files, "open files", "warning", "open 20 files", "ulimit -n"),
+        (
+            little_memory,
+            "memory",
+            "warning",
+            "1.0 GiB free for tidali on cpu, by the limit in /sys/fs",
+            "limit",
+        ),
         (other_pixels, "resampling", "failure", "matrix and DALI differ", "expected 1 at most"),
     ],
 )

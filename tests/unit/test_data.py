@@ -16,7 +16,7 @@ from torch import Tensor
 from tidali.config import Augment, CacheChoice, Kernel, Preprocess
 from tidali.dataset.contract import Dataset, Split, open_dataset
 from tidali.errors import UsageError
-from tidali.hardware import device as device_module
+from tidali.hardware.limits import FreeMemory
 from tidali.hardware.ranks import Ranks
 from tidali.loading import data as data_module
 from tidali.loading import stream as stream_module
@@ -111,12 +111,10 @@ def test_free_memory_is_within_the_machines() -> None:
 
 
 def test_ranks_share_the_machines_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_module, "_free_ram_bytes", lambda: 100 * MIB)
+    monkeypatch.setattr(data_module, "free_memory", lambda: FreeMemory(100 * MIB, ""))
     assert free_memory_bytes(CPU) == 100 * MIB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_memory_bytes(CPU) == 25 * MIB
-    monkeypatch.setattr(device_module, "cpu_count", lambda: 6)
-    assert device_module.rank_threads() == 1
 
 
 def test_what_the_allocator_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,7 +248,6 @@ def test_this_cpu_is_described() -> None:
     info = describe_device("cpu")
     assert (info.type, info.capability) == ("cpu", None)
     assert info.name
-    assert device.cpu_count() >= 1
     assert plan_device("cpu", "off", "auto").device == torch.device("cpu")
 
 

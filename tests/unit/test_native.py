@@ -13,6 +13,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tidali.errors import TidaliError
 from tidali.loading import native
 from tidali.loading.resample import CompiledProducts, Resample, TorchProducts, choose_products, take
 
@@ -40,21 +41,43 @@ def test_it_is_compiled_once(empty_cache: Path, monkeypatch: pytest.MonkeyPatch)
     assert load_anew() is not None
 
 
-def test_no_compiler_is_no_error(empty_cache: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PATH", "")
-    assert load_anew() is None
-    assert not empty_cache.exists()
-
-
-def test_a_failing_compiler_is_no_error(empty_cache: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CC", "false")
-    assert load_anew() is None
-    assert not list((empty_cache / "tidali").iterdir())
-
-
-def test_an_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("setting", "value", "cause", "fix"),
+    [
+        ("PATH", "", "no C compiler", "install gcc"),
+        ("CC", "false", "false fails", "build-essential"),
+        ("CC", "fails", "stdint.h: No such file", "build-essential"),
+        ("TIDALI_CACHE", "file/cache", "file/cache: Not a directory", "TIDALI_CACHE"),
+        ("TIDALI_CACHE", "/proc/none", "/proc/none", "TIDALI_CACHE"),
+    ],
+)
+def test_each_cause_is_named_and_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, value: str, cause: str, fix: str
+):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    script = ("#!/bin/sh", "echo from x.c: >&2", "echo 'x.c: fatal error: stdint.h: No such file' >&2", "exit 1")
+    (tmp_path / "fails").write_text("\n".join(script))
+    (tmp_path / "fails").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TIDALI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(setting, str(tmp_path / value) if value in ("fails", "file/cache") else value)
+    with pytest.raises(TidaliError) as found:
+        native.build()
+    text, _, way_out = str(found.value).partition("; ")
+    assert cause in text
+    assert fix in way_out
+    assert "\n" not in text
+    assert load_anew() is None
+    assert not any((tmp_path / "cache").glob("*"))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_library_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As from a disk mounted with noexec, or after a power cut."""
+    monkeypatch.setenv("TIDALI_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_compile", lambda _, path: path.write_bytes(b"no library"))
+    with pytest.raises(TidaliError, match=r"cannot be loaded .*resample-.*; remove it, or set TIDALI_CACHE"):
+        native.build()
     assert load_anew() is None
 
 

@@ -357,7 +357,7 @@ def test_a_checkpoint_that_is_not_finite_predicts_nothing(model: nn.Module, tmp_
     with torch.no_grad():
         broken.layer4[1].bn2.weight[7] = float("nan")
     save_checkpoint(path, broken, CARD)
-    with pytest.raises(UsageError, match=r"x\.safetensors: .*not finite: layer4\.1\.bn2\.weight"):
+    with pytest.raises(UsageError, match=r"x\.safetensors: .*not finite, layer4\.1\.bn2\.weight"):
         load_model(path)
 
 

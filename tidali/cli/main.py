@@ -23,6 +23,7 @@ from tidali.cli.study import study
 from tidali.cli.train import eval_, train
 from tidali.errors import Interrupted, TidaliError, UsageError
 from tidali.hardware.cpu_threads import limit_threads, wait_briefly
+from tidali.hardware.limits import raise_open_files_limit
 
 app = typer.Typer(
     name="tidali",
@@ -82,6 +83,7 @@ def main() -> None:
     work."""
     wait_briefly()
     limit_threads()
+    raise_open_files_limit()
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()  # a full disk is reported here in one line; the interpreter's own flush at exit could not

@@ -23,7 +23,7 @@ from tidali.doctor.gpu import driver_fault, driver_version, gpu_fault
 from tidali.doctor.parity import parity_table
 from tidali.errors import TidaliError, first_line
 from tidali.hardware.device import DevicePlan, plan_device
-from tidali.hardware.limits import cpu_count
+from tidali.hardware.limits import affinity_count, cpu_count, free_memory, raise_open_files_limit
 from tidali.hardware.versions import versions
 from tidali.loading import native
 from tidali.loading.data import free_memory_bytes
@@ -34,6 +34,8 @@ MIN_TEMPORARY_MIB = 512
 written."""
 MIN_FREE_MEMORY_GIB = 2.0
 """For a process that has imported torch and DALI and trains at 64 px: the doctor itself peaked at 1.4 GiB on a CPU."""
+OPEN_FILES, OPEN_FILES_PER_CORE = 32, 8
+"""For ``tidali shard``: with 3 workers 24 were enough and 16 were not. Training on 1,240 shards needs fewer than 12."""
 _REPORT = "report it with these versions"
 
 
@@ -57,7 +59,8 @@ def examine(
         checkpoint: one to check too.
     """
     found = versions()
-    python = f"{platform.python_version()} on {platform.platform()}, {cpu_count()} cores; tidali {found['tidali']}"
+    cores = f"{cpu_count()} cores" + (f" of {affinity_count()}, by a CPU quota" if cpu_count() < affinity_count() else "")
+    python = f"{platform.python_version()} on {platform.platform()}, {cores}; tidali {found['tidali']}"
     yield run_check("python", lambda: python)
     yield run_check("torch", lambda: f"{found['torch']}, torchvision {found['torchvision']}")
     yield run_check("GPU", lambda: _gpu(device))
@@ -71,6 +74,10 @@ def examine(
 
     yield run_check("device", chosen_device)
     yield run_check("memory", lambda: _memory(plan.device))
+    needed = OPEN_FILES + OPEN_FILES_PER_CORE * cpu_count()
+    if (allowed := raise_open_files_limit()) < needed:
+        found_few = warning(f"this process may open {allowed} files, too few to pack", f"allow {needed} with 'ulimit -n'")
+        yield replace(found_few, name="open files")
     yield run_check("C compiler", _compiler)
     yield run_check("DALI", lambda: _dali(found["nvidia-dali-cuda120"]))
     if dali_is_installed():
@@ -122,9 +129,11 @@ def _memory(device: torch.device) -> Finding:
         if free_gib < 0.5 * total_gib:
             fix = "stop the other programs that use the GPU; nvidia-smi lists them"
             return warning(f"{text}: other programs use the rest", fix)
+    elif "cgroup" in (limit := free_memory().limited_by):
+        text += f", by the limit in {limit}"
     if free_gib < MIN_FREE_MEMORY_GIB:
-        fix = f"{MIN_FREE_MEMORY_GIB:g} GiB are enough for 64 px: stop other programs, and lower --batch-size"
-        return warning(text, fix)
+        free_some = "raise the limit, stop other programs or lower --batch-size"
+        return warning(text, f"{MIN_FREE_MEMORY_GIB:g} GiB are enough for 64 px: {free_some}")
     return ok(text)
 
 

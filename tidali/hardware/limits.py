@@ -6,6 +6,7 @@ Each function takes the folder that ``/proc`` and ``/sys`` are in, so that tests
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import resource
@@ -29,7 +30,7 @@ class FreeMemory(NamedTuple):
 
     size_bytes: int
     limited_by: str
-    """The file that states the limit; ``/proc/meminfo`` where nothing but the machine limits it."""
+    """The file that states a cgroup's limit; empty where the machine has less."""
 
 
 # ------------------------------------------------------------------------------------------------------------------ processors
@@ -83,12 +84,11 @@ def free_memory(root: Path = _ROOT) -> FreeMemory:
 
 
 def _available(root: Path) -> FreeMemory:
-    meminfo = root / "proc/meminfo"
-    for line in _read(meminfo).splitlines():
+    for line in _read(root / "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
-            return FreeMemory(int(line.split()[1]) * 1024, str(meminfo))
+            return FreeMemory(int(line.split()[1]) * 1024, "")
     # Not Linux: half of what the machine has.
-    return FreeMemory(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, "the machine")
+    return FreeMemory(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, "")
 
 
 # ------------------------------------------------------------------------------------------------------------------ open files
@@ -101,6 +101,16 @@ def raise_open_files_limit() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         return hard
     return soft
+
+
+def way_out(error: OSError) -> str:
+    """What to do where a call failed because this process may have no more of something; empty for other errors."""
+    if error.errno == errno.EMFILE:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"this process may open {limit} files: allow it more with 'ulimit -n'"
+    if error.errno == errno.ENOMEM:
+        return "allow this process more memory, or with vm.max_map_count more mapped files"
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------------------------- cgroups

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tidali.dataset.contract import Dataset, read_record
 from tidali.errors import DatasetError
-from tidali.hardware.limits import rank_threads
+from tidali.hardware.limits import rank_threads, way_out
 from tidali.loading import native
 
 _FIELDS = ("label", "offset", "size_bytes", "crc32", "height", "width")  # the integers of a record's sample, in its order
@@ -127,9 +127,8 @@ class SampleTable:
                 try:
                     self._tars[shard] = _Mapped(path)
                 except OSError as error:
-                    raise DatasetError(
-                        f"{path}: cannot be mapped ({os.strerror(error.errno or 0)}); {self.dataset.fix}"
-                    ) from None
+                    fix = way_out(error) or self.dataset.fix
+                    raise DatasetError(f"{path}: cannot be mapped ({os.strerror(error.errno or 0)}); {fix}") from None
             return self._tars[shard]
 
 

@@ -154,7 +154,8 @@ def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str, *
         raise UsageError(f"{where}: the weights are of another network: a ResNet-18 has no {_some(foreign)}")
     broken = [name for name in loaded if weights[name].is_floating_point() and not weights[name].isfinite().all()]
     if broken:
-        raise UsageError(f"{where}: the weights are not finite: {_some(broken)}; take an earlier checkpoint of that training")
+        fix = "take an earlier checkpoint, or train it again with a lower learning rate"
+        raise UsageError(f"{where}: {len(broken)} tensors are not finite, {broken[0]} is the first; {fix}")
     model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
     return LoadReport(loaded=loaded, fresh=fresh, unused=unused, resampled=resampled)
 
