@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shards.duplicates import Contents, read_contents
 from shards.images import Unusable, inspect
 from shards.record import ShardSummary, summarise, unseal
 from tidali.dataset.contract import Shard
@@ -60,6 +61,10 @@ class ShardCheck:
     """From the record, if it is intact."""
     ordinals: list[int] = field(default_factory=list)
     """Of the samples and of the quarantined files."""
+    contents: Contents = field(default_factory=Contents)
+    """Of an intact shard; empty otherwise."""
+    sources: list[str] = field(default_factory=list)
+    """The names of these images in the source."""
 
 
 def check_shard(
@@ -91,6 +96,9 @@ def check_shard(
         if found and tar_fault and "SHA-256" in tar_fault.text:
             tar_fault = None  # the members' faults are more precise
         check.faults += _check_quarantine(root, record)
+        if not tar_fault and not found:
+            check.contents = read_contents(root / shard.name, record["samples"])
+            check.sources = [sample["source"] for sample in record["samples"]]
     check.faults += [fault for fault in (tar_fault, index_fault) if fault]
     return check
 

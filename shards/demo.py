@@ -103,7 +103,7 @@ class DemoSource:
             layout="demo",
             classes=classes,
             splits=splits,
-            ignored_files=0,
+            left_out={},
             reader=self,
             fingerprint=fingerprint(splits),
         )

@@ -7,20 +7,21 @@ import gc
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from shards.duplicates import find_repeated
 from shards.executor import default_workers, run_tasks, start_early
 from shards.plan import PackSettings, Plan, make_plan
 from shards.record import build_manifest
 from shards.scan import Scan, Source
 from shards.store import Store, open_store
 from shards.write import QUARANTINE, ShardResult, finish_shard
-from tidali.dataset.contract import MANIFEST_NAME, Manifest
+from tidali.dataset.contract import MANIFEST_NAME, Manifest, Quarantined
 from tidali.dataset.remote import is_remote
 from tidali.dataset.shard_bytes import label_digits
 from tidali.errors import TidaliError, UsageError
@@ -52,8 +53,10 @@ class PackReport:
     """Damaged shards of an earlier run, rewritten."""
     removed: tuple[str, ...]
     """Left-over files of an earlier run."""
-    ignored_files: int
-    """Files of the source whose suffix is not that of an image."""
+    left_out: Mapping[str, int]
+    """How many files of the source are not packed, by kind."""
+    warnings: tuple[str, ...]
+    """What may be wrong with the data set although it can be used."""
 
 
 def pack(
@@ -98,7 +101,7 @@ def pack(
                 settings=plan.settings,
                 versions={name: version(name) for name in ("tidali", "simplejpeg", "pillow")},
             )
-            _refuse_empty_train(store, manifest)
+            warnings = (*scan.warnings, *_check_losses(store, manifest), *_about_repeated(store, results))
             _finish(store, manifest)
     by_state = {state: tuple(r.summary.shard.name for r in results if r.state == state) for state in ("kept", "repaired")}
     return PackReport(
@@ -108,7 +111,8 @@ def pack(
         kept=by_state["kept"],
         repaired=by_state["repaired"],
         removed=removed,
-        ignored_files=scan.ignored_files,
+        left_out=scan.left_out,
+        warnings=warnings,
     )
 
 
@@ -235,11 +239,34 @@ def _sweep(store: Store, plan: Plan) -> tuple[str, ...]:
     return tuple(name for name in stale if not name.endswith(TEMPORARY_SUFFIX))
 
 
-def _refuse_empty_train(store: Store, manifest: Manifest) -> None:
-    if not manifest.splits["train"].samples:
-        first = manifest.quarantine[0]
-        what = f"no usable image in train: all are in {QUARANTINE}/, {first.source!r} for this: {first.reason}"
-        raise TidaliError(f"{store.location}: {what}; fix the source and choose another DEST")
+def _check_losses(store: Store, manifest: Manifest) -> Iterator[str]:
+    """Warnings of classes that lost all their images of a split because none is usable.
+
+    Raises:
+        TidaliError: a split lost all its images, or train all those of a class.
+    """
+    for name, split in manifest.splits.items():
+        lost = [entry for entry in manifest.quarantine if entry.split == name]
+        if lost and not split.samples:
+            raise TidaliError(_loss(store, name, lost, "fix the source"))
+        without = {entry.label for entry in lost if entry.label is not None and not split.class_counts[entry.label]}
+        for label in sorted(without):
+            mine = [entry for entry in lost if entry.label == label]
+            what = f"class {manifest.classes[label].id!r} of {name}"
+            if name == "train":
+                raise TidaliError(_loss(store, what, mine, "fix the source or leave the class out with --classes"))
+            yield _loss(store, what, mine)
+
+
+def _loss(store: Store, what: str, lost: Sequence[Quarantined], fix: str = "") -> str:
+    text = f"no usable image in {what}: all {len(lost)} are in {QUARANTINE}/, {lost[0].source!r} for this: {lost[0].reason}"
+    return f"{store.location}: {text}" + (f"; {fix}, and choose another DEST" if fix else "")
+
+
+def _about_repeated(store: Store, results: Sequence[ShardResult]) -> Iterator[str]:
+    repeated = find_repeated([(result.summary.split, result.contents) for result in results])
+    if text := str(repeated):
+        yield f"{text}; 'tidali verify {store.location}' lists them"
 
 
 def _finish(store: Store, manifest: Manifest) -> None:

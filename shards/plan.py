@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from shards.scan import Scan
 from shards.source import Item
 from tidali.dataset.contract import ClassName
+from tidali.dataset.file_names import name_key, shown
 from tidali.dataset.shard_bytes import BLOCK_BYTES, label_digits
 from tidali.errors import UsageError
 from tidali.files import printable
@@ -132,6 +133,9 @@ def make_plan(scan: Scan, settings: PackSettings) -> Plan:
         UsageError: a setting does not fit the source.
     """
     classes, splits = _subset(scan, settings.classes)
+    for split, items in splits.items():
+        if not items:
+            raise UsageError(f"{split} has no images of the chosen classes; choose others with --classes, or remove {split}")
     if settings.val_fraction:
         splits = _hold_out(splits, settings)
     tasks = []
@@ -165,13 +169,13 @@ def _subset(scan: Scan, wanted: tuple[str, ...] | int | None) -> tuple[tuple[Cla
             raise UsageError(f"--classes {wanted}: the source has {len(scan.classes)}")
         keep = set(range(wanted))
     else:
-        label_of = {class_.id: label for label, class_ in enumerate(scan.classes)}
-        unknown = [id_ for id_ in wanted if id_ not in label_of]
+        label_of = {name_key(class_.id): label for label, class_ in enumerate(scan.classes)}
+        unknown = [id_ for id_ in wanted if name_key(id_) not in label_of]
         if unknown or not wanted:
             raise UsageError(
-                f"--classes: {unknown[0]!r} is not a class of the source" if unknown else "--classes: names no classes"
+                f"--classes: {shown(unknown[0])} is not a class of the source" if unknown else "--classes: names no classes"
             )
-        keep = {label_of[id_] for id_ in wanted}
+        keep = {label_of[name_key(id_)] for id_ in wanted}
     new_label: dict[int | None, int | None] = {old: new for new, old in enumerate(sorted(keep))}
     new_label[None] = None
     splits = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.check import Fault, ShardCheck, check_shard
+from shards.duplicates import find_repeated, name_repeated
 from shards.executor import default_workers, run_tasks
 from shards.pack import PLAN_NAME
 from shards.plan import plan_id
@@ -31,6 +32,8 @@ class VerifyReport:
     """How much was checked, and what is wrong."""
 
     faults: tuple[Fault, ...]
+    repeated: tuple[str, ...] = ()
+    """Byte-identical images in several splits or under several classes, a line for each: no damage, the source has them so."""
     shards: int = 0
     samples: int = 0
     size_bytes: int = 0
@@ -59,6 +62,7 @@ def verify(root: Path, *, decode: bool = False, workers: int | None = None) -> V
     faults += _manifest_faults(manifest, text, checks)
     return VerifyReport(
         faults=tuple(faults),
+        repeated=tuple(_repeated(manifest, shards, checks)),
         shards=len(shards),
         samples=sum(split.samples for split in manifest.splits.values()),
         size_bytes=sum(split.size_bytes for split in manifest.splits.values()),
@@ -90,6 +94,12 @@ def _extra_files(root: Path, manifest: Manifest) -> Iterator[Fault]:
             yield Fault(name, "left by a packer that did not finish", "run the same 'tidali shard' command again")
         elif _SHARD_FILE.fullmatch(name) and name not in known:
             yield Fault(name, "is in no split of the manifest", "remove it, or pack again if the manifest is what is wrong")
+
+
+def _repeated(manifest: Manifest, shards: list[tuple[str, Shard]], checks: list[ShardCheck]) -> Iterator[str]:
+    contents = [(split, check.contents, check.sources) for (split, _), check in zip(shards, checks, strict=True)]
+    repeated = find_repeated([(split, found) for split, found, _ in contents])
+    return name_repeated(repeated, contents, [class_.id for class_ in manifest.classes])
 
 
 def _ordinals(shards: list[tuple[str, Shard]], checks: list[ShardCheck]) -> Iterator[Fault]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from shards.duplicates import Contents, read_contents
 from shards.images import Inspected, Unusable, inspect
 from shards.pixels import ChannelSums
 from shards.plan import PackSettings, ShardTask
@@ -44,6 +45,7 @@ class ShardResult:
     state: str
     """'written', 'kept' (it existed and was correct) or 'repaired' (it existed, of this plan or unreadable, and was wrong)."""
     summary: ShardSummary
+    contents: Contents
 
 
 def finish_shard(
@@ -61,12 +63,13 @@ def finish_shard(
         there = path.read_bytes() if path.exists() else None
         kept = None if there is None else _finished(task, there, store, folder, plan_id)
         if kept is not None:
-            return ShardResult("kept", kept)
+            return ShardResult("kept", *kept)
         record = _write(task, folder, reader, settings, plan_id, digits)
         names = [entry["file"] for entry in record["quarantined"]]
         store.commit(folder, [*names, tar_name, index_name, record_name])
-        repaired = there is not None and not _is_of_another_plan(there, plan_id)
-        return ShardResult("repaired" if repaired else "written", summarise(task.stem, path.read_bytes(), record))
+        state = "repaired" if there is not None and not _is_of_another_plan(there, plan_id) else "written"
+        summary = summarise(task.stem, path.read_bytes(), record)
+        return ShardResult(state, summary, read_contents(folder / tar_name, record["samples"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- write
@@ -181,8 +184,8 @@ class _OpenShard:
 # --------------------------------------------------------------------------------------------------------------------- resume
 
 
-def _finished(task: ShardTask, sealed: bytes, store: Store, folder: Path, plan_id: str) -> ShardSummary | None:
-    """The summary of the task's shard, if its sealed record is of this plan and every file has its hash; else None."""
+def _finished(task: ShardTask, sealed: bytes, store: Store, folder: Path, plan_id: str) -> tuple[ShardSummary, Contents] | None:
+    """What is known of the task's shard, if its sealed record is of this plan and every file has its hash; else None."""
     try:
         record = unseal(sealed)
         planned = sorted((safe_key(ordinal, item.name), printable(item.name), item.label) for ordinal, item in task.samples)
@@ -198,9 +201,9 @@ def _finished(task: ShardTask, sealed: bytes, store: Store, folder: Path, plan_i
             and all(file_digest(folder / entry["file"]) == entry["sha256"] for entry in record["quarantined"])
             and file_digest(folder / tar_name) == record["sha256"]
         )
+        return (summary, read_contents(folder / tar_name, record["samples"])) if right else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return summary if right else None
 
 
 def _is_of_another_plan(sealed: bytes, plan_id: str) -> bool:

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,50 @@ def test_foreign_files_are_counted(tidali: Any, make: Any, tmp_path: Path) -> No
     source = make.folder(make.folder_tree() | {"train/class_0/notes.txt": b"x", "README.md": b"x"}, tmp_path / "src")
     ended = tidali("shard", source, tmp_path / "data")
     assert ended.code == 0
-    assert "2 files of the source do not have the name of an image" in ended.stderr
+    assert "left out: 1 .md files, 1 .txt files" in ended.stderr
+
+
+def test_warnings_and_repeated_images_are_printed(tidali: Any, make: Any, tmp_path: Path) -> None:
+    image = make.jpeg(1)
+    source = make.folder({"train/cat/0.jpg": image, "val/cat/1.jpg": image}, tmp_path / "src")
+    ended = tidali("shard", source, tmp_path / "data")
+    assert ended.code == 0
+    for part in ("only one class, 'cat'", "byte-identical images: 1 in more than one split; 'tidali verify"):
+        assert part in ended.stderr
+    verified = tidali("verify", tmp_path / "data")
+    assert verified.code == 0
+    assert "the same image: 'train/cat/0.jpg' (train, class 'cat'), 'val/cat/1.jpg' (val, class 'cat')" in verified.stdout
+    assert "1 images are in several splits or under several classes" in verified.stderr
+
+
+def test_a_list_of_classes_from_another_system(tidali: Any, make: Any, tmp_path: Path) -> None:
+    """With a byte order mark, decomposed letters and carriage returns; the names on the disk are composed."""
+    source = make.folder(
+        {f"train/{name}/0.jpg": make.jpeg(n) for n, name in enumerate(("Café", "cat", "dog"))}, tmp_path / "src"
+    )
+    (tmp_path / "classes.txt").write_bytes("\ufeffdog\r\nCafe\u0301 \r\n".encode())
+    assert tidali("shard", source, tmp_path / "data", "--classes", tmp_path / "classes.txt").code == 0
+    manifest = open_dataset(tmp_path / "data").manifest
+    assert [class_.id for class_ in manifest.classes] == ["Café", "dog"]
+    assert manifest.settings["classes"] == ["dog", "Café"]
+    (tmp_path / "classes.txt").write_bytes("dog\nCaf\u0435".encode())
+    refused = tidali("shard", source, tmp_path / "other", "--classes", tmp_path / "classes.txt")
+    assert refused.code == 2
+    assert r"'Caf\u0435'" in refused.stderr, "a Cyrillic letter"
+
+
+def test_the_bytes_and_the_output_of_another_locale(make: Any, tmp_path: Path, contents: Any) -> None:
+    """Python decodes names and prints as ASCII there."""
+    tree = {f"{split}/{name}/é{n}.jpg": make.jpeg(n) for split in ("train", "val") for n, name in enumerate(("Café", "日本"))}
+    source = make.folder(tree | {"train/Café/à.jpg": b""}, tmp_path / "Données")
+    make.pack(source, tmp_path / "here")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for arguments in (["shard", source, tmp_path / "there"], ["info", tmp_path / "there", "--json"]):
+        command = [sys.executable, "-m", "tidali", *map(str, arguments)]
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert ended.returncode == 0, ended.stderr
+    assert [class_["id"] for class_ in json.loads(ended.stdout)["classes"]] == ["Café", "日本"]
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
 
 
 def test_shard_says_what_it_did(tidali: Any, tiny_zip: Path, tmp_path: Path) -> None:

@@ -103,6 +103,16 @@ def test_webdataset_reads_the_source_back(make: Any, packed: Path, split: str) -
     assert by_content(pairs) == by_content(expected(make.tiny_tree(), split))
 
 
+def test_webdataset_reads_a_shard_of_several_suffixes(make: Any, tmp_path: Path) -> None:
+    """As docs/format.md shows it."""
+    webdataset = pytest.importorskip("webdataset", reason="the webdataset library is not installed")
+    tree = {"a/0.jpg": make.jpeg(0), "b/1.png": make.encode(make.image(1), "PNG"), "b/2.bmp": make.encode(make.image(2), "BMP")}
+    make.pack(make.folder(tree, tmp_path / "src"), tmp_path / "data")
+    shard = webdataset.WebDataset([str(tmp_path / "data" / "train-000000.tar")], shardshuffle=False)
+    found = {(image, int(label)) for image, label in shard.to_tuple("jpg;png;webp;bmp", "cls")}
+    assert found == {(tree["a/0.jpg"], 0), (tree["b/1.png"], 1), (tree["b/2.bmp"], 1)}
+
+
 @pytest.mark.parametrize("with_index", [True, False])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_dali_reads_the_source_back(make: Any, packed: Path, split: str, with_index: bool) -> None:

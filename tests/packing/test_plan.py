@@ -31,8 +31,8 @@ def scan_of(per_class: list[int], val: int = 0, size_bytes: int = 1000) -> Scan:
         layout="folder",
         classes=tuple(ClassName(id=f"c{label}", name=f"class {label}") for label in range(len(per_class))),
         splits=splits,
-        ignored_files=0,
-        reader=FolderReader("nowhere"),
+        left_out={},
+        reader=FolderReader(b"nowhere"),
         fingerprint="0",
     )
 

@@ -153,7 +153,7 @@ def test_find_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
 
     def found(*given: str) -> list[str]:
-        return [str(path) for path in find_images(given)]
+        return [str(path) for path in find_images(given)[0]]
 
     assert found("a") == ["a/1.PNG", "a/2.jpg", "a/deep/3.webp"]
     assert found("b.dat", "a/2.jpg") == ["b.dat", "a/2.jpg"]  # named is wanted, whatever its suffix

@@ -15,6 +15,7 @@ import typer
 from tidali.cli.options import JsonOption, RecipeName, output_file
 from tidali.config import Kernel, change, check_res, make_recipe
 from tidali.console import print_table, progress_bar, results, say, warn
+from tidali.dataset.file_names import describe_left_out, visible_name
 from tidali.errors import TidaliError, UsageError
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ def shard(
     dest: DestArgument,
     layout: Annotated[
         Literal["auto", "tiny-imagenet", "folder"],
-        which_option(help="Layout of SOURCE; auto takes it for Tiny-ImageNet if it has a wnids.txt."),
+        which_option(
+            help="Layout of SOURCE; auto takes it for Tiny-ImageNet if it has a wnids.txt, and refuses folders that may be "
+            "splits or classes; folder takes these for classes."
+        ),
     ] = "auto",
     seed: Annotated[
         int, stored_option(min=0, help="Random seed of the order of train and of the choice of held-out images.")
@@ -140,6 +144,10 @@ def verify(
         results.print(str(fault), markup=False)
     if report.faults:
         raise TidaliError(f"{data}: {len(report.faults)} fault{'s' if len(report.faults) > 1 else ''}")
+    for text in report.repeated:
+        results.print(text, markup=False)
+    if report.repeated:
+        warn(f"{data}: {len(report.repeated):,} images are in several splits or under several classes, as in the source")
     checked = "every file, header, label and image" if decode else "every file, header and label"
     found = f"{report.samples:,} samples in {report.shards} shards, {report.size_bytes / 1e6:,.1f} MB"
     results.print(f"{data}: {found}: {checked} is right", markup=False)
@@ -194,7 +202,7 @@ def info(
         say(f"wrote {sheet}")
     manifest = read_manifest(data)
     if json_:
-        print(json.dumps(_info_document(data, manifest), ensure_ascii=False))
+        print(json.dumps(_info_document(data, manifest)))
     else:
         _print_info(data, manifest)
 
@@ -241,10 +249,10 @@ def _parse_classes(text: str) -> int | tuple[str, ...]:
     if text.isdecimal():
         return int(text)
     try:
-        lines = Path(text).read_text(encoding="utf-8").splitlines()
+        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--classes {text}: neither a number nor a readable file of class ids ({error})") from None
-    return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    return tuple(dict.fromkeys(name for line in lines if (name := visible_name(line))))
 
 
 # -------------------------------------------------------------------------------------------------------------------- output
@@ -269,8 +277,10 @@ def _print_pack(report: PackReport) -> None:
         say(f"{report.written} shards written, {len(report.kept)} kept from an earlier run{rewritten}")
     if report.removed:
         say(f"removed left-over files: {', '.join(report.removed)}")
-    if report.ignored_files:
-        say(f"{report.ignored_files} files of the source do not have the name of an image and were skipped")
+    if report.left_out:
+        say(f"left out: {describe_left_out(report.left_out)}")
+    for text in report.warnings:
+        warn(text)
     if manifest.quarantine:
         warn(f"{len(manifest.quarantine)} files are not usable images; their bytes are in {report.location}/quarantine")
         for entry in manifest.quarantine[:_LISTED_FILES]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import os
 import re
 import sys
@@ -84,6 +85,9 @@ def main() -> None:
     wait_briefly()
     limit_threads()
     raise_open_files_limit()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # where the locale is not UTF-8, class names are printed as escapes
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()  # a full disk is reported here in one line; the interpreter's own flush at exit could not

@@ -15,7 +15,6 @@ import typer
 from tidali.cli.options import AmpOption, CheckpointArgument, DeviceOption, FlipOption, JsonOption, output_file
 from tidali.config import ExportFormat
 from tidali.errors import TidaliError, UsageError
-from tidali.files import printable
 
 if TYPE_CHECKING:
     from tidali.model.image_files import ImageError
@@ -46,11 +45,14 @@ def predict(
         raise UsageError("--json and --csv: give one of them")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about damaged metadata, which prediction does not read
 
-    from tidali.console import print_table, progress_bar, warn
+    from tidali.console import print_table, progress_bar, say, warn
+    from tidali.dataset.file_names import describe_left_out, printable_path
     from tidali.model.image_files import find_images
     from tidali.model.predict import load_model
 
-    files = find_images(images)
+    files, left_out = find_images(images)
+    if left_out:
+        say(f"left out: {describe_left_out(left_out)}")
     model = load_model(checkpoint, device=device, amp=amp, flip=flip)
     skipped: list[ImageError] = []
 
@@ -62,14 +64,14 @@ def predict(
     with progress_bar(note=False) as bar:
         task = bar.add_task("predicting", total=len(files))
         for source, scores in model.stream(files, top=top, on_bad=skip):
-            found.append((printable(str(source)), scores))
+            found.append((printable_path(str(source)), scores))
             bar.update(task, completed=len(found) + len(skipped))
     if json_:
         document = {
             "checkpoint": checkpoint,
             "res": model.card.res,
             "images": [{"image": name, "classes": [asdict(score) for score in scores]} for name, scores in found],
-            "skipped": [{"image": printable(str(error.source)), "reason": error.reason} for error in skipped],
+            "skipped": [{"image": printable_path(str(error.source)), "reason": error.reason} for error in skipped],
         }
         print(json.dumps(document))
     elif csv_:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import glob
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tidali.dataset.file_names import describe_left_out, is_image_name, left_out_kind, suffix_kind, walk
 from tidali.errors import TidaliError, UsageError, first_line
 from tidali.loading.decode import upright_rgb
 
@@ -27,41 +29,56 @@ class ImageError(TidaliError):
         self.source, self.reason = source, reason
 
 
-def find_images(given: Sequence[str]) -> list[Path]:
+def find_images(given: Sequence[str]) -> tuple[list[Path], Counter[str]]:
     """The files that the arguments name, in order: a file itself, all images below a folder, or the files that match a pattern
-    (``*``, ``?``, ``[...]``, ``**`` for any depth).
+    (``*``, ``?``, ``[...]``, ``**`` for any depth); and how many files in folders were left out, by kind.
 
-    In a folder, images are found by suffix and sorted by path; hidden ones are skipped.
+    In a folder, images are found by suffix and sorted by path. Hidden and system folders are left out, as in ``tidali shard``.
 
     Raises:
-        UsageError: an argument that names no image.
+        UsageError: an argument that names no image, or a folder that cannot be read.
     """
     found: list[Path] = []
+    left_out: Counter[str] = Counter()
     for argument in given:
         path = Path(argument)
+        mine: Counter[str] = Counter()
         if path.is_dir():
-            files = _below(path)
+            files = _below(path, mine)
         elif path.exists():
             files = [path]
         elif glob.has_magic(argument):
-            files = [Path(match) for match in sorted(glob.glob(argument, recursive=True)) if os.path.isfile(match)]
+            files = _matching(argument, mine)
         else:
             raise UsageError(f"{argument}: no such file or folder")
         if not files:
-            raise UsageError(f"{argument}: no images found")
+            raise UsageError(f"{argument}: no images found" + (f" (it holds {describe_left_out(mine)})" if mine else ""))
         found += files
-    return found
+        left_out += mine
+    return found, left_out
 
 
-def _below(folder: Path) -> list[Path]:
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in _formats()}
+def _below(folder: Path, left_out: Counter[str]) -> list[Path]:
     found = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
-                found.append(Path(root) / name)
+    for name, entry, is_folder in walk(folder, left_out):
+        if is_image_name(name) and not is_folder:
+            found.append(Path(os.fsdecode(entry.path)))
+        elif not is_folder:
+            left_out[suffix_kind(name)] += 1
     return sorted(found)
+
+
+def _matching(pattern: str, left_out: Counter[str]) -> list[Path]:
+    """Files in hidden and system folders only where the pattern itself names the folder."""
+    found = []
+    for match in map(Path, sorted(glob.glob(pattern, recursive=True))):
+        if match.is_file():
+            kinds = [left_out_kind(part) for part in match.parts if part not in Path(pattern).parts]
+            if kind := next(filter(None, kinds), None):
+                left_out[kind] += 1
+            else:
+                found.append(match)
+    return found
 
 
 def read_pixels(source: Any) -> np.ndarray:

@@ -1,0 +1,57 @@
+"""The images of a source by folder: what its layout is judged by."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from shards.source import Item, Listing
+
+
+class ImageTree:
+    """Folders have their whole path as name; '' is the root."""
+
+    def __init__(self, listing: Listing) -> None:
+        self.location = listing.location
+        self.images: dict[str, list[Item]] = {}
+        """Folder -> the images directly in it."""
+        for item in listing.images:
+            self.images.setdefault(item.name.rpartition("/")[0], []).append(item)
+        self.count: Counter[str] = Counter()
+        """Folder -> how many images it holds at any depth."""
+        for folder, items in self.images.items():
+            self.count[folder] += len(items)
+            while folder:
+                folder = folder.rpartition("/")[0]
+                self.count[folder] += len(items)
+        self._folders: dict[str, list[str]] = {}
+        for folder in sorted(listing.folders):
+            self._folders.setdefault(folder.rpartition("/")[0], []).append(folder)
+
+    def folders(self, folder: str) -> list[str]:
+        """The folders directly in one, sorted, empty ones too."""
+        return self._folders.get(folder, [])
+
+    def filled(self, folder: str) -> list[str]:
+        """Those of them that hold images."""
+        return [inner for inner in self.folders(folder) if self.count[inner]]
+
+    def all_images(self, folder: str) -> Iterator[Item]:
+        """At any depth."""
+        pending = [folder]
+        while pending:
+            folder = pending.pop()
+            yield from self.images.get(folder, ())
+            pending += self.filled(folder)
+
+    def unwrapped(self, folder: str, stop: Callable[[str], bool] = lambda name: False) -> str:
+        """The folder itself; where its only images are in one folder of folders, that one, and so on.
+
+        Args:
+            stop: whether a folder of this name is more than a wrapping.
+        """
+        while True:
+            inner = self.filled(folder)
+            if folder in self.images or len(inner) != 1 or inner[0] in self.images or stop(inner[0].rpartition("/")[2]):
+                return folder
+            (folder,) = inner
