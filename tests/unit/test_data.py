@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,40 +120,21 @@ def test_what_the_allocator_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> No
     assert free_memory_bytes(torch.device("cuda", 0)) == 12 * MIB
 
 
-RANK = """
-import os, sys
-from pathlib import Path
-import torch
-from tidali.config import Preprocess
-from tidali.dataset.contract import open_dataset
-from tidali.hardware.ranks import joined_ranks
-from tidali.loading import data as module
-
-module.free_memory_bytes = lambda device: (2**40, 2**10)[int(os.environ["RANK"])]
-with joined_ranks("cpu") as ranks:
-    data = module.Data(open_dataset(Path(sys.argv[1])), torch.device("cpu"), ranks=ranks)
-    batches = data.batches("val", Preprocess(res=64), 8)
-    seen = sum(len(labels) for _, labels in batches)
-    Path(sys.argv[2] + str(ranks.rank)).write_text(f"{batches.route.cached} {type(batches.source).__name__} {seen}")
-"""
-
-
-@pytest.mark.slow
-def test_the_rank_with_the_least_memory_decides_for_all(demo_data: Path, tmp_path: Path) -> None:
+def test_the_rank_with_the_least_memory_decides_for_all(demo_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank's own memory would have one fill a cache while the other waits for it at the first step."""
-    (tmp_path / "rank.py").write_text(RANK)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [*torchrun, str(tmp_path / "rank.py"), str(demo_data), str(tmp_path / "cached")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    # Of the 32 images of val each has its half.
-    assert [(tmp_path / f"cached{rank}").read_text() for rank in range(2)] == ["False ShardSource 16"] * 2
+    free_bytes = [2**40, 2**10]
+
+    def gather(ranks: Ranks, value: int) -> list[int]:
+        assert value == free_bytes[ranks.rank]
+        return free_bytes
+
+    monkeypatch.setattr(Ranks, "gather", gather)  # tests/unit/test_distributed.py has that of two processes
+    for rank in range(2):
+        monkeypatch.setattr(data_module, "free_memory_bytes", lambda device, rank=rank: free_bytes[rank])
+        data = Data(open_dataset(demo_data), CPU, ranks=Ranks(rank=rank, world_size=2))
+        batches = data.batches("val", Preprocess(res=64), 8)
+        assert batches.route is not None
+        assert (batches.route.cached, type(batches.source)) == (False, stream_module.ShardSource)
 
 
 # ------------------------------------------------------------------------------------------ both routes' batches are equal

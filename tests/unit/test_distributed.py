@@ -43,6 +43,7 @@ from tidali.model.resnet import build_resnet18
 from tests.unit.test_distributed import DECAY, HALVES, LR, STEPS, global_batch
 
 with joined_ranks("cpu") as ranks:
+    assert ranks.gather({"rank": ranks.rank}) == [{"rank": 0}, {"rank": 1}]
     for dtype, (half, _) in HALVES.items():
         torch.manual_seed(ranks.rank)  # other weights on each rank: rank 0's must win
         state = make_train_state(
