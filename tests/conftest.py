@@ -7,7 +7,7 @@ import inspect
 import io
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -155,6 +155,17 @@ def demo_copy(demo_data: Path, tmp_path: Path) -> Path:
     import shutil
 
     return Path(shutil.copytree(demo_data, tmp_path / "copy"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For torch, which adds up in another order on more. A process with OMP_NUM_THREADS=1 then computes the same to the bit."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -23,40 +23,37 @@ TIDALI = [sys.executable, "-m", "tidali"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
-def train(demo_data: Path, out: Path, cache: str) -> list[str]:
-    options = ["--res", "32", "--epochs", "3", "--batch-size", "40", "--deterministic", "--device", "cpu", "--cache", cache]
-    return [*TIDALI, "train", "--data", str(demo_data), *options, "--out", str(out)]
-
-
 def same_weights(one: Path, other: Path) -> bool:
     a, b = load_file(one / "last.safetensors"), load_file(other / "last.safetensors")
     return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["device", "off"])
-def test_a_run_that_is_stopped_then_killed_ends_with_the_same_weights(demo_data: Path, tmp_path: Path, cache: str) -> None:
+def test_a_run_that_is_stopped_then_killed_ends_with_the_same_weights(
+    tidali, demo_data: Path, tmp_path: Path, one_thread: None
+) -> None:
+    """Streamed; tests/cli/test_kills.py has the cache too."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    unbroken = subprocess.Popen(train(demo_data, whole, cache), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    options = ["--res", "32", "--epochs", "3", "--batch-size", "40", "--deterministic", "--device", "cpu", "--cache", "off"]
+    command = ["train", "--data", str(demo_data), *options, "--out"]
 
-    process = subprocess.Popen(train(demo_data, broken, cache), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*TIDALI, *command, str(broken)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (broken / "metrics.jsonl").exists(), process)  # an epoch is done, the next one under way
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "--resume" in said.splitlines()[-1]
 
-    resume = [*TIDALI, "train", "--resume", str(broken)]
+    resume = ["train", "--resume", str(broken)]
     lines = len((broken / "metrics.jsonl").read_text().splitlines())
-    process = subprocess.Popen(resume, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*TIDALI, *resume], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: len((broken / "metrics.jsonl").read_text().splitlines()) > lines, process)
     process.kill()
     process.wait()
 
-    done = subprocess.run(resume, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    _, said = unbroken.communicate(timeout=120)
-    assert unbroken.returncode == 0, said
+    for arguments in (resume, [*command, whole]):
+        ended = tidali(*arguments)
+        assert ended.code == 0, ended.stderr
     assert same_weights(whole, broken)
     epochs = {json.loads(line)["epoch"] for line in (broken / "metrics.jsonl").read_text().splitlines()}
     assert epochs == {1, 2, 3}
@@ -107,22 +104,18 @@ def test_resume_of_no_run(tidali, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "cache"), [(2, "off"), (3, "device")])
-def test_ranks_evaluate_to_the_same_figures(tidali, trained, demo_data: Path, ranks: int, cache: str) -> None:
-    """gloo ranks against one process: the same hits, to the sample. The loss adds up in another order, so to 1e-6."""
-    one = tidali("eval", trained[0], "--data", demo_data, "--cache", cache, "--json")
+def test_ranks_evaluate_to_the_same_figures(tidali, trained, demo_data: Path) -> None:
+    """Three gloo ranks, one with fewer images, against one process: the same hits, to the sample. The loss adds up in another
+    order, so to 1e-6."""
+    evaluate = ("eval", str(trained[0]), "--data", str(demo_data), "--cache", "off", "--json")
+    one = tidali(*evaluate)
     assert one.code == 0, one.stderr
     expected = json.loads(one.stdout)["scores"][0]
-    score = evaluate_on(ranks, trained[0], demo_data, cache)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "tidali"]
+    done = subprocess.run([*launcher, *evaluate], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    score = json.loads(done.stdout)["scores"][0]
     assert score["samples"] == expected["samples"] == 32
     assert score["top1_percent"] == expected["top1_percent"]
     assert score["top5_percent"] == expected["top5_percent"]
     assert score["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-
-
-def evaluate_on(ranks: int, run: Path, demo_data: Path, cache: str) -> dict[str, float]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "tidali"]
-    command = [*launcher, "eval", str(run), "--data", str(demo_data), "--cache", cache, "--json"]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout)["scores"][0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -68,14 +67,6 @@ def global_batch(step: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
     images = torch.randn(2 * half, 3, side, side, generator=generator, dtype=torch.float64).to(dtype)
     images = images.contiguous(memory_format=torch.channels_last)
     return images, torch.randint(0, 10, (2 * half,), generator=generator)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
