@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tidali.dataset.contract import Dataset, SampleRecord, Shard, iter_records
-from tidali.errors import DatasetError
+from tidali.images.stored import stored_image
 
 _COLUMNS = 8
 SHEET_IMAGES = 6 * _COLUMNS
@@ -34,7 +33,7 @@ def contact_sheet(dataset: Dataset, split: str, *, seed: int = 0) -> Image.Image
     classes = dataset.manifest.classes
     return draw_sheet(
         [
-            (_read_image(dataset, shard, record), classes[record.label].name if record.label is not None else record.key)
+            (stored_image(dataset, shard, record), classes[record.label].name if record.label is not None else record.key)
             for shard, record in chosen
         ]
     )
@@ -55,12 +54,3 @@ def draw_sheet(captioned: Sequence[tuple[Image.Image, str]]) -> Image.Image:
             text = text[:-1]
         draw.text((x, y + _CELL_PX), text, "black", font)
     return sheet
-
-
-def _read_image(dataset: Dataset, shard: Shard, record: SampleRecord) -> Image.Image:
-    data = dataset.stored_bytes(shard, record)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # PIL's decoders raise any kind of exception on hostile bytes
-        raise DatasetError(f"{dataset.root / shard.name}: sample {record.key} does not decode ({error})") from None

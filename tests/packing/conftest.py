@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,28 @@ class Maker:
 @pytest.fixture(scope="session")
 def make() -> Maker:
     return Maker()
+
+
+@pytest.fixture(scope="session")
+def dali_rgb() -> Callable[[bytes], np.ndarray]:
+    """Decodes an image's bytes as DALI does for training on a CPU: (H, W, 3) uint8."""
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None, exec_async=False, exec_pipelined=False, prefetch_queue_depth=1)
+    def decode() -> Any:
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+
+    pipe = decode()
+    pipe.build()
+
+    def run(data: bytes) -> np.ndarray:
+        pipe.feed_input("encoded", [np.frombuffer(data, np.uint8)])
+        (images,) = pipe.run()
+        return np.array(images.at(0))
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ MODULES = {
     for path in sorted(Path(package.__path__[0]).rglob("*.py"))
 }
 ROOMS = [
-    *("errors", "files", "config", "hardware", "console", "dataset", "loading", "model", "training"),
+    *("errors", "files", "config", "hardware", "console", "dataset", "images", "loading", "model", "training"),
     *("report", "study", "doctor", "api", "", "cli", "__main__"),
 ]
 """Of `tidali`, lowest first; "" is the package itself. A room imports from rooms before it. docs/architecture.md draws them."""
@@ -44,7 +44,7 @@ STANDARD_LIBRARY_ONLY = {
     *(name for name in MODULES if name.startswith("tidali.dataset")),
 }
 OPEN_TO_SHARDS = {
-    *("tidali.errors", "tidali.files", "tidali.dataset"),
+    *("tidali.errors", "tidali.files", "tidali.dataset", "tidali.images"),
     *("tidali.hardware.limits", "tidali.hardware.processes"),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from tidali.dataset.contract import Dataset, iter_records, open_dataset
 from tidali.dataset.remote import is_remote
 from tidali.dataset.source import open_data
 from tidali.errors import DatasetError, UsageError
-from tidali.loading.decode import upright_rgb
+from tidali.images.stored import stored_image
 from tidali.model.checkpoint import ModelCard
 
 MOST_PHOTOGRAPHS = 500
@@ -73,7 +72,7 @@ def photographs(dataset: Dataset, split: str, size: tuple[int, int], most: int =
     out = []
     for number, (shard, record) in enumerate(iter_records(dataset, split)):
         if number in wanted:
-            image = upright_rgb(Image.open(io.BytesIO(dataset.stored_bytes(shard, record))))
+            image = stored_image(dataset, shard, record)
             if image.size != size[::-1]:
                 image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
             out.append(np.asarray(image))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import glob
 import os
 from collections import Counter
@@ -14,11 +13,14 @@ import numpy as np
 from PIL import Image
 
 from tidali.dataset.file_names import describe_left_out, is_image_name, left_out_kind, suffix_kind, walk
-from tidali.errors import TidaliError, UsageError, first_line
-from tidali.loading.decode import upright_rgb
+from tidali.errors import TidaliError, UsageError
+from tidali.images.errors import Unusable
+from tidali.images.read import read_picture, read_pil_image
 
-_NOT_OPENED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-"""Formats that PIL only identifies, or decodes with Ghostscript or on Windows."""
+_MOST_PIXELS = 1 << 28
+"""Of a file: its pixels take 768 MiB."""
+_MOST_BYTES = 4 * _MOST_PIXELS
+"""Of a file: a film that is named .jpg must not fill the memory."""
 
 
 class ImageError(TidaliError):
@@ -93,16 +95,16 @@ def read_pixels(source: Any) -> np.ndarray:
     """
     try:
         if isinstance(source, Image.Image):
-            return np.asarray(upright_rgb(source))
+            return read_pil_image(source).upright
         if isinstance(source, (str, os.PathLike)):
-            with Image.open(source, formats=_formats()) as image:
-                return np.asarray(upright_rgb(image))
+            size_bytes = os.stat(source).st_size
+            if size_bytes > _MOST_BYTES:
+                raise Unusable(f"{size_bytes:,} bytes, more than an image of {_MOST_PIXELS:,} pixels has")
+            return read_picture(Path(source).read_bytes(), max_pixels=_MOST_PIXELS).upright
     except OSError as error:
-        identified = type(error).__name__ != "UnidentifiedImageError"
-        reason = (error.strerror or first_line(error)) if identified else "not an image of a known format"
-        raise ImageError(source, reason) from None
-    except Exception as error:  # PIL's decoders raise whatever hostile bytes lead them to
-        raise ImageError(source, first_line(error)) from None
+        raise ImageError(source, error.strerror or str(error)) from None
+    except Unusable as error:
+        raise ImageError(source, str(error)) from None
     return _array_pixels(source)
 
 
@@ -113,9 +115,3 @@ def _array_pixels(source: Any) -> np.ndarray:
     if pixels.dtype != np.uint8 or not pixels.size or not is_image:
         raise ImageError(what, "give a path, a PIL image, or uint8 pixels (H, W, 3) or (H, W)")
     return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels[:, :, :3]
-
-
-@functools.cache
-def _formats() -> list[str]:
-    Image.init()
-    return [name for name in Image.OPEN if name not in _NOT_OPENED]

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tidali.config import AmpChoice, CacheChoice, DeviceChoice
 from tidali.console import progress_bar
 from tidali.dataset.contract import ClassName, Dataset, SampleRecord, Shard, iter_records
-from tidali.errors import DatasetError, TidaliError
+from tidali.errors import TidaliError
 from tidali.hardware.device import DevicePlan, numerics
+from tidali.images.stored import stored_image
 from tidali.loading.batches import Batches
 from tidali.loading.data import Data
 from tidali.model.checkpoint import EVAL_BATCH_SIZE, open_checkpoint
@@ -105,7 +106,7 @@ class Insight:
         content = self.dataset.stored_bytes(shard, record)
         kind = _WEB_FORMATS.get(record.extension)
         if kind is None or max(record.height, record.width) > PICTURE_SIDE_PX:
-            content, kind = _reduced(content, f"{self.dataset.root / shard.name}: sample {record.key}"), "jpeg"
+            content, kind = _reduced(stored_image(self.dataset, shard, record)), "jpeg"
         return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -170,14 +171,9 @@ def _predict(model: nn.Module, batches: Batches, plan: DevicePlan) -> tuple[Tens
     return labels, predicted, losses, confidences
 
 
-def _reduced(content: bytes, where: str) -> bytes:
-    """The image as an upright JPEG of at most `PICTURE_SIDE_PX` a side."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # PIL's decoders raise whatever hostile bytes lead them to
-        raise DatasetError(f"{where} does not decode ({error})") from None
-    upright.thumbnail((PICTURE_SIDE_PX, PICTURE_SIDE_PX))
+def _reduced(image: Image.Image) -> bytes:
+    """As JPEG, of at most `PICTURE_SIDE_PX` a side."""
+    image.thumbnail((PICTURE_SIDE_PX, PICTURE_SIDE_PX))
     out = io.BytesIO()
-    upright.save(out, "JPEG", quality=85)
+    image.save(out, "JPEG", quality=85)
     return out.getvalue()

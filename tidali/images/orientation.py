@@ -1,0 +1,89 @@
+"""How an image has to be turned for display: PIL's answer, and that of decoders that read only plain EXIF."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+TAG = 0x0112
+_TURNS: dict[int, tuple[bool, slice, slice]] = {
+    1: (False, slice(None), slice(None)),
+    2: (False, slice(None), slice(None, None, -1)),
+    3: (False, slice(None, None, -1), slice(None, None, -1)),
+    4: (False, slice(None, None, -1), slice(None)),
+    5: (True, slice(None), slice(None)),
+    6: (True, slice(None), slice(None, None, -1)),
+    7: (True, slice(None, None, -1), slice(None, None, -1)),
+    8: (True, slice(None, None, -1), slice(None)),
+}
+"""EXIF orientation (TIFF 6.0, tag 274) -> whether rows and columns are exchanged, then the order of rows and of columns."""
+
+# What the EXIF reader of OpenCV and nvImageCodec, which DALI decodes with, reads of the first directory. One such entry that
+# points outside the block makes it ignore the whole block.
+_TEXTS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x8298)
+_RATIONALS = {0x011A: 1, 0x011B: 1, 0x013E: 2, 0x013F: 6, 0x0211: 3, 0x0214: 6}
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """(H, W, C) pixels turned as an EXIF orientation of 1..8 says."""
+    if orientation == 1:
+        return pixels
+    exchange, rows, columns = _TURNS[orientation]
+    turned = pixels.transpose(1, 0, 2) if exchange else pixels
+    return np.ascontiguousarray(turned[rows, columns])
+
+
+def displayed(image: Image.Image) -> int:
+    """PIL's answer, 1..8, as `PIL.ImageOps.exif_transpose` applies it: from EXIF with a value of any type, else from XMP.
+
+    1 if there is none, it is out of range, or the metadata is damaged, which does not make the image unusable.
+    """
+    try:
+        value = image.getexif().get(TAG, 1)
+    except Exception:  # whatever damaged bytes lead PIL to
+        return 1
+    return int(value) if value in range(1, 9) else 1
+
+
+def displayed_by(info: dict[str, Any]) -> int:
+    """As `displayed`, of metadata as PIL names it: ``exif`` and ``xmp`` bytes, or texts of a PNG."""
+    carrier = Image.Image()
+    carrier.info.update(info)
+    return displayed(carrier)
+
+
+def plain(exif: bytes) -> int:
+    """The answer of a decoder that reads an EXIF block (from its TIFF header on) by the EXIF specification alone, 1..8."""
+    order = "<" if exif.startswith(b"II") else ">"  # whatever else it begins with
+    try:
+        if _number(order + "H", exif, 2) != 42:
+            return 1
+        start = _number(order + "I", exif, 4)
+        found = None
+        for number in range(_number(order + "H", exif, start)):
+            entry = start + 2 + 12 * number
+            tag = _number(order + "H", exif, entry)
+            if tag == TAG:
+                value = _number(order + "H", exif, entry + 8)
+                found = value if found is None else found
+            elif tag in _TEXTS:
+                size = _number(order + "I", exif, entry + 4)
+                _inside(exif, _number(order + "I", exif, entry + 8) if size > 4 else 8, size)
+            elif tag in _RATIONALS:
+                _inside(exif, _number(order + "I", exif, entry + 8), 8 * _RATIONALS[tag])
+    except struct.error:
+        return 1
+    return found if found is not None and 1 <= found <= 8 else 1
+
+
+def _number(form: str, data: bytes, at: int) -> int:
+    value: int = struct.unpack_from(form, data, at)[0]
+    return value
+
+
+def _inside(data: bytes, at: int, size: int) -> None:
+    if at + size > len(data):
+        raise struct.error(f"{size} bytes at {at}")

@@ -1,0 +1,226 @@
+"""One image file: whether it is usable, its pixels as displayed, and whether every decoder reads its bytes alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from tidali.images import jpeg
+from tidali.images.bit_depth import eight_bit_rgb, is_wide, narrow, refuse_without_scale
+from tidali.images.canonical import is_plain_bmp, is_plain_webp
+from tidali.images.errors import TooLarge, Unusable
+from tidali.images.kinds import image_format, what_else
+from tidali.images.orientation import displayed, displayed_by, plain, upright
+from tidali.images.pil import load, one_reason, open_file, silent
+from tidali.images.png import PALETTE, check_pixels, read_png
+
+_GREY_MODES = ("1", "L", "LA", "La")
+_FILLS = (b"\x2b\x8a\xd1" * 64, b"\x94\x55\x0e" * 64)
+"""Bytes that a decoder takes for coefficients, in two versions that have none in common."""
+
+
+@dataclass(slots=True)
+class Picture:
+    """A usable image."""
+
+    rgb: np.ndarray
+    """(H, W, 3) uint8 pixels as the file stores them, before its orientation. Alpha is dropped."""
+    orientation: int = 1
+    """EXIF's, 1..8."""
+    flags: list[str] = field(default_factory=list)
+    """'grey', 'cmyk', 'alpha', 'sixteen_bit', 'sixteen_bit_dark', 'exif_rotated'."""
+    kept: str | None = None
+    """The extension under which its bytes are kept: PIL, libjpeg-turbo and DALI 2.4.0 read the same pixels and the same
+    orientation from them. None if they do not, or may not."""
+
+    @property
+    def upright(self) -> np.ndarray:
+        """(H, W, 3) uint8 pixels as displayed."""
+        return upright(self.rgb, self.orientation)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width as displayed."""
+        height, width = self.rgb.shape[:2]
+        return (width, height) if self.orientation >= 5 else (height, width)  # 5..8 turn by 90 degrees
+
+
+def read_picture(data: bytes, *, max_pixels: int) -> Picture:
+    """Decode an image file of any kind that is read here.
+
+    Of an animation or a file of several pages it is the first one; of samples of more than 8 bits the upper 8 of those that the
+    file declares. Metadata, however large or damaged, decides nothing but the orientation.
+
+    Raises:
+        Unusable: empty, no image, damaged, cut off, or more than ``max_pixels`` by its header.
+    """
+    if not data:
+        raise Unusable("empty file")
+    kind = image_format(data)
+    if kind is None:
+        raise Unusable(what_else(data))
+    if kind == "JPEG":
+        picture = _read_jpeg(data, max_pixels)
+    elif kind == "PNG":
+        picture = _read_png(data, max_pixels)
+    else:
+        picture = _read_other(data, kind, max_pixels)
+    if picture.orientation != 1:
+        picture.flags.append("exif_rotated")
+    return picture
+
+
+# ----------------------------------------------------------------------------------------------------------------------- JPEG
+
+
+def _read_jpeg(data: bytes, max_pixels: int) -> Picture:
+    header = jpeg.read_header(data)
+    if header is None:
+        raise Unusable("damaged JPEG: it ends before it says its size")
+    _check_size(header.width, header.height, max_pixels)
+    canonical = header.canonical
+    try:
+        rgb = simplejpeg.decode_jpeg(data, strict=True)
+    except Exception as error:
+        canonical = False
+        rgb = _decode_odd_jpeg(data, error)
+    if header.needs_scans:
+        if jpeg.missing_scans(data):
+            raise Unusable("damaged JPEG: the last of its scans are missing")
+        canonical = canonical and not jpeg.has_too_many_scans(data)
+    picture = Picture(rgb)
+    if header.components == 1:
+        picture.flags.append("grey")
+    elif header.components == 4:
+        picture.flags.append("cmyk")  # libjpeg-turbo's own conversion is one grey level off PIL's and DALI's
+        picture.rgb = _pixels_by_pil(data if canonical else jpeg.rewritten(data))
+    if header.exif is not None or header.xmp is not None:
+        info = {"exif": header.exif and b"Exif\0\0" + header.exif, "xmp": header.xmp}
+        picture.orientation = displayed_by({key: value for key, value in info.items() if value is not None})
+        plain_answer = 1 if header.exif is None else plain(header.exif)
+        # DALI turns an image by OpenCV, whose conversion of four inks is a grey level off.
+        canonical = canonical and picture.orientation == plain_answer and (header.components != 4 or plain_answer == 1)
+    picture.kept = "jpg" if canonical else None
+    return picture
+
+
+def _decode_odd_jpeg(data: bytes, error: Exception) -> np.ndarray:
+    """The pixels of a JPEG that libjpeg-turbo warned of, or that its strict interface does not take.
+
+    Raises:
+        Unusable: the warning is about the scans, so the picture is damaged.
+    """
+    first = error
+    for form in (jpeg.rewritten(data), jpeg.rewritten(data, fill=b"")):
+        try:
+            return simplejpeg.decode_jpeg(form, strict=True)
+        except Exception as again:
+            error = again
+    if "subsampling" not in str(error):
+        raise Unusable(f"damaged JPEG: {' '.join(str(first).split())}")
+    # A sampling that the strict interface has no name for. Where a scan is cut off, other bytes at its end change the picture.
+    picture, *others = (_pixels_by_pil(jpeg.rewritten(data, fill=fill)) for fill in (b"", *_FILLS))
+    if any(not np.array_equal(picture, other) for other in others):
+        raise Unusable("damaged JPEG: its scan is cut off")
+    return picture
+
+
+def _pixels_by_pil(data: bytes) -> np.ndarray:
+    image = open_file(data, "JPEG")
+    load(image, "JPEG")
+    return np.asarray(image.convert("RGB"))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ PNG
+
+
+def _read_png(data: bytes, max_pixels: int) -> Picture:
+    png = read_png(data)
+    _check_size(png.width, png.height, max_pixels)
+    canonical = check_pixels(png) and png.canonical and png.depth < 16
+    grey_with_wide_alpha = png.depth == 16 and png.colour_type == 4
+    # PIL has no 16-bit grey with alpha. As 8-bit RGBA its filters work on the same bytes: two of grey, two of alpha.
+    content = png.picture(depth=8, colour_type=6) if grey_with_wide_alpha else png.picture()
+    image = open_file(content, "PNG")
+    wide = is_wide(image)
+    load(image, "PNG")
+    with one_reason("PNG"):
+        if grey_with_wide_alpha:
+            high, low = np.moveaxis(np.asarray(image)[:, :, :2].astype(np.uint16), 2, 0)
+            rgb, flags = narrow((high << 8 | low)[:, :, None], png.significant_bits, certain=False)
+        else:
+            rgb, flags = eight_bit_rgb(
+                image, wide=wide, declared_bits=png.significant_bits, reopen=lambda: open_file(content, "PNG")
+            )
+    if png.colour_type == PALETTE:
+        canonical = canonical and int(np.asarray(image).max()) < len(png.palette) // 3
+    if png.colour_type in (0, 4):
+        flags.append("grey")
+    if png.has_alpha:
+        flags.append("alpha")
+    orientation = displayed_by(png.metadata) if png.metadata else 1
+    canonical = canonical and orientation == plain(png.exif)
+    return Picture(rgb, orientation, flags, "png" if canonical else None)
+
+
+# -------------------------------------------------------------------------------------------------------------- other formats
+
+
+def _read_other(data: bytes, kind: str, max_pixels: int) -> Picture:
+    image = open_file(data, kind)
+    _check_size(image.width, image.height, max_pixels)
+    refuse_without_scale(image, kind)
+    wide = is_wide(image)
+    load(image, kind)
+    kept = None
+    if kind == "BMP" and is_plain_bmp(data):
+        kept = "bmp"
+    elif kind == "WEBP" and is_plain_webp(data) and getattr(image, "n_frames", 1) == 1:
+        kept = "webp"
+    picture = _of_loaded(image, kind, wide=wide, data=data)
+    picture.kept = kept if picture.orientation == 1 else None
+    return picture
+
+
+def _of_loaded(image: Image.Image, kind: str, *, wide: bool, data: bytes | None = None) -> Picture:
+    flags: list[str] = []
+    with one_reason(kind):
+        if image.mode.startswith("I") or image.mode in _GREY_MODES:
+            flags.append("grey")
+        if image.mode == "CMYK":
+            flags.append("cmyk")
+        with silent():
+            if image.has_transparency_data:
+                flags.append("alpha")
+            orientation = displayed(image)
+        image.info.pop("transparency", None)  # PIL would convert it too, and warn
+        reopen = None if data is None else lambda: open_file(data, kind)
+        rgb, more = eight_bit_rgb(image, wide=wide, reopen=reopen)
+    return Picture(rgb, orientation, flags + more)
+
+
+def read_pil_image(image: Image.Image) -> Picture:
+    """The same of an image that PIL has opened or made. It may be loaded, but is not changed otherwise.
+
+    Raises:
+        Unusable: the samples have no defined 8-bit scale, or it is damaged.
+    """
+    kind = image.format or "image"
+    with one_reason(kind):
+        refuse_without_scale(image, kind)
+        wide = is_wide(image)
+        image.load()
+        if "transparency" in image.info:
+            tags = getattr(image, "tag_v2", None)
+            image = image.copy()
+            if tags is not None:
+                image.tag_v2 = tags  # type: ignore[attr-defined]
+    return _of_loaded(image, kind, wide=wide)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise TooLarge(f"declares {width} x {height} pixels, more than the limit of {max_pixels}")
