@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import mmap
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shards.duplicates import Contents, read_contents
-from shards.images import Unusable, inspect
 from shards.record import ShardSummary, summarise, unseal
 from tidali.dataset.contract import Shard
 from tidali.dataset.shard_bytes import (
@@ -28,9 +29,15 @@ from tidali.dataset.shard_bytes import (
 )
 from tidali.errors import DatasetError
 from tidali.files import file_digest
+from tidali.images.errors import Unusable
+from tidali.images.read import read_picture
 
 _FIX = "pack the source again into this folder: correct shards are kept, this one is rewritten"
+_REWRITE_FIX = "delete this file and pack the source again into this folder: the shard is written anew"
 _MOST_FAULTS_A_FILE = 10
+
+SecondDecoder = Callable[[bytes, np.ndarray], str | None]
+"""From an image's bytes and its upright pixels, (H, W, 3) uint8: what is wrong with how it reads them, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +82,13 @@ def check_shard(
     unlabelled: frozenset[str],
     file_of: Mapping[str, str],
     decode: bool,
+    second_decoder: SecondDecoder | None,
 ) -> ShardCheck:
-    """Check a split's shard. ``file_of`` maps every SHA-256 of the manifest to its file, to recognise swapped ones."""
+    """Check a split's shard; with ``decode`` every image too.
+
+    Args:
+        file_of: every SHA-256 of the manifest -> its file, to recognise swapped ones.
+    """
     split, shard = task
     check = ShardCheck()
     record = _check_record(root, shard, file_of, check)
@@ -88,7 +100,11 @@ def check_shard(
     if record is not None:
         expected = list(_expected_members(record, digits))
         index_fault = index_fault and _which_line(root, shard, record, digits, index_fault)
-        found = [] if tar_fault and "is that of" in tar_fault.text else list(_check_members(root, shard, expected, decode))
+        found = (
+            []
+            if tar_fault and "is that of" in tar_fault.text
+            else list(_check_members(root, shard, expected, decode, second_decoder))
+        )
         found += _check_labels(shard, record, num_classes, digits)
         check.faults += found[:_MOST_FAULTS_A_FILE]
         if len(found) > _MOST_FAULTS_A_FILE:
@@ -164,27 +180,29 @@ class _Member:
     crc32: int
     display_size: tuple[int, int] | None
     """Height and width of an image, None of a label."""
+    source: str
 
 
 def _expected_members(record: dict[str, Any], digits: int) -> Iterator[_Member]:
     for sample in record["samples"]:
         key, offset, size_bytes = sample["key"], sample["offset"], sample["size_bytes"]
         image = Component(sample["extension"], offset, size_bytes, f"{key}.{sample['extension']}")
-        yield _Member(key, image, sample["crc32"], (sample["height"], sample["width"]))
+        yield _Member(key, image, sample["crc32"], (sample["height"], sample["width"]), sample["source"])
         if digits and sample["label"] is not None:
             offset += size_bytes + len(padding(size_bytes)) + BLOCK_BYTES
             label = label_bytes(sample["label"], digits)
-            yield _Member(
-                key, Component(LABEL_EXTENSION, offset, len(label), f"{key}.{LABEL_EXTENSION}"), zlib.crc32(label), None
-            )
+            component = Component(LABEL_EXTENSION, offset, len(label), f"{key}.{LABEL_EXTENSION}")
+            yield _Member(key, component, zlib.crc32(label), None, sample["source"])
 
 
-def _check_members(root: Path, shard: Shard, expected: list[_Member], decode: bool) -> Iterator[Fault]:
+def _check_members(
+    root: Path, shard: Shard, expected: list[_Member], decode: bool, second_decoder: SecondDecoder | None
+) -> Iterator[Fault]:
     try:
         with open(root / shard.name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
             end = 0
             for member in expected:
-                yield from _check_member(shard.name, tar, member, end, decode)
+                yield from _check_member(shard.name, tar, member, end, decode, second_decoder)
                 end = member.component.offset + member.component.size_bytes + len(padding(member.component.size_bytes))
             if tar[end:] != END_OF_ARCHIVE and len(tar) > end:
                 yield Fault(shard.name, "does not end as a tar does after its last sample", offset=end)
@@ -192,7 +210,9 @@ def _check_members(root: Path, shard: Shard, expected: list[_Member], decode: bo
         return  # missing or empty: already reported
 
 
-def _check_member(name: str, tar: mmap.mmap, member: _Member, end: int, decode: bool) -> Iterator[Fault]:
+def _check_member(
+    name: str, tar: mmap.mmap, member: _Member, end: int, decode: bool, second_decoder: SecondDecoder | None
+) -> Iterator[Fault]:
     part = member.component
     if part.offset + part.size_bytes > len(tar):
         yield Fault(name, f"ends before the end of {part.name}", key=member.key, offset=part.offset)
@@ -209,14 +229,26 @@ def _check_member(name: str, tar: mmap.mmap, member: _Member, end: int, decode: 
             what = f"the label reads {data.decode('ascii', 'replace')!r}, which is not what was packed"
         yield Fault(name, what, key=member.key, offset=part.offset)
     elif decode and member.display_size is not None:
-        try:
-            image = inspect(data, max_pixels=member.display_size[0] * member.display_size[1])
-        except Unusable as error:
-            yield Fault(name, f"the image does not decode: {error}", key=member.key, offset=part.offset)
-        else:
-            if image.size != member.display_size:
-                text = f"the image is {image.size[0]} x {image.size[1]}, its record says {member.display_size}"
-                yield Fault(name, text, key=member.key, offset=part.offset)
+        for text, fix in _image_faults(data, member, member.display_size, second_decoder):
+            yield Fault(name, text, fix, key=member.key, offset=part.offset)
+
+
+def _image_faults(
+    data: bytes, member: _Member, size: tuple[int, int], second_decoder: SecondDecoder | None
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with an image whose bytes are those that were packed, and how to fix it."""
+    try:
+        picture = read_picture(data, max_pixels=size[0] * size[1])
+    except Unusable as error:
+        yield f"the image does not decode: {error}", _REWRITE_FIX
+        return
+    if picture.size != size:
+        yield f"the image is {picture.size[0]} x {picture.size[1]}, its record says {size}", _REWRITE_FIX
+    elif picture.kept != member.component.extension:
+        # Decoded further, bytes like these may end the process.
+        yield "not every decoder reads its bytes alike: an earlier version packed it", _REWRITE_FIX
+    elif second_decoder is not None and (text := second_decoder(data, picture.upright)) is not None:
+        yield text, f"replace {member.source!r} in the source by a PNG of it, and pack that again"
 
 
 def _check_labels(shard: Shard, record: dict[str, Any], num_classes: int, digits: int) -> Iterator[Fault]:

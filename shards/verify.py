@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.check import Fault, ShardCheck, check_shard
+from shards.check import Fault, SecondDecoder, ShardCheck, check_shard
 from shards.duplicates import find_repeated, name_repeated
 from shards.executor import default_workers, run_tasks
 from shards.pack import PLAN_NAME
@@ -39,8 +39,13 @@ class VerifyReport:
     size_bytes: int = 0
 
 
-def verify(root: Path, *, decode: bool = False, workers: int | None = None) -> VerifyReport:
-    """Check a data set in a local folder; with ``decode`` every image too.
+def verify(
+    root: Path, *, decode: bool = False, second_decoder: SecondDecoder | None = None, workers: int | None = None
+) -> VerifyReport:
+    """Check a data set in a local folder; with ``decode`` every image too, by PIL and libjpeg-turbo.
+
+    Args:
+        second_decoder: a function that other processes can import: decodes each image once more.
 
     Raises:
         DatasetError: there is no manifest to check against.
@@ -55,7 +60,7 @@ def verify(root: Path, *, decode: bool = False, workers: int | None = None) -> V
     except DatasetError as error:
         return VerifyReport(faults=(Fault(MANIFEST_NAME, str(error).partition("; ")[0], _REPACK_ANEW),))
     shards = [(split.name, shard) for split in manifest.splits.values() for shard in split.shards]
-    checks = _check_shards(root, manifest, shards, decode, workers)
+    checks = _check_shards(root, manifest, shards, workers, decode=decode, second_decoder=second_decoder)
     faults = [fault for check in checks for fault in check.faults]
     faults += _extra_files(root, manifest)
     faults += _ordinals(shards, checks)
@@ -70,7 +75,13 @@ def verify(root: Path, *, decode: bool = False, workers: int | None = None) -> V
 
 
 def _check_shards(
-    root: Path, manifest: Manifest, shards: list[tuple[str, Shard]], decode: bool, workers: int | None
+    root: Path,
+    manifest: Manifest,
+    shards: list[tuple[str, Shard]],
+    workers: int | None,
+    *,
+    decode: bool,
+    second_decoder: SecondDecoder | None,
 ) -> list[ShardCheck]:
     job = functools.partial(
         check_shard,
@@ -79,6 +90,7 @@ def _check_shards(
         unlabelled=frozenset(name for name, split in manifest.splits.items() if not split.labelled),
         file_of={digest: name for _, shard in shards for name, digest, _ in shard.files},
         decode=decode,
+        second_decoder=second_decoder,
     )
     if workers is None:
         workers = default_workers() if sum(shard.samples for _, shard in shards) > 20_000 or decode else 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,54 @@ class Maker:
 
     def jpeg(self, seed: int, height: int = 40, width: int = 48) -> bytes:
         return self.encode(self.image(seed, height, width), quality=85)
+
+    def png(self, colour_type: int, bits: int, size: tuple[int, int], rows: bytes, *extra: bytes, lace: bool = False) -> bytes:
+        """A PNG of any kind, as PIL does not write them all.
+
+        Args:
+            size: height and width.
+            rows: each with its filter's number before it.
+            extra: whole chunks before the pixels.
+        """
+        head = struct.pack(">IIBBBBB", size[1], size[0], bits, colour_type, 0, 0, lace)
+        chunks = [self.chunk(b"IHDR", head), *extra, self.chunk(b"IDAT", zlib.compress(rows)), self.chunk(b"IEND", b"")]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+    def chunk(self, kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    def png16(self, samples: np.ndarray, *extra: bytes) -> bytes:
+        """A PNG of (H, W, 1 to 4) uint16 samples."""
+        colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[samples.shape[2]]
+        return self.png(colour_type, 16, samples.shape[:2], self.rows(samples.astype(">u2")), *extra)
+
+    def rows(self, samples: np.ndarray) -> bytes:
+        return b"".join(b"\0" + row.tobytes() for row in samples)
+
+    def tiff(self, samples: np.ndarray, order: str = "<", *, data: bytes = b"", **tags: tuple[int, ...]) -> bytes:
+        """An uncompressed TIFF in one strip of (H, W) or (H, W, 3) samples; ``t262=(0,)`` sets a tag of 16-bit values."""
+        height, width, *bands = samples.shape
+        data = data or samples.astype(samples.dtype.newbyteorder(order)).tobytes()
+        count = bands[0] if bands else 1
+        values = {256: (width,), 257: (height,), 258: (8 * samples.itemsize,) * count, 259: (1,), 262: (2 if bands else 1,)}
+        values |= {273: (0,), 277: (count,), 278: (height,), 279: (len(data),)} | {int(t[1:]): v for t, v in tags.items()}
+        begin = 8 + 2 + 12 * len(values) + 4
+        packed = {tag: struct.pack(f"{order}{len(numbers)}H", *numbers) for tag, numbers in values.items()}
+        beyond = b"".join(packed[tag] for tag in sorted(values) if len(packed[tag]) > 4)
+        packed[273] = struct.pack(order + "H", begin + len(beyond))
+        entries, at = b"", begin
+        for tag in sorted(values):
+            place = packed[tag].ljust(4, b"\0") if len(packed[tag]) <= 4 else struct.pack(order + "I", at)
+            at += len(packed[tag]) if len(packed[tag]) > 4 else 0
+            entries += struct.pack(order + "HHI", tag, 3, len(values[tag])) + place
+        head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IH", 8, len(values))
+        return head + entries + bytes(4) + beyond + data
+
+    def exif(self, order: str, kind: int, value: int) -> bytes:
+        """An EXIF block with an orientation of a type: 1 byte, 3 short, 4 long, 8 signed short."""
+        form = {1: "B3x", 3: "H2x", 4: "I", 8: "h2x"}[kind]
+        mark = {"<": b"II", ">": b"MM"}[order]
+        return mark + struct.pack(order + "HIHHHI" + form + "4x", 42, 8, 1, 0x0112, kind, 1, value)
 
     def tiny_tree(self, classes: int = 4, train: int = 12, val: int = 3, test: int = 5) -> Tree:
         """Tiny-ImageNet's layout. wnids.txt is not sorted, so that class order is told from name order."""

@@ -5,6 +5,7 @@ By hand, with 5,000 variants: ``TIDALI_FUZZ=5000 TIDALI_FUZZ_SEED=1 pytest -s te
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from shards.images import Unusable, inspect
 from tidali.images.read import read_picture
@@ -175,8 +176,9 @@ def test_every_reader_sees_what_was_packed(make: Any, dali_rgb: Callable[[bytes]
             continue
         outcomes[f"{kind} {'kept' if packed.data == data else 'stored as PNG'}"] += 1
         predicted = read_pixels(tmp_path / "file")
-        trained = {"DALI": dali_rgb(packed.data), "threads": read_picture(packed.data, max_pixels=MOST_PIXELS).upright}
-        for reader, pixels in trained.items():
+        readers = {"DALI": dali_rgb(packed.data), "threads": read_picture(packed.data, max_pixels=MOST_PIXELS).upright}
+        readers["PIL"] = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(packed.data))).convert("RGB"))
+        for reader, pixels in readers.items():
             assert pixels.shape == predicted.shape == (*packed.size, 3), (name, reader, data.hex())
             # One grey level: decoders round four inks to RGB in ways of their own.
             assert abs(pixels.astype(int) - predicted).max() <= 1, (name, reader, data.hex())

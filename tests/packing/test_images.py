@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,22 +30,11 @@ def exif(orientation: int) -> Image.Exif:
     return block
 
 
-def png(colour_type: int, bits: int, height: int, width: int, rows: bytes) -> bytes:
-    """A PNG of any kind, as PIL does not write them all."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    head = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
 def png16(make: Any, colour_type: int) -> tuple[bytes, np.ndarray]:
     """A 16-bit PNG of random samples, and them as (H, W, C) uint16."""
     channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour_type]
     samples = np.random.default_rng(colour_type).integers(0, 65536, (9, 11, channels), dtype=np.uint16)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
-    return png(colour_type, 16, 9, 11, rows), samples
+    return make.png16(samples), samples
 
 
 def with_alpha(image: Image.Image) -> Image.Image:
@@ -133,7 +121,10 @@ UNUSABLE: dict[str, tuple[Callable[[Any], bytes], str]] = {
     "webp cut": (lambda m: m.encode(m.image(1), "WEBP", quality=80)[:-100], "damaged|no image"),
     "bmp cut": (lambda m: m.encode(m.image(1), "BMP")[:-100], "damaged BMP"),
     "gif cut": (lambda m: m.encode(m.image(1).quantize(32), "GIF")[:200], "damaged GIF"),
-    "png that declares 100,000 x 100,000": (lambda m: png(2, 8, 100_000, 100_000, b"\0"), "declares 100000 x 100000 pixels"),
+    "png that declares 100,000 x 100,000": (
+        lambda m: m.png(2, 8, (100_000, 100_000), b"\0"),
+        "declares 100000 x 100000 pixels",
+    ),
     "jpeg that declares 65,000 x 65,000": (
         lambda m: m.jpeg(1).replace(struct.pack(">HH", 40, 48), struct.pack(">HH", 65_000, 65_000), 1),
         "declares 65000 x 65000 pixels, more than the limit of 1048576 .*--max-pixels",
@@ -224,25 +215,10 @@ def test_sixteen_bits_become_their_high_byte(make: Any, colour_type: int) -> Non
 
 
 @pytest.mark.parametrize("name", USABLE)
-def test_dali_decodes_what_is_stored_as_pil_does(make: Any, name: str) -> None:
+def test_dali_decodes_what_is_stored_as_pil_does(make: Any, dali_rgb: Callable[[bytes], np.ndarray], name: str) -> None:
     """The rule by which formats are kept or encoded anew: what is stored has one meaning. Bit for bit, orientation included."""
     data = look(USABLE[name][0](make)).data
     assert np.array_equal(dali_rgb(data), upright_rgb(data))
-
-
-def dali_rgb(data: bytes) -> np.ndarray:
-    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
-    from nvidia.dali import fn, pipeline_def, types
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
-    def decode() -> Any:
-        encoded = fn.external_source(lambda: [np.frombuffer(data, np.uint8)])
-        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
-
-    pipe = decode()
-    pipe.build()
-    (images,) = pipe.run()
-    return np.array(images.at(0))
 
 
 @given(sizes=st.lists(st.tuples(st.integers(1, 150), st.integers(1, 150)), max_size=8), fill=st.sampled_from([None, 0, 255]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,11 +19,19 @@ from tidali.dataset.file_names import describe_left_out, visible_name
 from tidali.errors import TidaliError, UsageError
 
 if TYPE_CHECKING:
+    from shards.check import SecondDecoder
     from shards.pack import PackReport, Progress
     from tidali.dataset.contract import Manifest
 
 _SIZE_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _LISTED_FILES = 10
+_NOTED = {
+    "alpha": "have transparent pixels. Transparency is dropped: training and prediction see the colours that are stored below. "
+    "If those are not meant to be seen, composite the images on a background first",
+    "sixteen_bit_dark": "with 16-bit samples have none above an eighth of the range, and are nearly black as packed. If they "
+    "hold 12 bits, declare that in the files (sBIT in PNG, MaxSampleValue in TIFF), or scale them first",
+}
+"""What is said after packing of images of a kind, by the name it is counted under."""
 
 # One for each group of options in the help. Called as typer.Option.
 which_option = partial(typer.Option, rich_help_panel="Which images")
@@ -131,15 +139,23 @@ def demo(
 
 def verify(
     data: DataArgument,
-    decode: Annotated[bool, typer.Option("--decode", help="Also decode every image.")] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Also decode every image, as it is packed and, where DALI is installed, by DALI.")
+    ] = False,
     workers: WorkersOption = None,
 ) -> None:
     """Check a packed data set: every hash, index entry, tar header, label and count. Exits with 1 if anything is wrong."""
     from shards.store import local_copy
     from shards.verify import verify as verify_folder
 
+    second_decoder: SecondDecoder | None = None
+    if decode:
+        with suppress(ImportError):  # of DALI
+            from tidali.loading.dali_check import dali_fault
+
+            second_decoder = dali_fault
     with local_copy(data) as folder:
-        report = verify_folder(folder, decode=decode, workers=workers)
+        report = verify_folder(folder, decode=decode, second_decoder=second_decoder, workers=workers)
     for fault in report.faults:
         results.print(str(fault), markup=False)
     if report.faults:
@@ -148,7 +164,8 @@ def verify(
         results.print(text, markup=False)
     if report.repeated:
         warn(f"{data}: {len(report.repeated):,} images are in several splits or under several classes, as in the source")
-    checked = "every file, header, label and image" if decode else "every file, header and label"
+    by_dali = " (decoded by DALI too)" if second_decoder is not None else ""
+    checked = f"every file, header, label and image{by_dali}" if decode else "every file, header and label"
     found = f"{report.samples:,} samples in {report.shards} shards, {report.size_bytes / 1e6:,.1f} MB"
     results.print(f"{data}: {found}: {checked} is right", markup=False)
 
@@ -281,6 +298,9 @@ def _print_pack(report: PackReport) -> None:
         say(f"left out: {describe_left_out(report.left_out)}")
     for text in report.warnings:
         warn(text)
+    for kind, note in _NOTED.items():
+        if count := manifest.counts.get(kind):
+            warn(f"{count:,} images {note}")
     if manifest.quarantine:
         warn(f"{len(manifest.quarantine)} files are not usable images; their bytes are in {report.location}/quarantine")
         for entry in manifest.quarantine[:_LISTED_FILES]:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImagePalette
 
 from tidali.images.errors import Unusable
 from tidali.images.pil import low_bytes
 
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE_VALUE, _PLANAR, _SAMPLE_FORMAT = 258, 262, 281, 284, 339
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE_VALUE, _PLANAR, _COLOURS, _SAMPLE_FORMAT = 258, 262, 281, 284, 320, 339
 """TIFF 6.0's tags."""
 _MIN_IS_WHITE, _SEPARATE_PLANES, _SIGNED = 0, 2, 2
 _DARK_LIMIT = 1 << 13
@@ -33,14 +33,23 @@ def refuse_without_scale(image: Image.Image, kind: str) -> None:
         Unusable: the samples have no defined 8-bit scale, or PIL reads them wrongly.
     """
     tags: Any = getattr(image, "tag_v2", {})
-    if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM")):  # those two have 16 bits as "I"
+    bits = tags.get(_BITS_PER_SAMPLE, ())
+    # PIL reads 16 bits of a PNG and PPM as "I" too, and signed ones of a TIFF.
+    if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM") and max(bits, default=32) > 16):
         raise Unusable(f"{kind} with 32-bit samples, which have no defined 8-bit scale; convert it to 8 or 16 bits")
     if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
         raise Unusable(f"{kind} with signed samples, which have no defined 8-bit scale; convert it to 8 or 16 bits")
     if image.mode == "LAB":
         raise Unusable(f"{kind} with Lab colours, which are not read here; convert it to RGB")
-    if is_wide(image) and tags.get(_PLANAR) == _SEPARATE_PLANES and len(tags.get(_BITS_PER_SAMPLE, ())) > 1:
-        raise Unusable(f"{kind} with 16-bit samples in separate planes, which PIL reads wrongly; convert it to PNG")
+    if len(bits) > 1 and max(bits) > 8 and tags.get(_PLANAR) == _SEPARATE_PLANES:
+        raise Unusable(f"{kind} with {max(bits)}-bit samples in separate planes, which PIL reads wrongly; convert it to PNG")
+
+
+def fix_palette(image: Image.Image) -> None:
+    """Give a TIFF its colours whose palette has values of 8 bits in place of 16, as some writers make it."""
+    colours = getattr(image, "tag_v2", {}).get(_COLOURS, ())
+    if image.mode in ("P", "PA") and colours and max(colours) < 256:
+        image.palette = ImagePalette.raw("RGB;L", bytes(colours))
 
 
 def eight_bit_rgb(

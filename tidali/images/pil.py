@@ -7,31 +7,34 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from tidali.images.errors import Unusable
 
 _LOCK = threading.RLock()
+_UNKNOWN_VARIANT = ("unknown pixel mode", "unknown data organization")
+"""What PIL says of a whole TIFF that it has no decoder for."""
 _SWAPPED = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 """Order of the bytes of 16-bit samples in PIL's names of raw modes -> the other order."""
 
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """PIL without a limit of its own on pixels and without its warnings about metadata.
+    """PIL without a limit of its own on pixels, without its warnings about metadata, and strict about missing pixels.
 
-    PIL keeps both in global variables, so one thread at a time is inside. Pixels are decoded outside.
+    All three are global variables, so one thread at a time is inside. Pixels are decoded outside.
     """
     with _LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
         try:
             yield
         finally:
-            Image.MAX_IMAGE_PIXELS = limit
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = limit, lenient
 
 
 @contextmanager
@@ -44,7 +47,10 @@ def one_reason(kind: str) -> Iterator[None]:
     except MemoryError:
         raise Unusable(f"{kind} that needs more memory than there is") from None
     except Exception as error:
-        raise Unusable(f"damaged {kind}: {' '.join(str(error).split()) or type(error).__name__}") from None
+        text = " ".join(str(error).split()) or type(error).__name__
+        if text in _UNKNOWN_VARIANT:
+            raise Unusable(f"{kind} of a variant that PIL does not read ({text}); convert it to JPEG or PNG") from None
+        raise Unusable(f"damaged {kind}: {text}") from None
 
 
 def open_file(data: bytes, kind: str) -> Image.Image:
@@ -69,14 +75,20 @@ def load(image: Image.Image, kind: str) -> None:
         Unusable: they are damaged, or some are missing.
     """
     with one_reason(kind):
-        if kind != "TIFF":
+        if kind == "TIFF":
+            places = {tile[1] for tile in image.tile}  # type: ignore[attr-defined]
+            if sum((right - left) * (lower - upper) for left, upper, right, lower in places) < image.width * image.height:
+                raise Unusable("damaged TIFF: a part of its pixels is missing")  # PIL leaves it black
+        # A TIFF's tags are read again, with warnings; a calling program may have told PIL to be lenient.
+        with silent() if kind == "TIFF" or ImageFile.LOAD_TRUNCATED_IMAGES else nullcontext():
             image.load()
-            return
-        places = {tile[1] for tile in image.tile}  # type: ignore[attr-defined]
-        if sum((right - left) * (lower - upper) for left, upper, right, lower in places) < image.width * image.height:
-            raise Unusable("damaged TIFF: a part of its pixels is missing")  # PIL leaves it black
-        with silent():  # it reads tags again, and warns again
-            image.load()
+
+
+def has_transparent_pixels(image: Image.Image) -> bool:
+    """Of a loaded image; by its palette or key colour, one that may have some."""
+    if image.getbands()[-1] in ("A", "a"):
+        return int(np.asarray(image)[..., -1].min()) < 255
+    return image.has_transparency_data
 
 
 def low_bytes(reopen: Callable[[], Image.Image]) -> np.ndarray | None:

@@ -44,7 +44,8 @@ class Png(NamedTuple):
     """The compressed pixels."""
     palette: bytes
     interlaced: bool
-    has_alpha: bool
+    has_key_colour: bool
+    """Or a palette, with transparency."""
     significant_bits: int
     """Of a sample, as the file declares it; ``depth`` where it does not."""
     metadata: dict[str, Any]
@@ -94,8 +95,8 @@ def read_png(data: bytes) -> Png:
         pixels=b"".join(chunk.body for chunk in of_kind.get(b"IDAT", [])),
         palette=palette[0].body if colour_type == PALETTE else b"",
         interlaced=bool(interlace),
-        has_alpha=colour_type in (4, 6) or b"tRNS" in of_kind,
-        significant_bits=max(significant[0].body[: min(3, _CHANNELS[colour_type])], default=depth) if significant else depth,
+        has_key_colour=b"tRNS" in of_kind,
+        significant_bits=max(significant[0].body[: 1 if colour_type in (0, 4) else 3], default=depth) if significant else depth,
         metadata=_orientation_data(chunks),
         exif=exifs[0].body if exifs else b"",
     )
