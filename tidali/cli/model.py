@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +25,7 @@ def predict(
         list[str],
         typer.Argument(
             metavar="IMAGE|FOLDER|GLOB",
-            help="Files of any format that PIL opens, folders (searched recursively), or quoted patterns.",
+            help="Files of any format that 'tidali shard' reads, folders (searched recursively), or quoted patterns.",
         ),
     ],
     top: Annotated[int, typer.Option(min=1, help="Classes to show for each image.")] = 5,
@@ -43,7 +42,6 @@ def predict(
     """
     if json_ and csv_:
         raise UsageError("--json and --csv: give one of them")
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # about damaged metadata, which prediction does not read
 
     from tidali.console import print_table, progress_bar, say, warn
     from tidali.dataset.file_names import describe_left_out, printable_path
