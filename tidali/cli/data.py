@@ -164,10 +164,10 @@ def verify(
         results.print(text, markup=False)
     if report.repeated:
         warn(f"{data}: {len(report.repeated):,} images are in several splits or under several classes, as in the source")
-    by_dali = " (decoded by DALI too)" if second_decoder is not None else ""
-    checked = f"every file, header, label and image{by_dali}" if decode else "every file, header and label"
+    checked = "every file, header, label and image" if decode else "every file, header and label"
     found = f"{report.samples:,} samples in {report.shards} shards, {report.size_bytes / 1e6:,.1f} MB"
-    results.print(f"{data}: {found}: {checked} is right", markup=False)
+    by_dali = "" if second_decoder is None else ", and DALI reads the same pixels"
+    results.print(f"{data}: {found}: {checked} is right{by_dali}", markup=False)
 
 
 def info(
