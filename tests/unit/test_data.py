@@ -59,6 +59,23 @@ def test_auto_caches_what_takes_half_of_the_free_memory(choice, free_mib: int, c
 
 
 @pytest.mark.parametrize(
+    ("free_mib", "training_mib", "cached", "facts"),
+    [
+        (32, 16, True, ["under half", "0.0 GiB"]),  # training fits the other half
+        (32, 20, True, ["under what is left", "training"]),
+        (32, 21, False, ["over what is left", "training"]),
+        (32, 100, False, ["over what is left", "training"]),
+    ],
+)
+def test_a_cache_leaves_what_training_needs(free_mib: int, training_mib: int, cached: bool, facts) -> None:
+    split = split_of(1024, "64x64")  # 12 MiB
+    free = {"free_bytes": free_mib * MIB, "training_bytes": training_mib * MIB}
+    route = choose_route("auto", split, sides=[224], crops=False, **free)
+    assert route.cached is cached
+    assert all(fact in route.reason for fact in facts), route.reason
+
+
+@pytest.mark.parametrize(
     ("sides", "mib", "named"),
     [([128], 48, ["128"]), ([64, 128], 60, ["64", "128"]), ([128, 128], 48, ["128"])],
 )

@@ -136,6 +136,41 @@ def test_batch_norm_sees_each_piece_by_itself(plan: DevicePlan) -> None:
     assert state.model[0].num_batches_tracked.item() == 2
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_ranks_add_up_gradients_once_a_step(plan: DevicePlan, tmp_path: Path, accumulate: int) -> None:
+    """DistributedDataParallel over a group of one, with its sums counted: one, of all pieces' gradients."""
+    sums = []
+
+    class OneOfSeveral(Ranks):
+        def wrap(self, model: nn.Module) -> nn.Module:
+            wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+            def hook(_, bucket):  # torch allows its own annotations alone
+                sums.append(bucket.buffer().clone())
+                future: torch.futures.Future[Tensor] = torch.futures.Future()
+                future.set_result(bucket.buffer())
+                return future
+
+            wrapped.register_comm_hook(None, hook)
+            return wrapped
+
+    images, labels = next(batches(1, size=9))
+    alone = linear_state(plan, accumulate=accumulate)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        model = copy.deepcopy(alone.model)
+        recipe = make_recipe("seed", momentum=0.0, accumulate=accumulate)
+        state = make_train_state(model, plan, lambda step: 0.1, recipe, ranks=OneOfSeveral(joined=True))
+        for step in (1, 2):
+            for one in (alone, state):
+                train_step(one, images, labels)
+            assert len(sums) == step
+    finally:
+        torch.distributed.destroy_process_group()
+    for ours, theirs in zip(state.model.parameters(), alone.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
 def test_no_piece_is_left_with_a_single_sample(plan: DevicePlan) -> None:
     """Batch norm over one value a channel raises: 10 samples in 4 pieces are 3, 3, 2 and 2."""
     images, labels = next(batches(1, size=10))

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torchvision
 
+from tidali.config import Stem
 from tidali.errors import UsageError
 from tidali.hardware.cpu_pooling import pool_before_relu
-from tidali.model.resnet import build_resnet18, load_matching, shrink_kernels
+from tidali.model.resnet import build_resnet18, load_matching, resnet18_activations, shrink_kernels
 
 
 @pytest.mark.parametrize("res", [32, 64])
@@ -138,3 +139,22 @@ def test_the_stem_is_resampled_where_that_is_asked_for() -> None:
     stock = build_resnet18(5, "imagenet")
     assert load_matching(stock, source, "file", stem_init="resample").resampled == ()
     assert torch.equal(stock.conv1.weight, source["conv1.weight"])
+
+
+@pytest.mark.parametrize(("stem", "res"), [("imagenet", 64), ("imagenet", 224), ("small", 64)])
+def test_activations_are_what_autograd_keeps(stem: Stem, res: int) -> None:
+    """Counted by the tensors that a training step saves, each memory once, without weights."""
+    model = build_resnet18(10, stem).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in (*model.parameters(), *model.buffers())}
+    images, kept = torch.randn(2, 3, res, res), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes() // 4, tensor  # alive, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(images).sum()
+    found = sum(elements for elements, _ in kept.values()) / len(images)
+    assert found == pytest.approx(resnet18_activations(stem, res), rel=0.1)  # the estimate counts the shortcuts' sums twice

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tidali.config import TrainSettings, make_recipe
 from tidali.dataset.contract import Dataset, open_dataset
 from tidali.errors import TidaliError, UsageError
 from tidali.loading import data as data_module
-from tidali.model.checkpoint import read_metadata
-from tidali.training import resume
+from tidali.model.checkpoint import load_checkpoint, read_metadata
+from tidali.training import resume, run_files
+from tidali.training import run as run_module
 from tidali.training.metrics import Meter, Score
 from tidali.training.run import train
 
@@ -103,6 +105,66 @@ def test_a_loss_that_a_display_saw_too_late_names_the_state_before_it(
     monkeypatch.setattr(Meter, "peek", lambda meter: Score(samples=0, loss_sum=0.0, correct1=0, correct5=0))
     with pytest.raises(TidaliError, match=r"the loss is not finite by step 2; .*state.safetensors"):
         train(settings_for(tmp_path, demo_data, recipe={"lr": 1e30}), dataset)
+
+
+@pytest.fixture
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of a ResNet: what is saved when does not depend on the network."""
+
+    def build(num_classes: int, stem: str, *, stem_bias: bool) -> nn.Module:
+        return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, num_classes))
+
+    monkeypatch.setattr("tidali.training.setup.build_resnet18", build)
+
+
+@pytest.mark.usefixtures("small_network")
+@pytest.mark.parametrize(("seconds", "states"), [(0.0, [0, 2, 4, 6]), (1e9, [0, 6])])
+def test_an_epochs_end_saves_when_some_time_has_passed(
+    demo_data: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, states: list[int]
+) -> None:
+    """Weights before the state, in one go; the last epoch's always."""
+    written: list[str | int] = []
+    save_checkpoint, write_state = run_files.save_checkpoint, run_files.write_state
+
+    def checkpoint(path: Path, weights: Any, card: Any) -> None:
+        written.append(f"{path.stem} {card.metrics['epoch']}")
+        save_checkpoint(path, weights, card)
+
+    def state(path: Path, saved: resume.SavedState) -> None:
+        written.append(saved.document["step"])
+        write_state(path, saved)
+
+    monkeypatch.setattr(run_files, "save_checkpoint", checkpoint)
+    monkeypatch.setattr(run_files, "write_state", state)
+    monkeypatch.setattr(run_module, "EPOCH_SAVE_S", seconds)
+    settings = settings_for(tmp_path, demo_data, recipe={"epochs": 3})
+    result = train(settings, dataset)
+    assert [one for one in written if isinstance(one, int)] == states
+    assert written[-1] == 6
+    assert "last 3" in written
+    assert f"best {result.best_epoch}" in written
+    for name, epoch in (("last", 3), ("best", result.best_epoch)):
+        assert load_checkpoint(tmp_path / "run" / f"{name}.safetensors")[0].metrics["epoch"] == epoch
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("small_network")
+def test_a_save_beside_training_that_fails_ends_the_run(
+    demo_data: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_state, states = run_files.write_state, []
+
+    def fail_at_the_second(path: Path, saved: resume.SavedState) -> None:
+        states.append(path)
+        if len(states) == 2:
+            raise TidaliError(f"{path}: cannot be written (No space left on device)")
+        write_state(path, saved)
+
+    monkeypatch.setattr(run_files, "write_state", fail_at_the_second)
+    monkeypatch.setattr(run_module, "EPOCH_SAVE_S", 0.0)
+    with pytest.raises(TidaliError, match=r"state\.safetensors: cannot be written \(No space left"):
+        train(settings_for(tmp_path, demo_data, recipe={"epochs": 2}), dataset)
 
 
 def test_weights_that_are_not_finite_are_not_saved(demo_data: Path, dataset: Dataset, tmp_path: Path) -> None:
