@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tidali.config import TrainSettings, make_recipe
+from tidali.config import AmpChoice, TrainSettings, make_recipe
 from tidali.dataset.contract import open_dataset
 from tidali.errors import TidaliError, UsageError
 from tidali.hardware.device import DevicePlan, plan_device
@@ -316,6 +317,35 @@ def test_an_epoch_counts_and_reports(plan: DevicePlan) -> None:
     assert report.seconds > 0
     assert report.images_per_s == pytest.approx(24 / report.seconds)
     assert 0 <= report.data_wait_share <= 1
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that the host asks of a tensor, for which it would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += "_local_scalar_dense" in str(function)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_no_step_reads_a_value(amp: AmpChoice) -> None:
+    """With averaged weights, clipping, pieces, a gradient scaler, the meter and the display of progress."""
+    plan = plan_device("cpu", amp, "off")
+    state = linear_state(plan, ema_decay=0.9, grad_clip_norm=1.0, accumulate=2, momentum=0.9, label_smoothing=0.1)
+    meter = Meter(plan.device)
+    with Reads() as reads:
+        torch.zeros(1).item()
+    assert reads.count == 1
+    with Reads() as reads:
+        for images, labels in batches(3):
+            meter.update(train_step(state, images, labels), labels)
+            meter.peek()
+    assert reads.count == 0
+    assert state.step == 3
 
 
 def test_a_loss_that_is_not_finite_is_the_epochs(plan: DevicePlan) -> None:
