@@ -1,4 +1,4 @@
-"""Ceilings: what this machine reaches at most (JPEG decoding, memory copy, matrix product, copy to the GPU).
+"""Ceilings: what this machine reaches at most (JPEG decoding, memory copy, matrix product, copies to and within the GPU).
 
 They are measured as cases among the others, so that a slow spell of the machine affects a ceiling as much as what is compared
 with it.
@@ -19,13 +19,13 @@ from tidali.dataset.contract import Dataset, SampleRecord, iter_records
 from tidali.hardware.device import DevicePlan, choose_amp, describe_device
 from tidali.hardware.limits import cpu_count
 
-DECODE, COPY, UPLOAD = "JPEG decoding", "memory copy", "host-to-GPU copy"
-_COPY_BYTES = 64 << 20
-"""More than a last-level cache holds, so that memory is what is measured."""
+DECODE, COPY, UPLOAD, GPU_COPY = "JPEG decoding", "memory copy", "host-to-GPU copy", "GPU memory copy"
+_COPY_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+"""More than a last-level cache holds, by where it is copied to, so that memory is what is measured."""
 _PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
 _DECODE_IMAGES = 512
 
-UNITS = {DECODE: "images", COPY: "bytes", UPLOAD: "bytes"}
+UNITS = {DECODE: "images", COPY: "bytes", UPLOAD: "bytes", GPU_COPY: "bytes"}
 """What a ceiling counts per second. Matrix products count floating-point operations, a multiply-add as two."""
 
 
@@ -46,6 +46,7 @@ def ceiling_cases(plan: DevicePlan, *, jpegs: Sequence[bytes] = ()) -> dict[str,
     cases[COPY] = Case(step=_copy(host, host))
     if device.type == "cuda":
         cases[UPLOAD] = Case(step=_copy(host, device), device=device)
+        cases[GPU_COPY] = Case(step=_copy(device, device), device=device)
     for dtype in _product_dtypes(plan):
         cases[matrix_product(dtype)] = Case(step=_multiply(device, dtype), device=device)
     return cases
@@ -95,12 +96,14 @@ def _decode(jpegs: Sequence[bytes]) -> Callable[[], float]:
 
 def _copy(source: torch.device, target: torch.device) -> Callable[[], float]:
     """Copied bytes, each counted once although it is read and written."""
-    there = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=source, pin_memory=target.type == "cuda")
-    here = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=target)
+    uploads = source.type == "cpu" and target.type == "cuda"
+    size_bytes = _COPY_BYTES[target.type]
+    there = torch.ones(size_bytes, dtype=torch.uint8, device=source, pin_memory=uploads)
+    here = torch.zeros(size_bytes, dtype=torch.uint8, device=target)
 
     def step() -> float:
         here.copy_(there, non_blocking=True)
-        return _COPY_BYTES
+        return size_bytes
 
     return step
 

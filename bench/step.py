@@ -78,6 +78,8 @@ def bench_step(
                     gmacs=gmacs,
                     dtype=str(dtype).removeprefix("torch."),
                     idle_share=rates[case].idle_share,
+                    # cuDNN's default, which the original loop does not change; `set_numerics` turns it off for tidali's.
+                    **({"tf32": case == ORIGINAL} if plan.device.type == "cuda" else {}),
                 )
             )
         ceilings += ceiling_rows(rates, res=res, stem=stem)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.ceilings import COPY, DECODE, UPLOAD, Ceiling, ceiling_cases, ceiling_rows, lowest_ceiling, sample_jpegs
+from bench.ceilings import COPY, DECODE, GPU_COPY, UPLOAD, Ceiling, ceiling_cases, ceiling_rows, lowest_ceiling, sample_jpegs
 from bench.diagnosis import diagnose
 from bench.document import make_document, make_row
 from bench.measure import Case, Rates, measure
@@ -114,10 +114,11 @@ def train_cases(data: Data, plan: DevicePlan, *, res: int, stem: Stem, batch_siz
     """The four cases at one resolution. The two that train share one model; its weights do not matter here."""
     dataset = data.dataset
     classes, epoch_steps = len(dataset.manifest.classes), dataset.split("train").samples // batch_size
-    settings = batch_settings(dataset, res, batch_size)
+    settings = {**batch_settings(dataset, res, batch_size), "dtype": plan.images_dtype}
     alone, fed = counting(data.batches("train", **settings)), endless(data.batches("train", **settings))
     state = make_state(classes, plan, stem, averaged=True)
-    images = torch.randn(batch_size, 3, res, res, device=plan.device).to(memory_format=torch.channels_last)
+    images = torch.randn(batch_size, 3, res, res, device=plan.device)
+    images = images.to(plan.images_dtype, memory_format=torch.channels_last)
     labels = torch.randint(classes, (batch_size,), device=plan.device)
     meter, wait = Meter(plan.device), WaitTimer()
 
@@ -144,11 +145,11 @@ def train_ceilings(
 ) -> dict[str, Ceiling | None]:
     """The lowest ceiling of each case; for end to end, of all that the loader and the step do.
 
-    A GPU may decode by itself, and copies within its own memory. Certain is only that the files' bytes are copied to it.
+    A GPU may decode by itself. Certain is only that the files' bytes are copied to it, and that its memory is read and written.
     """
     on_gpu = plan.device.type == "cuda"
     decoding = {} if on_gpu else {DECODE: 1.0}
-    loading = {} if on_gpu else {COPY: batch_bytes(route, split.samples, res)}
+    loading = {GPU_COPY if on_gpu else COPY: batch_bytes(route, split.samples, res, plan.images_dtype)}
     if not route.cached:
         loading |= {UPLOAD: split.size_bytes / split.samples} if on_gpu else decoding
     step = step_cost(plan.amp_dtype, res=res, stem=stem)

@@ -339,8 +339,9 @@ def test_a_check_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyP
     def fail(*_: object) -> str:
         raise RuntimeError("Triton is\nbroken")
 
-    for name in ("steps_lower_the_loss", "routes_agree", "eval_matches_training"):
+    for name in ("steps_lower_the_loss", "routes_agree"):
         monkeypatch.setattr(doctor.checks, name, fail)
+    monkeypatch.setattr(doctor.run_checks, "eval_matches_training", fail)
     findings = found(tmp_path)
     for name in ("training step", "pixels", "training run"):
         assert (findings[name].status, findings[name].text) == ("failure", "RuntimeError: Triton is broken")
@@ -362,10 +363,16 @@ def test_the_work_is_tried_in_each_precision_and_compiled_on_a_gpu(monkeypatch: 
     monkeypatch.setattr(doctor.checks, "routes_agree", lambda *_: "")
     monkeypatch.setattr(doctor.checks, "epochs_are_complete", lambda *_: "")
     monkeypatch.setattr(doctor.checks, "evaluation_counts_once", lambda *_: "")
-    monkeypatch.setattr(doctor.checks, "eval_matches_training", lambda _, __, cache, ___: cache)
+    monkeypatch.setattr(doctor.run_checks, "eval_matches_training", lambda _, __, cache, ___: cache)
+    monkeypatch.setattr(doctor.run_checks, "exported_runs_on", lambda *_: "exported")
+    monkeypatch.setattr(doctor.run_checks, "runs_repeat", lambda _, __, cache, ___: f"{cache} again")
+    monkeypatch.setattr(doctor.run_checks, "held_batches_stay", lambda _, __, decoder: f"{decoder} held")
+    monkeypatch.setattr(doctor, "dali_is_installed", lambda: True)
     findings = {finding.name: finding for finding in doctor._checks(plan, make_samples)}
     assert tried == [("bf16", False), ("fp16", False), ("off", False), ("auto", True)]
     assert findings["training run"].text == "device; off"
+    assert findings["repeated run"].text == "device again; off again"
+    assert findings["held batches"].text == "cpu held; mixed held"
     assert {finding.status for finding in findings.values()} == {"ok"}
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tidali.config import Augment, CacheChoice, TrainSettings, make_recipe
+from tidali.config import Augment, CacheChoice, DeviceChoice, TrainSettings, make_recipe
 
 KILLS = int(os.environ.get("TIDALI_KILLS", "1"))
 """Of one process with each cache; two ranks are killed once."""
 STEPS = 8  # two epochs of 160 images in batches of 40
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+ON_GPU = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+ENVIRONMENT = {**ON_GPU, "CUDA_VISIBLE_DEVICES": ""}
 
 # python dies.py STEP ARGUMENTS...: the command, killed by itself after that step's weights and before they can be saved.
 DIES = """
@@ -51,10 +52,11 @@ def weights_hash(run: Path) -> str:
     return digest.hexdigest()
 
 
-def run(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run(ranks: int, *arguments: object, on_gpu: bool = False) -> subprocess.CompletedProcess[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *(torchrun if ranks > 1 else []), *map(str, arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    environment = ON_GPU if on_gpu else ENVIRONMENT
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 # python ranks.py: on standard input JSON, lists of the arguments of "python"; each is run as torchrun would on two ranks, but
@@ -84,7 +86,7 @@ for arguments in json.load(sys.stdin):
 """
 
 
-def write_configs(folder: Path, data: Path, cache: CacheChoice) -> tuple[Path, Path]:
+def write_configs(folder: Path, data: Path, cache: CacheChoice, device: DeviceChoice = "cpu") -> tuple[Path, Path]:
     """Of a run that is not disturbed, and of one that saves its state after each step, to be killed."""
     augment = Augment(flip="alternating", shift_px=4, crop_scale=(0.5, 1.0), brightness=0.2, hue=0.1, erase=0.25)
     settings = TrainSettings(
@@ -92,7 +94,7 @@ def write_configs(folder: Path, data: Path, cache: CacheChoice) -> tuple[Path, P
         out="",
         res=32,
         recipe=make_recipe("modern", epochs=2, batch_size=40, augment=augment),
-        device="cpu",
+        device=device,
         cache=cache,
         deterministic=True,
     )

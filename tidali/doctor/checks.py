@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, multiprocessing
 from torch.nn import functional
 
-from tidali.config import AmpChoice, Augment, CacheChoice, DecoderChoice, Preprocess, TrainSettings, make_recipe
+from tidali.config import AmpChoice, Augment, CacheChoice, DecoderChoice, Preprocess, make_recipe
 from tidali.console import silenced
 from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError
-from tidali.hardware.device import plan_device
+from tidali.hardware.device import numerics, plan_device
 from tidali.hardware.processes import own_import_path
 from tidali.hardware.ranks import check_all_reduce
 from tidali.hardware.timing import Stopwatch
@@ -27,8 +26,6 @@ from tidali.loading.batches import Batches, Training
 from tidali.loading.data import Data
 from tidali.model.resnet import build_resnet18
 from tidali.training.engine import TrainState, evaluate, make_train_state, train_step
-from tidali.training.evaluation import evaluate_checkpoint
-from tidali.training.run import train
 
 PIXEL_RESOLUTIONS = (64, 96)
 """The size of the stored sample images, which needs no resizing, and a larger one."""
@@ -41,7 +38,11 @@ _RANKS_TIMEOUT_S = 60
 CPU = torch.device("cpu")
 
 
-def _require(condition: bool, text: str) -> None:
+def require(condition: bool, text: str) -> None:
+    """
+    Raises:
+        TidaliError: the condition does not hold.
+    """
     if not condition:
         raise TidaliError(text)
 
@@ -61,11 +62,11 @@ def routes_agree(dataset: Dataset, device: torch.device) -> str:
         expected = list(_batches(dataset, CPU, "off", res, 20))
         for route, batches in _other_routes(dataset, res, device):
             where, got = f"{route} at {res} px", list(batches)
-            _require(len(got) == len(expected), f"{where}: {len(got)} batches, the stream on the CPU has {len(expected)}")
+            require(len(got) == len(expected), f"{where}: {len(got)} batches, the stream on the CPU has {len(expected)}")
             for (images, labels), (cpu_images, cpu_labels) in zip(got, expected, strict=True):
-                _require(images.device == labels.device == device, f"{where}: on {images.device}, not on {device}")
-                _require(images.is_contiguous(memory_format=torch.channels_last), f"{where}: not channels-last")
-                _require(torch.equal(labels.cpu(), cpu_labels), f"{where}: the labels are not those on the CPU")
+                require(images.device == labels.device == device, f"{where}: on {images.device}, not on {device}")
+                require(images.is_contiguous(memory_format=torch.channels_last), f"{where}: not channels-last")
+                require(torch.equal(labels.cpu(), cpu_labels), f"{where}: the labels are not those on the CPU")
                 largest[route] = max(largest.get(route, 0.0), _require_close(images, cpu_images, where))
     differences = ", ".join(f"{route} {difference:.2f}" for route, difference in largest.items())
     where = " and ".join(str(res) for res in PIXEL_RESOLUTIONS)
@@ -76,6 +77,8 @@ def _other_routes(dataset: Dataset, res: int, device: torch.device) -> Iterator[
     if device.type != "cpu":
         for decoder in get_args(DecoderChoice):
             yield f"the stream on {device}, --decoder {decoder}", _batches(dataset, device, "off", res, 20, decoder=decoder)
+        for dtype in (torch.float16, torch.bfloat16):  # as --amp has them made
+            yield f"the cache on {device}, {dtype}", _batches(dataset, device, "device", res, 20, dtype=dtype)
     yield f"the cache on {device}", _batches(dataset, device, "device", res, 20)
 
 
@@ -88,19 +91,20 @@ def _batches(
     *,
     training: Training | None = None,
     decoder: DecoderChoice = "auto",
+    dtype: torch.dtype = torch.float32,
 ) -> Batches:
     """Of train or, without ``training``, of val; with pixels in 0..1."""
     split = "val" if training is None else "train"
     with silenced():
         data = Data(dataset, device, cache=cache, decoder=decoder)
-        return data.batches(split, Preprocess(res=res), batch_size, training=training)
+        return data.batches(split, Preprocess(res=res), batch_size, training=training, dtype=dtype)
 
 
 def _require_close(images: Tensor, expected: Tensor, where: str) -> float:
     grey_levels = 255 * (images.float().cpu() - expected).abs().flatten()
     largest, mean = grey_levels.max().item(), grey_levels.mean().item()
     close = (grey_levels <= _CLOSE_GREY_LEVELS).float().mean().item()
-    _require(
+    require(
         mean <= _MEAN_GREY_LEVELS and close >= _CLOSE_FRACTION,
         f"{where}: {largest:.2f} grey levels from the CPU's pixels at most, {mean:.2f} on average",
     )
@@ -124,7 +128,7 @@ def epochs_are_complete(dataset: Dataset, device: torch.device) -> str:
             batches.set_epoch(epoch)
             counts = torch.bincount(torch.cat([labels for _, labels in batches]), minlength=len(expected)).tolist()
             route = "the stream" if cache == "off" else "the cache"
-            _require(counts == expected, f"{route} returned {counts} images of the classes instead of {expected}")
+            require(counts == expected, f"{route} returned {counts} images of the classes instead of {expected}")
     return f"each of {split.samples} training images comes once per epoch, from both the stream and the cache"
 
 
@@ -135,6 +139,7 @@ def precisions(device: torch.device, chosen: torch.dtype | None) -> tuple[AmpCho
     return ("bf16",) if chosen is torch.bfloat16 else ("off",)
 
 
+@numerics()
 def steps_lower_the_loss(device: torch.device, amp: AmpChoice, *, compile: bool = False) -> str:
     """15 training steps of ResNet-18 on one batch of 16 images of 32 px lower the loss to less than half.
 
@@ -148,14 +153,15 @@ def steps_lower_the_loss(device: torch.device, amp: AmpChoice, *, compile: bool 
         logits = train_step(state, images, labels)
         losses.append(functional.cross_entropy(logits.float(), labels).item())
     expected = state.plan.amp_dtype or torch.float32
-    _require(logits.dtype is expected, f"{how}: the output is {logits.dtype}")
+    require(logits.dtype is expected, f"{how}: the output is {logits.dtype}")
     kept = {parameter.dtype for parameter in state.model.parameters()}
-    _require(kept == {torch.float32}, f"{how}: the weights are {kept} instead of float32")
+    require(kept == {torch.float32}, f"{how}: the weights are {kept} instead of float32")
     # Written so that NaN fails too.
-    _require(losses[-1] < 0.5 * losses[0], f"{how}: the loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {_STEPS} steps")
+    require(losses[-1] < 0.5 * losses[0], f"{how}: the loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {_STEPS} steps")
     return f"{how}: the loss fell from {losses[0]:.2f} to {losses[-1]:.2f} in {_STEPS} steps"
 
 
+@numerics()
 def compiled_matches_eager(device: torch.device) -> str:
     """The compiled model's output equals the eager model's, in float32.
 
@@ -163,14 +169,14 @@ def compiled_matches_eager(device: torch.device) -> str:
         TidaliError: names the difference, or nothing was compiled.
     """
     state, (images, _) = _tiny_state(device, "off", compile=True), _one_batch(device)
-    _require(state.forward is not state.model, "nothing was compiled")
+    require(state.forward is not state.model, "nothing was compiled")
     state.model.eval()
     with torch.inference_mode():
         eager, compiled = state.model(images), state.forward(images)
     difference = (eager - compiled).abs().max().item()
     # All in float32, but fused kernels sum in another order, over 18 layers.
     fits = torch.allclose(compiled, eager, rtol=1e-3, atol=1e-3)
-    _require(fits, f"the compiled model's output differs from the eager model's by {difference:.2g}")
+    require(fits, f"the compiled model's output differs from the eager model's by {difference:.2g}")
     return f"outputs differ from the eager model's by at most {difference:.1g}"
 
 
@@ -192,6 +198,7 @@ def _one_batch(device: torch.device) -> tuple[Tensor, Tensor]:
     return images, torch.randint(4, (16,), generator=generator).to(device)
 
 
+@numerics()
 def evaluation_counts_once(dataset: Dataset, device: torch.device) -> str:
     """Evaluation counts every sample of val exactly once, at any batch size.
 
@@ -212,36 +219,8 @@ def evaluation_counts_once(dataset: Dataset, device: torch.device) -> str:
     one, other = (score.loss for score in scores)
     # In half precision the result of a product depends on the batch size, by far less than one sample's loss.
     text = f"the loss on val is {one:.4f} in batches of 7, but {other:.4f} in one batch"
-    _require(abs(one - other) <= 1e-2 * abs(other), text)
+    require(abs(one - other) <= 1e-2 * abs(other), text)
     return f"all {samples} samples of val are counted once, at any batch size"
-
-
-def eval_matches_training(dataset: Dataset, device: torch.device, cache: CacheChoice, folder: Path) -> str:
-    """``tidali eval`` reports for the weights of a run the same accuracy as ``tidali train`` did; one epoch at 32 px.
-
-    Args:
-        folder: for the run; empty or not there yet.
-
-    Raises:
-        TidaliError: names both accuracies.
-    """
-    settings = TrainSettings(
-        data=str(dataset.root),
-        out=str(folder),
-        res=32,
-        recipe=make_recipe("modern", epochs=1, batch_size=20),
-        device="cpu" if device.type == "cpu" else "cuda",
-        compile="off",
-        cache=cache,
-    )
-    with silenced():
-        best = train(settings, dataset).best
-        _, (row,) = evaluate_checkpoint(settings.out, dataset, device=settings.device, cache=cache)
-    trained, scored = best.top1_percent, row.score.top1_percent
-    _require(trained == scored, f"training reports {trained:.2f} % top-1, evaluation {scored:.2f} %")
-    return (
-        f"one {'cached' if cache == 'device' else 'streamed'} epoch: training and evaluation both report {scored:.0f} % top-1"
-    )
 
 
 def ranks_communicate(device_type: str, ranks: int) -> str:

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from tidali.config import CacheChoice, DeviceChoice
+from tidali.config import CacheChoice, DecoderChoice, DeviceChoice
 from tidali.dataset.contract import Dataset
 from tidali.dataset.source import open_data
-from tidali.doctor import checks
+from tidali.doctor import checks, run_checks
 from tidali.doctor import files as doctor_files
 from tidali.doctor.findings import Finding, failure, ok, run_check, warning
 from tidali.doctor.gpu import driver_fault, driver_version, gpu_fault
@@ -205,9 +205,24 @@ def _checks_on(samples: Dataset, device: torch.device, folder: Path) -> Iterator
     yield run_check("pixels", lambda: checks.routes_agree(samples, device), _REPORT)
     yield run_check("epochs", lambda: checks.epochs_are_complete(samples, device), _REPORT)
     yield run_check("evaluation", lambda: checks.evaluation_counts_once(samples, device), _REPORT)
-    caches: list[CacheChoice] = ["device", "off"] if device.type == "cuda" else ["device"]
+    on_gpu = device.type == "cuda"
+    caches: list[CacheChoice] = ["device", "off"] if on_gpu else ["device"]
     yield run_check(
         "training run",
-        lambda: "; ".join(checks.eval_matches_training(samples, device, cache, folder / cache) for cache in caches),
+        lambda: "; ".join(run_checks.eval_matches_training(samples, device, cache, folder / cache) for cache in caches),
         _REPORT,
+    )
+    if not on_gpu:  # the tests show the rest on a CPU
+        return
+    yield run_check("export", lambda: run_checks.exported_runs_on(samples, device, folder / "device"), _REPORT)
+    yield run_check(
+        "repeated run",
+        lambda: "; ".join(run_checks.runs_repeat(samples, device, cache, folder / f"again-{cache}") for cache in caches),
+        _REPORT,
+    )
+    decoders: list[DecoderChoice] = ["cpu", "mixed"] if dali_is_installed() else ["cpu"]
+    yield run_check(
+        "held batches",
+        lambda: "; ".join(run_checks.held_batches_stay(samples, device, decoder) for decoder in decoders),
+        f"train with --cache device or --decoder cpu, and {_REPORT}",
     )

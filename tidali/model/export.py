@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.export.passes import move_to_device_pass
 
 from tidali import __version__
 from tidali.config import ExportFormat
@@ -174,13 +175,16 @@ def open_onnx(content: bytes) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
     return run, session.get_modelmeta().custom_metadata_map[METADATA_KEY]
 
 
-def open_pt2(content: bytes) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
-    """A function that runs the exported bytes on a batch, and the metadata."""
+def open_pt2(content: bytes, device: torch.device | None = None) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+    """A function that runs the exported bytes on a batch, on a device, and the metadata."""
     extra = {f"{METADATA_KEY}.json": ""}
-    program = torch.export.load(io.BytesIO(content), extra_files=extra).module()
+    program = torch.export.load(io.BytesIO(content), extra_files=extra)
+    if device is not None:
+        program = move_to_device_pass(program, device)
+    run_on = program.module()
 
     def run(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return np.asarray(program(torch.from_numpy(images)))
+            return np.asarray(run_on(torch.from_numpy(images).to(device)).cpu())
 
     return run, extra[f"{METADATA_KEY}.json"]

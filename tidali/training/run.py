@@ -41,12 +41,13 @@ RANKS_AGREE_STEPS = 20
 device, about once in so many seconds and at least once in so many steps. torchrun waits 30 s for a stop."""
 
 
-def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False) -> RunResult:
+def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False, stop: StopRequest | None = None) -> RunResult:
     """Train a model. Writes config.json, metrics.jsonl, the best and last weights, the complete state and summary.json into
     ``settings.out``. On a CPU, the process keeps freed memory from then on (`tidali.hardware.cpu_memory`).
 
     Args:
         resume: resume from the state in ``settings.out``, which was saved by a run of the same settings.
+        stop: asks the run to stop after a step; SIGTERM and Ctrl-C by default.
 
     Raises:
         TidaliError, UsageError: the settings, the data or the device do not allow the run; nothing is written then.
@@ -59,7 +60,7 @@ def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False) ->
         f"--batch-size {recipe.batch_size} and images of {sides} px",
         "give a smaller --batch-size, or micro-batches of it with --set accumulate=2",
     )
-    with numerics(settings.deterministic), joined_ranks(plan.device.type) as ranks, StopRequest() as stop, memory:
+    with numerics(settings.deterministic), joined_ranks(plan.device.type) as ranks, memory, stop or StopRequest() as stop:
         cache = saved_route(Path(settings.out) / STATE_NAME) if resume else settings.cache
         run = Run(settings, dataset, plan, ranks, stop, cache)
         with run.files:
