@@ -165,6 +165,26 @@ def test_an_epoch_left_early_does_not_leak_into_the_next(dataset, truth, taken: 
     assert seen(val) == truth["val"]
 
 
+def test_the_next_epoch_begins_while_the_last_one_is_used(dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first batches are being decoded when an epoch ends, and are not decoded again; another epoch is read anew."""
+    batches = stream(dataset, "train", batch_size=32, train=True)
+    started: list[int] = []
+    start = batches.source._decoder.start
+    monkeypatch.setattr(batches.source._decoder, "start", lambda job: started.append(len(job.places)) or start(job))
+    steps = len(batches)
+    first = seen(batches)
+    ahead = len(started) - steps
+    assert ahead == 2
+    second = seen(batches)
+    assert len(started) == 2 * steps + ahead
+    fresh = stream(dataset, "train", batch_size=32, train=True)
+    fresh.set_epoch(1)
+    assert seen(fresh) == second != first
+    batches.set_epoch(0)
+    assert seen(batches) == first
+    assert seen(stream(dataset, "val", batch_size=32)) == seen(stream(dataset, "val", batch_size=32))
+
+
 @pytest.mark.parametrize("data", ["dataset", "photographs"])
 def test_an_iterator_that_is_still_held_does_not_disturb_the_next_one(data: str, request: pytest.FixtureRequest) -> None:
     """As after ``first = iter(batches)``, or where a traceback keeps a loop's frame."""

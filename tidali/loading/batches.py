@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,16 @@ class Training:
     """Of the order and the augmentation."""
     sizes: SizePlan | None = None
     """The input side of each step, instead of the one resolution."""
+
+
+class _Reading(NamedTuple):
+    """What is asked of a source, from a position on."""
+
+    answers: Iterator[tuple[Request, Pixels]]
+    drawn: deque[tuple[DrawnSteps, int]]
+    """Of the requests that are not yet answered."""
+    position: tuple[int, int]
+    """Epoch and step of the next answer."""
 
 
 class Batches:
@@ -93,6 +103,7 @@ class Batches:
         self._epoch, self._step = 0, 0  # of the next batch that the consumer gets
         self._underway = False
         self._left_out = 0  # corrupt samples of the epoch, on this rank
+        self._reading: _Reading | None = None
 
     def __len__(self) -> int:
         """Steps an epoch, the same on every rank."""
@@ -159,8 +170,12 @@ class Batches:
 
     def _rest_of_epoch(self, epoch: int, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._left_out = 0
-        drawn: deque[tuple[DrawnSteps, int]] = deque()  # of the requests that are not yet answered
-        for request, pixels in self.source.read(self._requests(epoch, first_step, drawn)):
+        reading, self._reading = self._reading, None
+        if reading is None or reading.position != (epoch, first_step):
+            drawn: deque[tuple[DrawnSteps, int]] = deque()
+            reading = _Reading(self.source.read(self._requests(epoch, first_step, drawn)), drawn, (epoch, first_step))
+        for _ in range(first_step, self._steps):
+            request, pixels = next(reading.answers)
             asked, given = len(request.samples), len(pixels.samples)
             self._left_out += asked - given
             if self._train and given < min(2, asked):
@@ -171,11 +186,20 @@ class Batches:
             kept = None
             if given < asked:  # on a GPU the host waits here, which is as rare as corrupt samples are
                 kept = torch.isin(request.samples, pixels.samples).nonzero()[:, 0].to(self.source.device)
-            steps, step = drawn.popleft()
+            steps, step = reading.drawn.popleft()
             yield self._batch(pixels, request.side, steps, step, kept)
+        if self._train:
+            self._reading = reading._replace(position=(epoch + 1, 0))
 
     def _requests(self, epoch: int, first_step: int, drawn: deque[tuple[DrawnSteps, int]]) -> Iterator[Request]:
-        """Appends what is drawn for a step before it yields the step's request."""
+        """Of the rest of the epoch, and in training of all epochs after it, so that a stream decodes the next epoch's first
+        batches while the model is evaluated. Appends what is drawn for a step before it yields the step's request."""
+        yield from self._requests_of_epoch(epoch, first_step, drawn)
+        while self._train:
+            epoch += 1
+            yield from self._requests_of_epoch(epoch, 0, drawn)
+
+    def _requests_of_epoch(self, epoch: int, first_step: int, drawn: deque[tuple[DrawnSteps, int]]) -> Iterator[Request]:
         count, device = len(self.source.labels), self.source.order_device
         order = epoch_order(count, self._training.seed, epoch, device) if self._train else torch.arange(count, device=device)
         at_once = self._changes[self._sizes.sides[0]].draw_steps

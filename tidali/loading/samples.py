@@ -66,6 +66,9 @@ class SampleTable:
         self._crc32s = np.empty(info.samples, np.uint32)
         with ThreadPoolExecutor(rank_threads()) as pool:  # reading, hashing and scanning let go of the interpreter's lock
             list(pool.map(self._read_record, range(len(self.shards))))
+        self._expected = 0  # samples, by `expect`
+        # The kernel keeps what was read in free memory. By a quarter of all, as others need memory too.
+        self._fits_memory = int(self._sizes_bytes.sum()) < os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 4
         self.labels = torch.from_numpy(self._labels)
         """(N,) int64."""
         self.sizes = torch.from_numpy(self._image_sizes)
@@ -97,12 +100,16 @@ class SampleTable:
         index = np.asarray(positions, np.int64)
         shards = np.searchsorted(self._starts, index, "right") - 1
         columns = (index, shards, self._offsets[index], self._sizes_bytes[index], self._crc32s[index])
-        return [Place(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        return list(map(Place._make, zip(*(column.tolist() for column in columns), strict=True)))
 
     def expect(self, places: Sequence[Place]) -> None:
-        """Tell the kernel that these samples are read next: it fetches those that are not in memory, many at a time."""
+        """Tell the kernel that these samples are read next: it fetches those that are not in memory, many at a time.
+
+        Only as long as there may be any: at 64 px it takes a twentieth of a stream's time.
+        """
         library = native.load()
-        if library is not None and places:
+        if library is not None and places and (self._expected < len(self) or not self._fits_memory):
+            self._expected += len(places)
             begins = np.array([self._tar(place.shard).address + place.offset for place in places], np.uint64)
             ends = begins + np.array([place.size_bytes for place in places], np.uint64)
             begins -= begins % np.uint64(mmap.PAGESIZE)
@@ -121,6 +128,10 @@ class SampleTable:
         return f"{shard.name}: {record.key} at offset {record.offset}"
 
     def _tar(self, shard: int) -> _Mapped:
+        tar = self._tars.get(shard)
+        return tar if tar is not None else self._map(shard)
+
+    def _map(self, shard: int) -> _Mapped:
         with self._mapping:  # two threads must not map one tar: the first's mapping would end while it is read
             if shard not in self._tars:
                 path = self.dataset.root / self.shards[shard].name

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tidali.config import Kernel
 from tidali.errors import first_line
+from tidali.hardware.cpu_memory import ReusedMemory
 from tidali.loading.decode import decode_rgb
 from tidali.loading.resample import squares_of
 from tidali.loading.samples import Place, SampleTable
@@ -40,6 +41,7 @@ class ThreadDecoder:
             pinned: the pixels are in memory that a GPU copies from while the host goes on.
         """
         self.table, self.kernel, self._pinned = table, kernel, pinned
+        self._memory = ReusedMemory()
         self._threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tidali-decode")
         counts = table.dataset.manifest.counts
@@ -54,7 +56,10 @@ class ThreadDecoder:
 
     def empty(self, count: int, height: int, width: int) -> Tensor:
         """(count, height, width, 3) uint8, uninitialised. torch keeps pinned memory until a copy from it is done."""
-        return torch.empty(count, height, width, 3, dtype=torch.uint8, pin_memory=self._pinned)
+        shape = (count, height, width, 3)
+        if self._pinned:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        return self._memory.empty(shape, torch.uint8)
 
     def in_chunks(self, count: int, work: Callable[[range], dict[int, str]]) -> list[Future[dict[int, str]]]:
         chunks = min(self._threads * _CHUNKS_PER_THREAD, count)
