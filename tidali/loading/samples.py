@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tidali.dataset.contract import Dataset, read_record
 from tidali.errors import DatasetError
-from tidali.hardware.limits import rank_threads, way_out
+from tidali.hardware.limits import free_memory, rank_threads, way_out
 from tidali.loading import native
 
 _FIELDS = ("label", "offset", "size_bytes", "crc32", "height", "width")  # the integers of a record's sample, in its order
@@ -67,8 +67,8 @@ class SampleTable:
         with ThreadPoolExecutor(rank_threads()) as pool:  # reading, hashing and scanning let go of the interpreter's lock
             list(pool.map(self._read_record, range(len(self.shards))))
         self._expected = 0  # samples, by `expect`
-        # The kernel keeps what was read in free memory. By a quarter of all, as others need memory too.
-        self._fits_memory = int(self._sizes_bytes.sum()) < os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 4
+        # The kernel keeps in free memory what was read, of which training takes some too.
+        self._fits_memory = int(self._sizes_bytes.sum()) < free_memory().size_bytes // 2
         self.labels = torch.from_numpy(self._labels)
         """(N,) int64."""
         self.sizes = torch.from_numpy(self._image_sizes)
