@@ -56,8 +56,12 @@ def draw(document: Mapping[str, Any], *, footer: bool = True) -> Figure:
     return figure
 
 
-def page(document: Mapping[str, Any]) -> bytes:
-    """The diagnosis, the pictures and a table of each part, in one HTML file that loads nothing else."""
+def page(document: Mapping[str, Any], *, title: str | None = None, stages: Sequence[Mapping[str, Any]] = ()) -> bytes:
+    """The diagnosis, the pictures and a table of each part, in one HTML file that loads nothing else.
+
+    Args:
+        stages: of `bench.first_gpu`, for a table before them.
+    """
     from tidali.report.page import drawn, render
 
     shown = [
@@ -71,7 +75,8 @@ def page(document: Mapping[str, Any]) -> bytes:
         }
         for part in parts(document)
     ]
-    return render("bench.html", Path(__file__).parent, title=f"tidali bench {document['benchmark']}", parts=shown)
+    title = title or f"tidali bench {document['benchmark']}"
+    return render("bench.html", Path(__file__).parent, title=title, parts=shown, stages=stages)
 
 
 def about(document: Mapping[str, Any]) -> list[str]:

@@ -79,6 +79,8 @@ def software(document: Mapping[str, Any]) -> str:
 def conditions(document: Mapping[str, Any]) -> list[str]:
     """The conditions that all rows share."""
     found = [document["dtype"]] if document["benchmark"] in ("train", "step") else []
+    found += ["cached" if document["cached"] else "streamed"] if "cached" in document else []
+    found += [f"--decoder {document['decoder']}"] if "decoder" in document else []
     found += ["random crops"] if document.get("crops") else []
     return found + ([f"batch {document['batch_size']}"] if "batch_size" in document else [])
 

@@ -17,7 +17,7 @@ from bench.profile import host_synchronisations, profile_step
 from bench.routes import Decoded, batch_bytes, batch_settings, check_batch_size, counting, endless
 from bench.step import step_cost
 from bench.training_loops import make_state
-from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, Stem
+from tidali.config import AmpChoice, CacheChoice, CompileChoice, DecoderChoice, DeviceChoice, Stem
 from tidali.console import say
 from tidali.dataset.contract import Dataset, Split
 from tidali.errors import TidaliError
@@ -43,6 +43,7 @@ def bench_train(
     amp: AmpChoice = "auto",
     compile: CompileChoice = "auto",
     cache: CacheChoice = "auto",
+    decoder: DecoderChoice = "auto",
     profile: Path | None = None,
 ) -> dict[str, Any]:
     """Measure, and return the JSON document.
@@ -60,7 +61,7 @@ def bench_train(
     if batch_size is None:
         batch_size = 256 if plan.device.type == "cuda" else 32
     check_batch_size(dataset, batch_size)
-    data = Data(dataset, plan.device, cache=cache)
+    data = Data(dataset, plan.device, cache=cache, decoder=decoder)
     limits = ceiling_cases(plan, jpegs=sample_jpegs(dataset))
     rows, ceilings, diagnoses = [], [], []
     for res in resolutions:
@@ -101,6 +102,7 @@ def bench_train(
         plan,
         dataset,
         cached=route.cached,
+        **({} if decoder == "auto" else {"decoder": decoder}),
         stem=stem,
         batch_size=batch_size,
         repeats=repeats,

@@ -50,7 +50,7 @@ def quick(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(measure, "MAX_CYCLE_SECONDS", 0.0)
     monkeypatch.setattr(measure, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(ceilings, "_PRODUCT_SIDE", {"cpu": 64, "cuda": 64})
-    monkeypatch.setattr(ceilings, "_COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(ceilings, "_COPY_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
     monkeypatch.setattr(ceilings, "_DECODE_IMAGES", 8)
     yield
     torch.set_num_threads(threads)
