@@ -16,7 +16,7 @@ AmpChoice = Literal["auto", "bf16", "fp16", "off"]
 CompileChoice = Literal["auto", "on", "max-autotune", "off"]
 StemInit = Literal["fresh", "resample"]
 Kernel = Literal["pil", "opencv"]
-"""Bicubic: ``pil`` has a = -0.5 and ``opencv`` a = -0.75 (`tidali.loading.resample.CUBIC_A`)."""
+"""Bicubic: ``pil`` has a = -0.5 and ``opencv`` a = -0.75 (`tidali.loading.bicubic.CUBIC_A`)."""
 SizeOrder = Literal["progressive", "mixed"]
 Flip = Literal["none", "random", "alternating"]
 CacheChoice = Literal["auto", "device", "off"]

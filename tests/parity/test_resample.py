@@ -17,7 +17,8 @@ from torch.nn import functional
 from tidali.config import IMAGENET_MEAN, IMAGENET_STD
 from tidali.doctor.parity import COMPARISONS, RESOLUTIONS, Row, matrix, parity_table, photographs, torch_bicubic
 from tidali.loading import native
-from tidali.loading.resample import CUBIC_A, Resample, TorchProducts, centre_crop, squares_of
+from tidali.loading.bicubic import CUBIC_A, centre_crop
+from tidali.loading.resample import Resample, squares_of
 
 GREY_LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}
 
@@ -117,20 +118,17 @@ def test_a_box_is_resized_as_torch_resizes_the_crop_away_from_its_border():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "factors", "largest"),
+    ("dtype", "largest"),
     [
-        (torch.bfloat16, None, 0.5),  # 0.46: half a unit in the last of 8 bits, below 4 standard deviations
-        (torch.float16, None, 0.1),  # 0.06: the same of 11 bits
-        (torch.float16, torch.float16, 0.25),  # 0.17: factors, intermediate and result each rounded to 11 bits; CUDA's route
-        (torch.bfloat16, torch.float16, 0.75),  # 0.62: both
+        (torch.bfloat16, 0.5),  # 0.46: half a unit in the last of 8 bits, below 4 standard deviations
+        (torch.float16, 0.1),  # 0.06: the same of 11 bits
     ],
 )
-def test_half_precision_costs_less_than_a_grey_level(dtype: torch.dtype, factors: torch.dtype | None, largest: float):
+def test_half_precision_costs_less_than_a_grey_level(dtype: torch.dtype, largest: float):
     pixels = photographs(4)
     normalisation = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    products = TorchProducts(224, "cpu", factors) if factors is not None else None
     exact = Resample((64, 64), 224, **normalisation)(pixels)
-    images = Resample((64, 64), 224, dtype=dtype, products=products, **normalisation)(pixels)
+    images = Resample((64, 64), 224, dtype=dtype, **normalisation)(pixels)
     assert images.dtype == dtype
     scale = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
     assert_within(images.float() * scale, exact * scale, largest)

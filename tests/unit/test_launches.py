@@ -17,9 +17,10 @@ from tests.unit.test_cache_on_cuda import EVERYTHING, NoneCorrupt, Streamed, cac
 from tidali.config import IMAGENET_MEAN, IMAGENET_STD, RECIPES, Augment, Preprocess
 from tidali.loading import changes
 from tidali.loading.batches import Batches, Training
+from tidali.loading.bicubic import bicubic_taps
 from tidali.loading.cache import ANY_SIDE, PixelCache
 from tidali.loading.dense import DenseResample, fold_borders
-from tidali.loading.resample import Resample, bicubic_taps, make_band
+from tidali.loading.resample import Resample, make_band
 from tidali.loading.sizes import SizePlan
 
 CUDA = torch.device("cuda", 0)
@@ -119,6 +120,16 @@ def test_the_products_factors_are_half_precision() -> None:
                 batches = Batches(cached_on(CUDA, 100), Preprocess(res=224, **NORMALISED), 50, training=training, dtype=dtype)
                 next(batches._rest_of_epoch(0, 0))
             assert seen == [{expected}] * 2
+
+
+def test_the_public_resampler_is_the_same_on_cuda() -> None:
+    with FakeTensorMode():
+        pixels = torch.empty(4, 50, 71, 3, dtype=torch.uint8, device=CUDA)
+        resample = Resample((50, 71), 64, dtype=torch.bfloat16, device=CUDA, **NORMALISED)
+        boxes, flips = torch.ones(2, 4, device=CUDA), torch.zeros(2, dtype=torch.bool, device=CUDA)
+        for images in (resample(pixels[:2]), resample(pixels, boxes, rows=torch.arange(2, device=CUDA), flips=flips)):
+            assert (images.shape, images.dtype, images.device) == ((2, 3, 64, 64), torch.bfloat16, CUDA)
+            assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 # --------------------------------------------------------------------------------------------- the same images as on a CPU

@@ -84,13 +84,9 @@ def test_a_library_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("has_library", [False, True])
 def test_it_is_used_on_a_cpu_for_what_it_can(has_library: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(native, "load", lambda: object() if has_library else None)
-    kinds = {
-        (device, dtype): type(choose_products(224, device, dtype))
-        for device in ("cpu", "cuda")
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    }
+    kinds = {dtype: type(choose_products(224, dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
     compiled = {key for key, kind in kinds.items() if kind is CompiledProducts}
-    assert compiled == ({("cpu", torch.float32), ("cpu", torch.bfloat16)} if has_library else set())
+    assert compiled == ({torch.float32, torch.bfloat16} if has_library else set())
     assert {kind for key, kind in kinds.items() if key not in compiled} == {TorchProducts}
 
 
@@ -103,11 +99,11 @@ def test_every_thread_does_its_part(count: int, threads: int, monkeypatch: pytes
     settings = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
     boxes = torch.tensor([[1.0, 2, 10, 8]]).expand(count, -1)
     images = Resample((12, 10), 17, **settings)(pixels, boxes)
-    expected = Resample((12, 10), 17, **settings, products=TorchProducts(17, "cpu", torch.float32))(pixels, boxes)
+    expected = Resample((12, 10), 17, **settings, products=TorchProducts(17))(pixels, boxes)
     torch.testing.assert_close(images, expected)
     square = pixels[:, :10].contiguous()
     images = Resample((10, 10), 10, **settings)(square)
-    expected = Resample((10, 10), 10, **settings, products=TorchProducts(10, "cpu", torch.float32))(square)
+    expected = Resample((10, 10), 10, **settings, products=TorchProducts(10))(square)
     torch.testing.assert_close(images, expected)
 
 

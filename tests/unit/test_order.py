@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tidali.errors import UsageError
 from tidali.loading import counter
+from tidali.loading.bicubic import centre_crop
 from tidali.loading.order import centre_boxes, check_order, epoch_order, num_steps, rank_slice
-from tidali.loading.resample import centre_crop
 
 # The first outputs of splitmix64 seeded with 1234567, as other implementations of Vigna's reference code list them.
 SPLITMIX64_OF_1234567 = [

@@ -24,11 +24,12 @@ from tidali.dataset.contract import Dataset
 from tidali.loading import native, stream
 from tidali.loading.augment import crop_boxes
 from tidali.loading.batches import Training
+from tidali.loading.bicubic import bicubic_taps
 from tidali.loading.dali import DaliDecoder, Placement, define_graph, regions
 from tidali.loading.data import Data
 from tidali.loading.decode import decode_rgb
 from tidali.loading.order import centre_boxes, epoch_order
-from tidali.loading.resample import bicubic_taps, squares_of
+from tidali.loading.resample import squares_of
 from tidali.loading.samples import SampleTable
 from tidali.loading.thread_decoder import Job, ThreadDecoder
 

@@ -1,7 +1,7 @@
 """Resampling by whole matrices, in as few operators as possible: for CUDA, where products are nearly free and launches are
 not.
 
-The matrix of an axis, ``A`` of `tidali.loading.resample`, is taken as a whole, zeros included. The taps beyond the image are
+The matrix of an axis, ``A`` of `tidali.loading.bicubic`, is taken as a whole, zeros included. The taps beyond the image are
 added to those of its border pixel, so that no pixel has to be repeated. The change of colour and the normalisation, a 3 x 4
 matrix, is multiplied into the horizontal matrix: ``Y = A_y X (A_x x M)^T + b``, where a row of ``X`` is (column, channel).
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tidali.config import Kernel
-from tidali.loading.resample import Affine, Taps, bicubic_taps, centre_crop, make_affine
+from tidali.loading.bicubic import Affine, Taps, bicubic_taps, centre_crop, make_affine
 
 _ALIGNMENT = 8
 """Elements: tensor cores take float16 operands whose rows begin at whole 16 bytes."""

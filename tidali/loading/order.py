@@ -101,7 +101,7 @@ def check_order(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 
 
 def centre_boxes(sizes: Tensor, res: int, crop_fraction: float = 1.0) -> Tensor:
-    """What becomes a square of ``res`` pixels: see `tidali.loading.resample.centre_crop`.
+    """What becomes a square of ``res`` pixels: see `tidali.loading.bicubic.centre_crop`.
 
     Args:
         sizes: (n, 2) integers, height and width in pixels.

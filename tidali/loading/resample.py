@@ -1,12 +1,9 @@
-"""Resizing as a matrix: cached uint8 pixels to normalised images of any size.
+"""Resizing as a matrix: stored uint8 pixels to normalised images of any size.
 
-Cropping and bicubic resizing are linear and separable: ``Y = A_y X A_x^T`` for each channel, where a row of ``A`` holds the
-source weights of one output row or column. Its sum is 1, so normalisation may come first, where there are fewer pixels.
-``A`` is the same for the whole batch, or one for each sample (random crops), made on the device.
-
-``A`` is banded. On a CPU its rows are taken in blocks, each times the window of source rows that it needs: 13 of 64 for 28
-output rows at 64 -> 224; and where there is a C compiler, its non-zero elements alone (`tidali.loading.native`). On CUDA, where
-products are nearly free and launches are not, one block is all of it.
+The matrices are those of `tidali.loading.bicubic`: the same for the whole batch, or one for each sample (random crops), made
+on the device. They are banded. On a CPU their rows are taken in blocks, each times the window of source rows that it needs: 13
+of 64 for 28 output rows at 64 -> 224; and where there is a C compiler, their non-zero elements alone (`tidali.loading.native`).
+On CUDA, where products are nearly free and launches are not, all of them (`tidali.loading.dense`).
 """
 
 from __future__ import annotations
@@ -21,25 +18,13 @@ from torch import Tensor
 from tidali.config import Kernel
 from tidali.hardware.cpu_memory import ReusedMemory
 from tidali.loading import native
+from tidali.loading.bicubic import CUBIC_A, Affine, Taps, bicubic_taps, centre_crop, make_affine
+from tidali.loading.dense import DenseResample
 from tidali.loading.native import Chosen
 
-CUBIC_A = {"pil": -0.5, "opencv": -0.75}
-"""The free constant of Keys' cubic: -0.5 in PIL, DALI and torch's antialiased bicubic; -0.75 in OpenCV and torch's plain."""
-
-_SUPPORT = 2  # of the cubic on each side, in source pixels
 _CPU_BLOCK_ROWS = 32
 _CPU_CHUNK_BYTES = 3 << 20
 """Of float32 images that each CPU thread has in hand: 5 at 224 px, 64 at 64 px. More leave the cache, fewer are overhead."""
-_GPU_ALIGNMENT = 8  # elements: tensor cores take float16 operands whose rows are whole 16 bytes
-
-
-class Taps(NamedTuple):
-    """A matrix, or one for each sample, by its non-zero elements: those of a row stand side by side."""
-
-    first: Tensor
-    """(N or 1, out) int64, the source index of a row's first one. Beyond the image its border pixel counts."""
-    weights: Tensor
-    """(N or 1, out, taps) float32."""
 
 
 class Band(NamedTuple):
@@ -54,57 +39,15 @@ class Band(NamedTuple):
         return self if len(self.weights) == 1 else Band(self.weights[samples], self.columns[samples])
 
 
-def cubic(x: Tensor, a: float) -> Tensor:
-    """Keys, "Cubic convolution interpolation for digital image processing" (1981), with its constant ``a`` free."""
-    x = x.abs()
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = a * (((x - 5) * x + 8) * x - 4)
-    return torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
-
-
-def bicubic_taps(
-    out: int, start: Tensor, scale: Tensor, *, max_scale: float, kernel: Kernel = "pil", antialias: bool = True
-) -> Taps:
-    """The matrix that resamples an axis to ``out`` pixels.
-
-    Pixel centres are at half-integers (``align_corners=False``). Both as DALI has it: beyond the image its border pixel is
-    repeated, and at the edge of a box inside the image the pixels outside the box count.
-
-    Args:
-        start: (N,) float32, the box's edge in source pixels.
-        scale: (N,) float32, source pixels for each output pixel.
-        max_scale: a bound of ``scale`` known on the host: shapes depend on it.
-        antialias: widen the kernel by the scale where pixels get fewer.
-    """
-    reach = math.ceil(_SUPPORT * (max(max_scale, 1.0) if antialias else 1.0))
-    stretch = scale.clamp(min=1.0) if antialias else torch.ones_like(scale)
-    centres = start[:, None] + (torch.arange(out, device=start.device) + 0.5) * scale[:, None] - 0.5
-    first = torch.floor(centres - _SUPPORT * stretch[:, None]) + 1
-    indices = first[..., None] + torch.arange(2 * reach, device=start.device)
-    weights = cubic((indices - centres[..., None]) / stretch[:, None, None], CUBIC_A[kernel])
-    return Taps(first.to(torch.int64), weights / weights.sum(-1, keepdim=True))
-
-
-def centre_crop(size: tuple[int, int], res: int, axis: int, crop_fraction: float = 1.0) -> tuple[float, float]:
-    """Start and scale, in source pixels, of an axis's part that becomes ``res`` pixels: the shorter side is resized to
-    ``res / crop_fraction``, the centre cropped. In the arithmetic of resizing first and cropping then: the longer side becomes
-    a whole number of pixels, of the shorter side's scale and around the image's centre, and the crop begins at one of them."""
-    scale = min(size) * crop_fraction / res
-    resized = int(size[axis] / scale + 0.5)
-    return (size[axis] - resized * scale) / 2 + math.ceil((resized - res) / 2) * scale, scale
-
-
-def make_band(taps: Taps, size: int, *, max_scale: float, block_rows: int, align: int = 1) -> Band:
+def make_band(taps: Taps, size: int, *, max_scale: float, block_rows: int) -> Band:
     """
     Args:
         size: of the source axis.
         max_scale: as the taps were made with.
         block_rows: a divisor of the taps' rows.
-        align: make windows a multiple of it.
     """
     device, width = taps.weights.device, taps.weights.shape[2]
     window = math.ceil((block_rows - 1) * max_scale) + width + 1
-    window += -window % align
     first, weights = taps.first.unflatten(1, (-1, block_rows)), taps.weights.unflatten(1, (-1, block_rows))
     begins = first[:, :, :1]
     blocks = torch.zeros(*weights.shape[:3], window, device=device)
@@ -143,43 +86,6 @@ def flip_where(pixels: Tensor, flags: Tensor) -> Tensor:
     return both.index_select(0, picked).view_as(pixels)
 
 
-class Affine(NamedTuple):
-    """Normalisation of pixels of 0..255, float32, and the range that it gives.
-
-    The cubic overshoots at edges. DALI's uint8 pixels are clamped to 0..255, normalised ones to what that range becomes.
-    """
-
-    colours: Tensor
-    """(1, 3, 4): the matrix from a pixel (R, G, B, 1) to a normalised one; (N, 3, 4) where each sample has its own."""
-    lowest: Tensor
-    """(3,), of each channel."""
-    highest: Tensor
-    """(3,)."""
-
-    @property
-    def scale(self) -> Tensor:
-        """(3,), of each channel, where no channel depends on another."""
-        return self.colours[0].diagonal()
-
-    @property
-    def offset(self) -> Tensor:
-        """(3,)."""
-        return self.colours[0, :, 3]
-
-    def after(self, colour: Tensor) -> Affine:
-        """Of pixels whose colours were changed before by ``colour`` (N, 3, 4), matrices on a 0..1 scale."""
-        matrices = colour[:, :, :3] * self.scale[:, None]
-        offsets = 255 * colour[:, :, 3] * self.scale + self.offset
-        return self._replace(colours=torch.cat((matrices, offsets[..., None]), 2))
-
-
-def make_affine(mean: Sequence[float], std: Sequence[float], device: torch.device | None) -> Affine:
-    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
-    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
-    colours = torch.cat((torch.diag(scale), offset[:, None]), 1)[None]
-    return Affine(colours, offset, 255 * scale + offset)
-
-
 class Products(Protocol):
     """How ``Y = A_y X A_x^T`` is computed."""
 
@@ -197,24 +103,18 @@ class Products(Protocol):
 
 
 class TorchProducts:
-    """Two batched matrix products, of blocks of the matrix on a CPU and of all of it on CUDA."""
+    """Two batched matrix products of float32 factors, of blocks of the matrix."""
 
-    def __init__(self, res: int, device_type: str, dtype: torch.dtype) -> None:
-        """
-        Args:
-            dtype: of the factors.
-        """
-        on_gpu = device_type == "cuda"
-        self._res, self._dtype = res, dtype
-        self._align = _GPU_ALIGNMENT if on_gpu else 1
-        self._block_rows = res if on_gpu else max(rows for rows in range(1, _CPU_BLOCK_ROWS + 1) if res % rows == 0)
+    def __init__(self, res: int) -> None:
+        self._res = res
+        self._block_rows = max(rows for rows in range(1, _CPU_BLOCK_ROWS + 1) if res % rows == 0)
         image_bytes = 3 * res * res * torch.float32.itemsize
-        self._chunk = None if on_gpu else torch.get_num_threads() * max(_CPU_CHUNK_BYTES // image_bytes, 1)
+        self._chunk = torch.get_num_threads() * max(_CPU_CHUNK_BYTES // image_bytes, 1)
 
     def normalise(self, images: Chosen, affine: Affine, out: Tensor) -> None:
         """Whole rows at a time: a broadcast over three channels is not vectorised."""
         pixels = take(images)
-        chunk = self._chunk or len(pixels)
+        chunk = self._chunk
         if len(affine.colours) > 1:
             for i in range(0, len(pixels), chunk):
                 part = affine._replace(colours=affine.colours[i : i + chunk])
@@ -230,12 +130,11 @@ class TorchProducts:
                 normalised.copy_(torch.addcmul(offset, rows, scale))
 
     def prepare(self, taps: Taps, size: int, max_scale: float) -> Band:
-        band = make_band(taps, size, max_scale=max_scale, block_rows=self._block_rows, align=self._align)
-        return Band(band.weights.to(self._dtype), band.columns)
+        return make_band(taps, size, max_scale=max_scale, block_rows=self._block_rows)
 
     def __call__(self, images: Chosen, vertical: Band, horizontal: Band, affine: Affine, out: Tensor) -> None:
         pixels = take(images)
-        chunk = self._chunk or len(pixels)
+        chunk = self._chunk
         for i in range(0, len(pixels), chunk):
             part = slice(i, i + chunk)
             own = affine if len(affine.colours) == 1 else affine._replace(colours=affine.colours[part])
@@ -246,14 +145,14 @@ class TorchProducts:
         n, height, width, _ = pixels.shape
         x = pixels.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)
         if len(affine.colours) == 1:
-            x = torch.addcmul(affine.offset[:, None], x, affine.scale[:, None]).to(self._dtype)
+            x = torch.addcmul(affine.offset[:, None], x, affine.scale[:, None])
         else:
             x = _coloured(x.permute(0, 1, 3, 2).flatten(1, 2), affine).view(n, width, height, 3).permute(0, 1, 3, 2)
-            x = x.to(self._dtype, memory_format=torch.contiguous_format)
+            x = x.contiguous()
         x = apply_band(horizontal, x.reshape(n, width, 3 * height))
         x = x.view(n, self._res, 3, height).permute(0, 3, 1, 2).contiguous().view(n, height, self._res * 3)
-        lowest, highest = (bound.repeat(self._res).to(self._dtype) for bound in (affine.lowest, affine.highest))
-        if out.dtype == self._dtype:
+        lowest, highest = (bound.repeat(self._res) for bound in (affine.lowest, affine.highest))
+        if out.dtype == torch.float32:
             apply_band(vertical, x, out).clamp_(lowest, highest)
         else:
             out.copy_(apply_band(vertical, x).clamp_(lowest, highest))
@@ -280,16 +179,10 @@ class CompiledProducts:
         native.resample(self._library, images, vertical, horizontal, **affine._asdict(), out=out)
 
 
-def choose_products(res: int, device_type: str, dtype: torch.dtype) -> Products:
-    """For images of ``dtype``.
-
-    On CUDA, half-precision images are made of float16 factors, also bfloat16 ones: float16's 11 bits are eight times finer than
-    bfloat16's 8, at the same speed, and normalised pixels fit its range.
-    """
-    if device_type == "cuda":
-        return TorchProducts(res, device_type, torch.float32 if dtype == torch.float32 else torch.float16)
+def choose_products(res: int, dtype: torch.dtype) -> Products:
+    """For images of ``dtype`` on a CPU."""
     library = native.load() if dtype in (torch.float32, torch.bfloat16) else None
-    return TorchProducts(res, device_type, torch.float32) if library is None else CompiledProducts(library)
+    return TorchProducts(res) if library is None else CompiledProducts(library)
 
 
 class Resample:
@@ -316,14 +209,18 @@ class Resample:
             dtype: of the images.
             kernel: ``pil`` (a = -0.5) or ``opencv`` (a = -0.75).
             crop_fraction: share of the shorter side that the centre crop keeps.
-            products: `choose_products`'s by default.
+            products: on a CPU; `choose_products`'s by default.
         """
+        self._dense: Any = None
+        if device is not None and device.type != "cpu":
+            options: dict[str, Any] = {"kernel": kernel, "antialias": antialias, "crop_fraction": crop_fraction}
+            self._dense = DenseResample(size, res, mean=mean, std=std, dtype=dtype, device=device, **options)
         self._size, self._res, self._dtype = size, res, dtype
         self._kernel: Kernel = kernel
         self._antialias, self._crop_fraction = antialias, crop_fraction
         self._memory = ReusedMemory()
         self._affine = make_affine(mean, std, device)
-        self._products = products or choose_products(res, device.type if device is not None else "cpu", dtype)
+        self._products = products or choose_products(res, dtype)
         self._centre = None if size == (res, res) and crop_fraction == 1 else (self._centre_matrix(0), self._centre_matrix(1))
 
     def __call__(
@@ -351,7 +248,9 @@ class Resample:
         if pixels.shape[1:] != (*self._size, 3):
             raise ValueError(f"made for pixels of {self._size}, got {tuple(pixels.shape)}")
         chosen = Chosen(pixels, rows, flips)
-        images = self._empty((chosen.num_images, self._res, self._res, 3), pixels.device)
+        if self._dense is not None:
+            return self._dense.apply(take(chosen), self._dense.prepare(boxes, colour))
+        images = self._memory.empty((chosen.num_images, self._res, self._res, 3), self._dtype)
         if chosen.num_images:
             matrices = self._centre if boxes is None else (self._box_matrix(0, boxes), self._box_matrix(1, boxes))
             with torch.autocast(pixels.device.type, enabled=False):  # it would make the products bfloat16
@@ -361,11 +260,6 @@ class Resample:
                 else:
                     self._products(chosen, *matrices, affine, images)
         return images.permute(0, 3, 1, 2)
-
-    def _empty(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        if device.type == "cpu":
-            return self._memory.empty(shape, self._dtype)
-        return torch.empty(shape, dtype=self._dtype, device=device)
 
     def _centre_matrix(self, axis: int) -> Any:
         start, scale = centre_crop(self._size, self._res, axis, self._crop_fraction)

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from tidali.loading.resample import bicubic_taps, centre_crop, make_affine
+from tidali.loading.bicubic import bicubic_taps, centre_crop, make_affine
 from tidali.model.checkpoint import ModelCard
 
 

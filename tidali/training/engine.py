@@ -151,9 +151,11 @@ def train_step(state: TrainState, images: Tensor, targets: Tensor) -> Tensor:
         # Ranks add up their gradients once, in the last piece's backward pass, which adds to what the others left.
         with nullcontext() if state.ddp is None or number == len(parts) - 1 else state.ddp.no_sync():
             with state.plan.autocast():
-                logits.append(state.forward(part))
-                loss = functional.cross_entropy(logits[-1].float(), labels, label_smoothing=recipe.label_smoothing)
+                output = state.forward(part)
+                loss = functional.cross_entropy(output.float(), labels, label_smoothing=recipe.label_smoothing)
             state.scaler.scale(loss * (len(part) / len(images))).backward()
+        # A copy: where CUDA graphs are replayed (--compile max-autotune), the next piece is written over this one's output.
+        logits.append(output.detach().clone() if len(parts) > 1 else output.detach())
     if recipe.grad_clip_norm:
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.model.parameters(), recipe.grad_clip_norm)
@@ -163,7 +165,7 @@ def train_step(state: TrainState, images: Tensor, targets: Tensor) -> Tensor:
     state.step += 1
     if state.ema is not None:
         state.ema.update(state.step)
-    return torch.cat([part.detach() for part in logits]) if len(logits) > 1 else logits[0].detach()
+    return torch.cat(logits) if len(logits) > 1 else logits[0]
 
 
 @dataclass(frozen=True, kw_only=True)
