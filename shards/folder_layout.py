@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from shards.image_tree import ImageTree
 from shards.source import Item
@@ -14,9 +14,27 @@ from tidali.files import printable
 
 Splits = dict[str, list[Item]]
 
+_KINDS_OF_FILES = frozenset(
+    (
+        "images",
+        "image",
+        "imgs",
+        "img",
+        "jpegimages",
+        "annotations",
+        "annotation",
+        "labels",
+        "masks",
+        "trimaps",
+        "data",
+        "dataset",
+    )
+)
+"""Names of folders beside each other that say what is in them, not of what class it is."""
 
-def read_folders(tree: ImageTree, *, folders_are_classes: bool) -> tuple[tuple[ClassName, ...], Splits]:
-    """The classes, sorted by name, and the images of each split.
+
+def read_folders(tree: ImageTree, *, folders_are_classes: bool) -> tuple[tuple[ClassName, ...], Splits, list[str]]:
+    """The classes, sorted by name; the images of each split; and what may be wrong with that.
 
     Args:
         folders_are_classes: where folders may be either splits or classes, take them for classes instead of refusing.
@@ -40,7 +58,8 @@ def read_folders(tree: ImageTree, *, folders_are_classes: bool) -> tuple[tuple[C
             elif tree.count[inner]:
                 name = shown(inner.rpartition("/")[2])
                 raise UsageError(f"{where}: {split} has a class {name} that train does not have; move or remove it")
-    return tuple(ClassName(id=id_, name=id_) for id_ in sorted(ids.values())), splits
+    warnings = [] if folders_are_classes else list(_about_shape(tree, list(train.values())))
+    return tuple(ClassName(id=id_, name=id_) for id_ in sorted(ids.values())), splits, warnings
 
 
 def keys_of_folders(where: str, folders: Iterable[str]) -> dict[str, str]:
@@ -85,16 +104,15 @@ def _refuse_stray(tree: ImageTree, split_folders: dict[str, str]) -> None:
     for folder in split_folders.values():
         if folder in tree.images and not tree.filled(folder):
             images = tree.images[folder]
-            fix = f"sort them into {folder}/CLASS folders, or move {folder} out of the source"
+            what = f"{folder or 'the source'} holds {len(images):,} images, but no folders of classes"
+            fix = (
+                f"sort them into {folder}/CLASS folders, or move {folder} out of the source"
+                if folder
+                else "sort them into some"
+            )
             if "ilsvrc2012_val" in images[0].name.lower():
                 fix += "; ImageNet's LOC_val_solution.csv, or its development kit, lists the class of each"
-            what = f"no data set: {folder} holds {len(images):,} images, but no folders of classes"
-            if not folder:
-                what, fix = (
-                    f"no data set: its {len(images):,} images are in no folders of classes",
-                    "sort them into CLASS folders",
-                )
-            raise UsageError(f"{tree.location}: {what}; {fix}")
+            raise UsageError(f"{tree.location}: no data set: {what}; {fix}")
     roots = tuple(split_folders.values())
     for folder, images in tree.images.items():
         if folder in roots or (roots != ("",) and folder.partition("/")[0] not in roots):
@@ -110,6 +128,11 @@ def _class_ids(tree: ImageTree, folders: dict[str, str], folders_are_classes: bo
             raise UsageError(f"{where}: class folder {shown(folder)} of train contains no images; remove it or fill it")
     if not folders_are_classes:
         _refuse_missed_level(tree, list(folders.values()))
+        for key, folder in folders.items():
+            if key in _KINDS_OF_FILES and len(folders) > 1:
+                what = f"{shown(folder)} is rather a kind of files than a class"
+                fix = "give the folder that holds the classes, or add --layout folder if it is a class"
+                raise UsageError(f"{where}: {what}; {fix}")
     ids = {}
     for key, folder in folders.items():
         ids[key] = visible_name(printable(folder.rpartition("/")[2]))
@@ -130,3 +153,16 @@ def _refuse_missed_level(tree: ImageTree, classes: list[str]) -> None:
     what = f"{shown(holders[0])} and {shown(holders[1])} hold no images themselves, and both hold {shown(shared[0])}"
     splits = "if they are splits, rename them to train, val and test; if they are groups, move the classes up"
     raise UsageError(f"{tree.location}: {what}; {splits}; if they are the classes, add --layout folder")
+
+
+def _about_shape(tree: ImageTree, classes: list[str]) -> Iterator[str]:
+    """Such folders may be classes themselves."""
+    inside = {folder: tree.filled(tree.unwrapped(folder)) for folder in classes if folder not in tree.images}
+    several = [folder for folder, found in inside.items() if len(found) > 1]
+    if several:
+        names = ", ".join(shown(inner.rpartition("/")[2]) for inner in inside[several[0]][:3])
+        what = f"{len(several)} classes hold no images themselves but several folders, such as {shown(several[0])} with {names}"
+        yield f"{tree.location}: {what}; each was taken as one class"
+    if len(classes) == 1:
+        name = shown(classes[0].rpartition("/")[2])
+        yield f"{tree.location}: has only one class, {name}, so that any network is right; are its folders one level higher?"

@@ -83,12 +83,13 @@ class FileSource:
             layout = "tiny-imagenet" if is_tiny else "folder"
         if layout == "tiny-imagenet":
             classes, splits = read_tiny_imagenet(listing, tree)
+            about: list[str] = []
             del left_out[".txt files"]  # its annotations
         elif not tree.count[""]:
             held = f" (it holds {describe_left_out(left_out)})" if left_out else ""
             raise UsageError(f"{listing.location}: no data set: found no images in train/CLASS/ or CLASS/ folders{held}")
         else:
-            classes, splits = read_folders(tree, folders_are_classes=self.layout == "folder")
+            classes, splits, about = read_folders(tree, folders_are_classes=self.layout == "folder")
         for items in splits.values():
             items.sort(key=attrgetter("name"))
         if outside := tree.count[""] - sum(map(len, splits.values())):
@@ -101,7 +102,7 @@ class FileSource:
             left_out=left_out,
             reader=listing.reader,
             fingerprint=fingerprint(splits),
-            warnings=(*listing.warnings, *_about_one_class(listing.location, classes)),
+            warnings=(*listing.warnings, *about),
         )
 
 
@@ -135,9 +136,3 @@ def fingerprint(splits: Mapping[str, Iterable[Item]]) -> str:
         lines = [f"{name}\0{size}\0{where[-1] if where else ''}\0{label}\n" for name, size, where, label in items]
         digest.update(f"{split}\n{''.join(lines)}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def _about_one_class(where: str, classes: tuple[ClassName, ...]) -> tuple[str, ...]:
-    if len(classes) > 1:
-        return ()
-    return (f"{where}: has only one class, {classes[0].id!r}, so that any network is right; is its folder one of classes?",)

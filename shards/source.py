@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -128,8 +127,7 @@ def list_folder(root: Path) -> Listing:
         except OSError as error:
             where = printable_path(entry.path)
             raise UsageError(f"{where}: {error.strerror}; a broken link? Fix or remove it") from None
-        if stat.S_ISREG(status.st_mode):
-            (images if is_image_name(name) else other_files).append(Item(name, status.st_size))
+        (images if is_image_name(name) else other_files).append(Item(name, status.st_size))
     return Listing(
         location=str(root),
         images=images,

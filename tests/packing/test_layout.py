@@ -135,6 +135,16 @@ def test_folders_nested_deeper_than_python_may_recurse(make: Any, tmp_path: Path
         sys.setrecursionlimit(before)
 
 
+def test_a_pipe_is_no_image(make: Any, tmp_path: Path) -> None:
+    """Opening one would wait for ever."""
+    make.folder(tree_of("cat", "dog"), tmp_path)
+    os.mkfifo(tmp_path / "cat" / "pipe.jpg")
+    found = FileSource(tmp_path).scan()
+    assert (split_counts(found), found.left_out) == ({"train": 4}, {"devices and pipes": 1})
+    files, left_out = find_images([str(tmp_path)])
+    assert (len(files), left_out) == (4, {"devices and pipes": 1})
+
+
 # -------------------------------------------------------------------------------------------------------------------- splits
 
 SPELLINGS = {
@@ -232,11 +242,22 @@ def test_a_missed_level_of_folders(scan: Any, folders: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "folders", [("cat/images", "dog/images"), ("cat/a", "cat/b", "dog/c", "dog/d"), ("cat", "cat/more", "dog", "dog/more")]
+    "folders", [("cat/images", "dog/images"), ("cat", "cat/more", "dog", "dog/more"), ("cat/images/a", "dog/images/b")]
 )
 def test_folders_inside_classes(scan: Any, folders: tuple[str, ...]) -> None:
     found = scan(tree_of(*folders))
     assert (found.images, ids(found), found.warnings) == (2 * len(folders), ["cat", "dog"], ())
+
+
+@pytest.mark.parametrize(
+    "folders", [("pets/cat", "pets/dog", "cars/bus", "cars/van"), ("labelled/cat", "labelled/dog", "rest")]
+)
+def test_classes_that_are_several_folders_are_said(scan: Any, folders: tuple[str, ...]) -> None:
+    found = scan(tree_of(*folders))
+    (warning,) = found.warnings
+    assert "'cat', 'dog'" in warning or "'bus', 'van'" in warning
+    assert len(found.classes) == 2
+    assert scan(tree_of(*folders), "folder").warnings == ()
 
 
 @pytest.mark.parametrize("folders", [("cat",), ("images",), ("train/cat", "val/cat"), ("Data/Images",)])
@@ -248,7 +269,8 @@ def test_one_class_is_said(scan: Any, folders: tuple[str, ...]) -> None:
 IN_NO_CLASS = {
     "val without folders": (tree_of("train/cat", "train/dog", "val"), r"val holds 2 images, .*sort them into val/CLASS"),
     "train without folders": (tree_of("train", "test"), r"(train|test) holds 2 images, .*sort them into"),
-    "nothing but images": (tree_of(""), r"its 2 images .*sort them into CLASS"),
+    "nothing but images": (tree_of(""), r"the source holds 2 images, .*sort them"),
+    "images and their masks": (tree_of("images", "annotations/trimaps"), r"'annotations' .*--layout folder"),
     "an image beside the classes": (tree_of("cat", "dog") | {"logo.png": b"x"}, r"'logo.png' is not in a class folder"),
     "an image beside the splits": (tree_of("train/cat", "train/dog") | {"x.png": b"x"}, r"'x.png' is not in a class folder"),
     "an empty split": (tree_of("train/cat", "train/dog") | {"val/cat/x.txt": b""}, "val holds no images"),
@@ -286,6 +308,7 @@ SAME = {
     "a byte order mark": ("cat", "\ufeffcat"),
     "a soft hyphen": ("catfish", "cat\u00adfish"),
     "a dot behind": ("cat", "cat."),
+    "a tab and an invisible letter": ("polar bear", "polar\t\u200b bear"),
     "a variation selector": ("\u2764", "\u2764\ufe0f"),
     "case": ("Cat", "cat"),
     "case beyond ASCII": ("Élan", "élan"),

@@ -79,8 +79,13 @@ def visible_name(name: str) -> str:
     if name.isascii() and name.isprintable() and "  " not in name:
         return name.strip()
     composed = unicodedata.normalize("NFC", name)
-    seen = (c for c in composed if c in _JOINERS or (unicodedata.category(c) not in ("Cf", "Cc") and c not in _OTHER_INVISIBLE))
-    return " ".join("".join(seen).split()).strip(_JOINERS + " ")
+    return " ".join("".join(filter(_is_visible, composed)).split()).strip(_JOINERS + " ")
+
+
+def _is_visible(character: str) -> bool:
+    if character in _JOINERS or character.isspace():
+        return True
+    return unicodedata.category(character) not in ("Cf", "Cc") and character not in _OTHER_INVISIBLE
 
 
 def name_key(name: str) -> str:
@@ -116,7 +121,7 @@ def describe_left_out(counts: Mapping[str, int]) -> str:
 
 
 def walk(root: str | os.PathLike[str], left_out: Counter[str]) -> Iterator[tuple[str, os.DirEntry[bytes], bool]]:
-    """Every file and folder below a folder, in no particular order, but for hidden ones and the system's.
+    """Every file (and broken link) and folder below a folder, unsorted, but for hidden ones and the system's.
 
     Names are read as bytes and decoded as UTF-8, so that they do not depend on the locale. Links are followed (people link data
     sets together), but not back into a folder above.
@@ -142,13 +147,16 @@ def walk(root: str | os.PathLike[str], left_out: Counter[str]) -> Iterator[tuple
         for entry in entries:
             name = entry.name.decode("utf-8", "surrogateescape")
             try:
-                is_folder = entry.is_dir()
+                is_folder, is_file = entry.is_dir(), entry.is_file()
             except OSError:  # a link to itself
-                is_folder = False
+                is_folder, is_file = False, False
             kind = left_out_kind(name)
             if kind is not None:
                 if images := _images_below(entry.path) if is_folder else is_image_name(name):
                     left_out[kind] += images
+                continue
+            if not is_folder and not is_file and os.path.exists(entry.path):
+                left_out["devices and pipes"] += 1
                 continue
             yield prefix + name, entry, is_folder
             if is_folder:
