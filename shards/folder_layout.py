@@ -92,7 +92,8 @@ def _split_folders(tree: ImageTree, folders_are_classes: bool) -> dict[str, str]
     found: dict[str, str] = {}
     for folder, split in named.items():
         if split in found:
-            raise UsageError(f"{where}: two folders for {split}: {found[split]}, {folder}; make them one, or rename one")
+            both = f"{shown(found[split])} and {shown(folder)}"
+            raise UsageError(f"{where}: two folders for {split}: {both}; make them one, or rename one")
         found[split] = folder
     if "train" not in found:
         raise UsageError(f"{where}: has {', '.join(named)} but no train folder; name the one to train on 'train'")
