@@ -70,8 +70,6 @@ class ShardCheck:
     """Of the samples and of the quarantined files."""
     contents: Contents = field(default_factory=Contents)
     """Of an intact shard; empty otherwise."""
-    sources: list[str] = field(default_factory=list)
-    """The names of these images in the source."""
 
 
 def check_shard(
@@ -114,7 +112,6 @@ def check_shard(
         check.faults += _check_quarantine(root, record)
         if not tar_fault and not found:
             check.contents = read_contents(root / shard.name, record["samples"])
-            check.sources = [sample["source"] for sample in record["samples"]]
     check.faults += [fault for fault in (tar_fault, index_fault) if fault]
     return check
 

@@ -34,6 +34,10 @@ class Repeated:
     in_classes: frozenset[int] = frozenset()
     """Under several labels."""
 
+    @property
+    def all(self) -> frozenset[int]:
+        return self.in_splits | self.in_classes
+
     def __str__(self) -> str:
         parts = [(self.in_splits, "in more than one split"), (self.in_classes, "under more than one class")]
         text = ", ".join(f"{len(found):,} {what}" for found, what in parts if found)
@@ -78,10 +82,10 @@ def find_repeated(shards: Sequence[tuple[str, Contents]]) -> Repeated:
 
 
 def name_repeated(
-    repeated: Repeated, shards: Sequence[tuple[str, Contents, Sequence[str]]], class_ids: Sequence[str]
+    repeated: Repeated, shards: Iterable[tuple[str, Contents, Sequence[str]]], class_ids: Sequence[str]
 ) -> Iterator[str]:
-    """A line for each repeated image, with all its places. ``shards`` have the samples' names in the source beside them."""
-    wanted = repeated.in_splits | repeated.in_classes
+    """A line for each repeated image, with all its places. ``shards``: split, contents, names of the samples in the source."""
+    wanted = repeated.all
     places: dict[int, list[str]] = {}
     for split, contents, names in shards:
         for digest, label, name in zip(contents.digests, contents.labels, names, strict=True):

@@ -14,22 +14,10 @@ from tidali.files import printable
 
 Splits = dict[str, list[Item]]
 
-_KINDS_OF_FILES = frozenset(
-    (
-        "images",
-        "image",
-        "imgs",
-        "img",
-        "jpegimages",
-        "annotations",
-        "annotation",
-        "labels",
-        "masks",
-        "trimaps",
-        "data",
-        "dataset",
-    )
-)
+_KINDS_OF_FILES = {
+    *("images", "image", "imgs", "img", "jpegimages", "data", "dataset"),
+    *("annotations", "annotation", "labels", "masks", "trimaps"),
+}
 """Names of folders beside each other that say what is in them, not of what class it is."""
 
 
@@ -106,11 +94,9 @@ def _refuse_stray(tree: ImageTree, split_folders: dict[str, str]) -> None:
         if folder in tree.images and not tree.filled(folder):
             images = tree.images[folder]
             what = f"{folder or 'the source'} holds {len(images):,} images, but no folders of classes"
-            fix = (
-                f"sort them into {folder}/CLASS folders, or move {folder} out of the source"
-                if folder
-                else "sort them into some"
-            )
+            fix = f"sort them into {f'{folder}/CLASS'.lstrip('/')} folders"
+            if folder:
+                fix += f", or move {folder} out of the source"
             if "ilsvrc2012_val" in images[0].name.lower():
                 fix += "; ImageNet's LOC_val_solution.csv, or its development kit, lists the class of each"
             raise UsageError(f"{tree.location}: no data set: {what}; {fix}")
@@ -166,4 +152,5 @@ def _about_shape(tree: ImageTree, classes: list[str]) -> Iterator[str]:
         yield f"{tree.location}: {what}; each was taken as one class"
     if len(classes) == 1:
         name = shown(classes[0].rpartition("/")[2])
-        yield f"{tree.location}: has only one class, {name}, so that any network is right; are its folders one level higher?"
+        what = f"has only one class, {name}: whatever a network learns, its accuracy will be 100 %"
+        yield f"{tree.location}: {what}; SOURCE must be the folder around the folders of classes, or of splits"

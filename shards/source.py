@@ -68,7 +68,7 @@ class Listing:
     """Every folder, empty ones included."""
     reader: FileReader
     left_out: Counter[str]
-    """How many images of hidden and system folders, and of others that no longer are in the listing, by kind."""
+    """How many images are in hidden and system folders, by kind."""
     warnings: tuple[str, ...] = ()
     """What a person should know about the names."""
 

@@ -17,7 +17,7 @@ from shards.executor import default_workers, run_tasks
 from shards.pack import PLAN_NAME
 from shards.plan import plan_id
 from shards.record import build_manifest
-from tidali.dataset.contract import MANIFEST_NAME, Manifest, Shard, manifest_text
+from tidali.dataset.contract import MANIFEST_NAME, Manifest, Shard, manifest_text, read_record
 from tidali.errors import DatasetError
 from tidali.files import TEMPORARY_SUFFIX
 
@@ -67,7 +67,7 @@ def verify(
     faults += _manifest_faults(manifest, text, checks)
     return VerifyReport(
         faults=tuple(faults),
-        repeated=tuple(_repeated(manifest, shards, checks)),
+        repeated=tuple(_repeated(root, manifest, shards, checks)),
         shards=len(shards),
         samples=sum(split.samples for split in manifest.splits.values()),
         size_bytes=sum(split.size_bytes for split in manifest.splits.values()),
@@ -108,10 +108,14 @@ def _extra_files(root: Path, manifest: Manifest) -> Iterator[Fault]:
             yield Fault(name, "is in no split of the manifest", "remove it, or pack again if the manifest is what is wrong")
 
 
-def _repeated(manifest: Manifest, shards: list[tuple[str, Shard]], checks: list[ShardCheck]) -> Iterator[str]:
-    contents = [(split, check.contents, check.sources) for (split, _), check in zip(shards, checks, strict=True)]
-    repeated = find_repeated([(split, found) for split, found, _ in contents])
-    return name_repeated(repeated, contents, [class_.id for class_ in manifest.classes])
+def _repeated(root: Path, manifest: Manifest, shards: list[tuple[str, Shard]], checks: list[ShardCheck]) -> Iterator[str]:
+    repeated = find_repeated([(split, check.contents) for (split, _), check in zip(shards, checks, strict=True)])
+    holders = (
+        (split, check.contents, [record.source for record in read_record(root, shard)])
+        for (split, shard), check in zip(shards, checks, strict=True)
+        if not repeated.all.isdisjoint(check.contents.digests)
+    )
+    return name_repeated(repeated, holders, [class_.id for class_ in manifest.classes])
 
 
 def _ordinals(shards: list[tuple[str, Shard]], checks: list[ShardCheck]) -> Iterator[Fault]:

@@ -163,7 +163,21 @@ SPELLINGS = {
     "val": ["val", "Val", "valid", "VALID", "validation", "Validation", "val_set", "validation-set", "dev"],
     "test": ["test", "Test", "TESTING", "testing", "test_set", "test1", "test-images"],
 }
-OF_NO_SPLIT = ["cat", "images", "data", "dataset", "train_station", "trainer", "testtube", "train_test", "2017", "", "val d'or"]
+OF_NO_SPLIT = [
+    "训练train",
+    "été train",
+    "cat",
+    "images",
+    "data",
+    "dataset",
+    "train_station",
+    "trainer",
+    "testtube",
+    "train_test",
+    "2017",
+    "",
+    "val d'or",
+]
 
 
 @pytest.mark.parametrize("split", SPELLINGS)

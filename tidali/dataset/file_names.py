@@ -69,7 +69,7 @@ def left_out_kind(name: str) -> str | None:
 
 def split_of(folder: str) -> str | None:
     """'train', 'val' or 'test' for such a folder's name in any usual spelling ('Training', 'valid', 'test_set'); else None."""
-    words = re.findall(r"[a-z]+", re.sub(r"(set|data|images|imgs)$", "", name_key(folder)))
+    words = list(filter(None, re.split(r"[\W\d_]+", re.sub(r"(set|data|images|imgs)$", "", name_key(folder)))))
     splits = [_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS]
     return splits[0] if len(splits) == 1 and all(word in _SPLIT_WORDS or word in _WORDS_BESIDE for word in words) else None
 
