@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -169,11 +170,10 @@ def test_bad_images_are_named_and_skipped(tidali, trained, val_files, tmp_path: 
     assert ended.code == 1
     assert [line["image"] for line in csv.DictReader(io.StringIO(ended.stdout))] == [str(good)]
     lines = ended.stderr.splitlines()
-    assert lines[0].startswith(f"warning: skipped: {tmp_path / 'cut.jpg'}: image file is truncated")
-    assert lines[1:] == [
-        f"warning: skipped: {tmp_path / 'text.png'}: not an image of a known format",
-        "tidali: 2 of 3 images could not be read",
-    ]
+    assert len(lines) == 3
+    for line, name, reason in zip(lines, ("cut.jpg", "text.png"), ("damaged JPEG: .+", "text"), strict=False):
+        assert re.match(rf"warning: skipped: {re.escape(str(tmp_path / name))}: .*{reason}", line), line
+    assert lines[2] == "tidali: 2 of 3 images could not be read"
     document = json.loads(tidali("predict", trained[0], tmp_path, "--json", "--device", "cpu").stdout)
     assert [Path(one["image"]).name for one in document["skipped"]] == ["cut.jpg", "text.png"]
     ended = tidali("predict", trained[0], tmp_path / "text.png", "--device", "cpu")
