@@ -19,8 +19,6 @@ from tidali.loading.resample import squares_of
 from tidali.loading.samples import Place, SampleTable
 
 WRONG_CRC = "its CRC-32 is not its record's"
-_CHUNKS_PER_THREAD = 4
-"""Pieces of a batch for each thread: images differ in size, and a thread that is done early takes another piece."""
 
 
 class Job(NamedTuple):
@@ -62,7 +60,9 @@ class ThreadDecoder:
         return self._memory.empty(shape, torch.uint8)
 
     def in_chunks(self, count: int, work: Callable[[range], dict[int, str]]) -> list[Future[dict[int, str]]]:
-        chunks = min(self._threads * _CHUNKS_PER_THREAD, count)
+        """One piece a thread, as one that is done early goes on with the next batch. Four pieces each made a stream of 64 px
+        images a tenth slower on two cores."""
+        chunks = min(self._threads, count)
         return [
             self._pool.submit(work, range(count * chunk // chunks, count * (chunk + 1) // chunks)) for chunk in range(chunks)
         ]
