@@ -19,6 +19,9 @@ from hypothesis import settings
 from tidali.hardware.cpu_threads import wait_briefly
 
 wait_briefly()  # before anything imports torch
+# pytest-xdist's workers divide the cores between them, and so do the processes that their tests start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // workers, 1)))
 
 settings.register_profile("tidali", deadline=None)  # no test asserts a time, so neither does hypothesis
 settings.load_profile("tidali")
@@ -48,6 +51,8 @@ SLOW = (
 """Folders and files below this one whose tests are all slow, or many: together the others take less than a minute."""
 SLOW_FIXTURES = {"trained", "s3"}
 """A whole training run, and an S3 server."""
+EXPENSIVE_FIXTURES = {"trained", "wheel"}
+"""One process runs all tests that use one of these, so that it is made once. pytest-xdist begins with the largest groups."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before ``-m`` chooses
@@ -61,6 +66,8 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
             or _starts_python(item.function, set())
         ):
             item.add_marker(pytest.mark.slow)
+        for name in sorted(EXPENSIVE_FIXTURES & set(item.fixturenames)):
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 def _starts_python(function: Callable[..., Any], seen: set[CodeType]) -> bool:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bench import case_process, ceilings, growth, loading, measure, pack, peer_env
 from bench import train as bench_train
@@ -40,11 +38,11 @@ def check(document: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def quick(monkeypatch) -> Iterator[None]:
+def quick(monkeypatch, one_thread: None) -> None:
     """One step a measurement, after one to warm up, and small ceilings. On one thread: where other processes take the cores,
     threads that wait for each other need seconds for a step of 8 images."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the cases' own processes
+    monkeypatch.setattr(case_process, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(measure, "WARMUP_STEPS", 1)
     monkeypatch.setattr(measure, "MIN_STEPS", 1)
     monkeypatch.setattr(measure, "MAX_CYCLE_SECONDS", 0.0)
@@ -52,8 +50,6 @@ def quick(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(ceilings, "_PRODUCT_SIDE", {"cpu": 64, "cuda": 64})
     monkeypatch.setattr(ceilings, "_COPY_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
     monkeypatch.setattr(ceilings, "_DECODE_IMAGES", 8)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -99,7 +95,6 @@ def test_json_alone_on_standard_output(tidali, quick, demo_data: Path) -> None:
 
 @pytest.mark.slow
 def test_step_beside_the_original_loop_with_a_profile(tidali, quick, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(case_process, "MIN_SECONDS", 0.1)
     out = tmp_path / "step.json"
     ended = tidali(
         "bench", "step", "--res", 32, "--batch-size", 4, "--repeats", 1, "--device", "cpu", "--json", out, "--profile"
@@ -147,6 +142,7 @@ def test_a_loop_that_fails_is_one_line(tidali, quick, monkeypatch) -> None:
 @pytest.mark.slow
 def test_loader_with_its_growth(tidali, quick, small, monkeypatch) -> None:
     monkeypatch.setattr(growth, "BATCHES", (4, 16, 1024))
+    monkeypatch.setattr(growth, "powers_of_two", lambda cores: [2])  # processes are what takes long here
     monkeypatch.setattr(loading, "cache_memory", lambda root, **_: memory)
     memory = {"res": 32, "pixels_mib": 1.0, "idle_rss_mib": 5.0, "peak_rss_mib": 7.0, "times_pixels": 2.0}
     ended = tidali("bench", "loader", *small[:-2], "--repeats", 1, "--json", "-")
@@ -155,9 +151,9 @@ def test_loader_with_its_growth(tidali, quick, small, monkeypatch) -> None:
     check(document)
     assert [row["case"] for row in document["rows"]] == list(ROUTES)
     varied = [(row["varied"], row[row["varied"]]) for row in document["growth"] if row["case"] == "cached"]
-    assert {("batch_size", 4), ("batch_size", 16), ("threads", 1), ("samples", 160), ("samples", 40)} <= set(varied)
+    assert {("batch_size", 4), ("batch_size", 16), ("threads", 2), ("samples", 160), ("samples", 40)} <= set(varied)
     assert ("batch_size", 1024) not in varied  # the split has 160
-    assert ("ranks", 1) in varied
+    assert ("ranks", 2) in varied
 
 
 @pytest.mark.slow
@@ -189,7 +185,6 @@ def test_pack(monkeypatch, quick, demo_data: Path, of_data: bool) -> None:
 
 @pytest.mark.slow
 def test_peers_at_random_crops(tidali, quick, write_photos, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(case_process, "MIN_SECONDS", 0.1)
     photos, packed, out, plot = tmp_path / "photos", tmp_path / "packed", tmp_path / "out.json", tmp_path / "out.svg"
     write_photos(photos, {"train/wide": 16}, size=(120, 80))
     write_photos(photos, {"train/high": 16}, size=(70, 100))

@@ -145,10 +145,11 @@ def test_mixed_sizes_pieces_and_tensorboard(tidali, demo_data: Path, tmp_path: P
     assert json.loads(again.stdout)["scores"][0]["loss"] == json.loads((out / "summary.json").read_text())["best"]["loss"]
 
 
-def test_init_lists_what_was_loaded_and_what_not(tidali, trained, demo_data: Path, tmp_path: Path) -> None:
+def test_init_lists_what_was_loaded_and_what_not(tidali, trained, tmp_path: Path) -> None:
     out, _ = trained
+    assert tidali("demo", tmp_path / "few", "--classes", 4, "--per-class", 2, "--workers", 1).code == 0
     ended = tidali(
-        *("train", "--data", demo_data, "--res", 32, "--epochs", 1, "--batch-size", 80, "--device", "cpu"),
+        *("train", "--data", tmp_path / "few", "--res", 32, "--epochs", 1, "--batch-size", 8, "--device", "cpu"),
         *("--recipe", "seed", "--stem", "small", "--init", out / "best", "--out", tmp_path / "small"),
     )
     assert ended.code == 0, ended.stderr

@@ -18,6 +18,7 @@ from bench.ceilings import COPY, DECODE, Ceiling, ceiling_rows, lowest_ceiling
 from bench.compare import compare
 from bench.diagnosis import diagnose
 from bench.document import environment
+from bench.growth import powers_of_two
 from bench.measure import Rates
 from tidali.errors import UsageError
 from tidali.hardware.device import plan_device
@@ -43,6 +44,10 @@ def test_the_lowest_ceiling_limits() -> None:
     assert lowest_ceiling(measured, {DECODE: 1.0, "not measured": 1e9}) == Ceiling(name=DECODE, images_per_s=1000.0)
     assert lowest_ceiling(measured, {}) is None
     assert [row["ceiling"] for row in ceiling_rows(measured)] == [DECODE, COPY]
+
+
+def test_growth_is_measured_on_powers_of_two_and_on_all_cores() -> None:
+    assert [powers_of_two(cores) for cores in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
 
 
 # ------------------------------------------------------------------------------------------------------------------ diagnosis

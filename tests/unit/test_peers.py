@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from bench import case_process, crops, peer_env, peer_loaders, peers
+from bench import case_process, crops, measure, peer_env, peer_loaders, peers
 from bench.case_worker import DataJob, Stream
 from bench.peer_check import why_wrong_form, why_wrong_loader, why_wrong_training
 from bench.peer_env import Environment, PeerMissing, python_of, what_failed
@@ -284,7 +284,13 @@ def absent(job):
 def test_rows_of_cases_that_run_lie_or_cannot_be_had(monkeypatch, demo_data: Path, tmp_path: Path, peers_home: Path) -> None:
     (tmp_path / "liar.py").write_text(LIAR)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setitem(peer_env.ENVIRONMENTS, "gone", Environment(requirements=(str(tmp_path / "gone-1-py3-none-any.whl"),)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setitem(peer_env.ENVIRONMENTS, "gone", Environment(requirements=("gone",)))
+
+    def cannot(name: str) -> Path:
+        raise PeerMissing(f"{name} cannot be installed: no such distribution")
+
+    monkeypatch.setattr(peer_env, "python_of", cannot)
     table = (
         LOADERS[0],
         Peer(id="shifted", name="shifted", target="liar:shifted", package="torch"),
@@ -294,6 +300,7 @@ def test_rows_of_cases_that_run_lie_or_cannot_be_had(monkeypatch, demo_data: Pat
     )
     monkeypatch.setattr(peers, "LOADERS", table)
     monkeypatch.setattr(case_process, "MIN_SECONDS", 0.1)
+    monkeypatch.setattr(measure, "MIN_SECONDS", 0.0)  # of the ceilings
     document = peers.bench_peers(open_dataset(demo_data), resolutions=[32], batch_size=8, repeats=1, peers=None)
     assert (document["benchmark"], document["repeats"], document["batch_size"]) == ("peers", 1, 8)
     rows = {row["case"]: row for row in document["rows"]}
@@ -305,7 +312,7 @@ def test_rows_of_cases_that_run_lie_or_cannot_be_had(monkeypatch, demo_data: Pat
     assert rows["tidali cached"]["times_torchvision"] == pytest.approx(rate["median"] / base)
     assert rows["shifted"] == {"res": 32, "case": "shifted", "not_run": "its labels are not those of its images"}
     assert rows["absent"]["not_run"] == "ModuleNotFoundError: No module named 'a_package_that_is_not_there'; find it"
-    assert rows["gone"]["not_run"].startswith("cannot be installed: ")
+    assert rows["gone"]["not_run"] == "gone cannot be installed: no such distribution"
     assert document["peer_versions"]["torchvision"]
 
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")

@@ -55,18 +55,20 @@ def forward_gmacs(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype =
     """10^9 multiply-accumulate operations of a forward pass, of convolutions and matrix products alone, as torch counts them.
 
     Args:
-        model: on the CPU; left in evaluation mode.
+        model: on the CPU, or on the device ``meta``, where nothing is computed; left in evaluation mode.
         shape: of the input, one sample.
         dtype: of the input.
     """
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model.eval()(torch.zeros(shape, dtype=dtype))
+        model.eval()(torch.zeros(shape, dtype=dtype, device=next(model.parameters()).device))
     return counter.get_total_flops() / 2e9
 
 
 def resnet18_gmacs(num_classes: int, stem: Stem, res: int) -> float:
     """`forward_gmacs` of an image of ``res`` x ``res`` pixels."""
-    return forward_gmacs(build_resnet18(num_classes, stem), (1, 3, res, res))
+    with torch.device("meta"):
+        model = build_resnet18(num_classes, stem)
+    return forward_gmacs(model, (1, 3, res, res))
 
 
 def resnet18_activations(stem: Stem, res: int) -> int:
