@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,7 @@ from tidali.model import export, served
 from tidali.model.checkpoint import ModelCard, load_checkpoint, save_checkpoint
 from tidali.model.export_inputs import photographs, synthetic
 from tidali.model.predict import Classifier
+from tidali.model.resnet import build_resnet18
 
 SAME = 1e-5
 """Between probabilities in float32 by another order of sums: 2e-6 was the most seen, on 500 photographs."""
@@ -125,6 +129,75 @@ def test_example_serves_with_onnxruntime_alone(onnx_file, trained, pictures: np.
     first, second = done.stdout.splitlines()
     assert first == f"stored.png: {best.name} ({best.probability:.1%})"
     assert second.startswith("large.png: ")
+
+
+class FakeRuntime:
+    """onnxruntime as the example uses it; the model is torch's."""
+
+    SessionOptions = SimpleNamespace
+
+    def __init__(self, model: Classifier, size: tuple[int, int]) -> None:
+        self.model, self.size = model, size
+        self.served = served.ServedModel(model.model, model.card, size)
+
+    def set_default_logger_severity(self, level: int) -> None:
+        pass
+
+    def InferenceSession(self, path: str, options: object, providers: list[str]) -> FakeRuntime:
+        return self
+
+    def get_modelmeta(self) -> SimpleNamespace:
+        return SimpleNamespace(custom_metadata_map={"tidali": json.dumps(export.describe(self.model.card, self.size))})
+
+    def run(self, outputs: None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        assert feed["images"].shape[1:] == (*self.size, 3)
+        assert feed["images"].dtype == np.uint8
+        with torch.inference_mode():
+            return [self.served(torch.from_numpy(feed["images"])).numpy()]
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime, *paths: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)  # type: ignore[arg-type]
+    monkeypatch.setattr(sys, "argv", ["serve", "x.onnx", *map(str, paths)])
+    runpy.run_path(str(Path(__file__).parents[2] / "examples/serve_onnx.py"))
+
+
+@pytest.mark.parametrize(
+    ("res", "crop_fraction", "kernel", "size"),
+    [
+        (32, 1.0, "pil", (64, 64)),
+        (64, 0.875, "pil", (73, 73)),
+        (56, 0.875, "opencv", (64, 64)),
+        (48, 1.0, "pil", (48, 48)),
+        (48, 1.0, "opencv", (64, 48)),
+    ],
+)
+def test_the_example_prepares_images_as_predict_does(
+    monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, res: int, crop_fraction: float, kernel: str, size: tuple[int, int]
+) -> None:
+    from PIL import Image
+
+    torch.manual_seed(1)
+    model = _classifier(build_resnet18(5, "imagenet"), res=res, crop_fraction=crop_fraction, kernel=kernel)
+    paths = []
+    for number, (height, width) in enumerate([(300, 260), (128, 200), (40, 30), size]):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(synthetic((height, width))[number]).save(paths[-1])
+    serve(monkeypatch, FakeRuntime(model, size), *paths)
+    printed = capsys.readouterr().out.splitlines()
+    for path, line, (best, *_) in zip(paths, printed, model.predict(paths), strict=True):
+        name, percent = re.fullmatch(rf"{path}: (\w+) \((.*)%\)", line).groups()  # type: ignore[union-attr]
+        assert name == best.name
+        assert abs(float(percent) - 100 * best.probability) < 0.1 + 0.05  # points; printed with one digit
+
+
+def test_the_example_refuses_what_an_input_cannot_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (100, 80)).save(tmp_path / "x.png")
+    model = _classifier(_tiny(), res=64, crop_fraction=0.875)
+    with pytest.raises(SystemExit, match=r"x\.png: .* --input-size 73"):
+        serve(monkeypatch, FakeRuntime(model, (64, 64)), tmp_path / "x.png")
 
 
 def _classifier(network: nn.Module, **changes: Any) -> Classifier:

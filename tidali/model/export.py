@@ -22,6 +22,7 @@ from tidali import __version__
 from tidali.config import ExportFormat
 from tidali.errors import TidaliError
 from tidali.files import write_atomically
+from tidali.hardware.limits import cpu_count
 from tidali.model.checkpoint import ModelCard
 from tidali.model.predict import Classifier
 from tidali.model.served import ServedModel
@@ -102,6 +103,7 @@ def describe(card: ModelCard, size: tuple[int, int]) -> dict[str, Any]:
         "output": {"name": "probabilities", "dtype": "float32"},
         "res": card.res,
         "kernel": card.kernel,
+        "crop_fraction": card.crop_fraction,
         "mean": list(card.mean),
         "std": list(card.std),
         "stem": card.stem,
@@ -167,7 +169,10 @@ def open_onnx(content: bytes) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
     """A function that runs the exported bytes on a batch, and the metadata."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    onnxruntime.set_default_logger_severity(3)  # errors
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = cpu_count()  # by default it pins threads to cores that a container may lack, and says so
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def run(images: np.ndarray) -> np.ndarray:
         return np.asarray(session.run(["probabilities"], {"images": images})[0])

@@ -33,22 +33,24 @@ def choose_inputs(card: ModelCard, checkpoint: str, data: str | None, size: tupl
     """
     Args:
         data: a packed data set; by default the one that the checkpoint was trained on, if it still exists.
-        size: height and width; by default those of the data set's images, or the checkpoint's ``res`` where they differ.
+        size: height and width; by default those of the data set's images or, where they differ, those of a square that the
+            checkpoint's centre crop cuts down to ``res`` without resizing it.
 
     Raises:
         UsageError: neither a size nor a data set was given, and the checkpoint's own data set is gone.
         DatasetError, TidaliError: the given data set cannot be opened.
     """
+    side = round(card.res / card.crop_fraction)
     dataset = open_data(data) if data is not None else trained_on(card)
     if dataset is not None:
         split = "val" if "val" in dataset.manifest.splits and dataset.manifest.splits["val"].samples else "train"
-        size = size or dataset.split(split).single_image_size or (card.res, card.res)
+        size = size or dataset.split(split).single_image_size or (side, side)
         images = photographs(dataset, split, size)
         return Inputs(size=size, images=images, what=f"{len(images)} images of {split} of {dataset.root}")
     if size is None:
         raise UsageError(
             f"{checkpoint}: the data set that it was trained on ({card.settings.get('data', 'not named')}) is not here, so its "
-            f"images' size is not known; give --data, or --input-size such as {card.res}"
+            f"images' size is not known; give --data, or --input-size such as {side}"
         )
     return Inputs(size=size, images=synthetic(size), what=f"{_SYNTHETIC} random images")
 
