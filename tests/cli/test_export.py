@@ -143,7 +143,8 @@ class FakeRuntime:
     def set_default_logger_severity(self, level: int) -> None:
         pass
 
-    def InferenceSession(self, path: str, options: object, providers: list[str]) -> FakeRuntime:
+    def InferenceSession(self, path: str, options: Any, providers: list[str]) -> FakeRuntime:
+        assert options.intra_op_num_threads >= 1  # or it pins threads to cores that a container may lack, and says so
         return self
 
     def get_modelmeta(self) -> SimpleNamespace:

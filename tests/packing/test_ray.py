@@ -17,6 +17,19 @@ from tidali.errors import TidaliError
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]  # one of them kills any worker of Ray on this machine
 
 
+def test_what_the_current_folder_holds_does_not_matter(
+    source: Path, local: dict[str, bytes], tmp_path: Path, contents: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray puts it first on its workers' import path. Before the fixture `ray`: this starts a Ray of its own."""
+    pytest.importorskip("ray", reason="Ray is not installed; pip install 'tidali[ray]'")
+    for name in ("tidali", "shards"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ValueError('imported from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    pack_on_ray(source, tmp_path / "data", workers=2)
+    assert contents(tmp_path / "data") == local
+
+
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     module = pytest.importorskip("ray", reason="Ray is not installed; pip install 'tidali[ray]'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -36,6 +37,11 @@ def make_run(name: str, top1: list[float]) -> Run:
         for place, value in enumerate(top1)
     )
     return Run(folder=Path(name), name=name, settings={}, epochs=epochs, summary=None)
+
+
+def test_matplotlib_keeps_what_it_says_of_its_cache_to_itself() -> None:
+    """Where its folder cannot be written, it says so on standard error when it is imported."""
+    assert not logging.getLogger("matplotlib.font_manager").isEnabledFor(logging.WARNING)
 
 
 RUNS = [make_run("a", [10, 30, 45]), make_run(NASTY, [20, 25, 50])]

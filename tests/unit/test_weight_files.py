@@ -152,10 +152,17 @@ def test_a_head_of_another_name_stays_fresh(model: nn.Module, tmp_path: Path, he
 def test_harmless_objects_beside_the_weights(model: nn.Module, tmp_path: Path) -> None:
     scalars = [np.float64(3.5), np.float32(1), np.int64(2), np.bool_(True), np.str_("x")]
     arguments = argparse.Namespace(lr=0.1, nested=argparse.Namespace(best=np.float64(1)))
-    init(model, tmp_path / "x.pth", {"args": arguments, "scores": scalars, "state_dict": STATE})
+    path, renamed = tmp_path / "x.pth", tmp_path / "numpy-1.pth"
+    init(model, path, {"args": arguments, "scores": scalars, "state_dict": STATE})
     check_values(model)
-    numpy_1 = torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "x.pth")
-    assert any("multiarray.scalar" in name for name in numpy_1)  # without our list torch refuses them
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    assert any("multiarray.scalar" in name for name in unknown)  # without our list torch refuses them
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(renamed, "w") as other:
+        for name in archive.namelist():
+            other.writestr(name, archive.read(name).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    report, _ = apply_init(model, str(renamed))
+    assert report is not None
+    assert len(report.loaded) == len(STATE)
 
 
 def test_a_safetensors_file_by_any_name(model: nn.Module, tmp_path: Path) -> None:
@@ -193,6 +200,8 @@ def refused(model: nn.Module, path: Path, document: object, **options: Any) -> s
         ({**STATE, "layer5.0.bn1.weight": torch.zeros(4)}, "layer5.0.bn1.weight"),
         ({**STATE, "up.weight": torch.zeros(2, 2, 3, 3)}, "up.weight"),
         (cast(torch.int8, lambda tensor: tensor.ndim == 4), "torch.int8"),
+        ({**STATE, "bn1.weight": torch.ones(64, device="meta")}, "bn1.weight"),
+        ({**STATE, "bn1.weight": torch.ones(64).to_sparse()}, "bn1.weight"),
         ({**STATE, **under("module.")}, "module.layer1.0.conv1.weight"),
         ({**under("module."), **STATE}, "module.layer1.0.conv1.weight"),
         ({**STATE, "module.fc.bias": torch.zeros(5)}, "module.fc.bias"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,13 +116,12 @@ def train(
     if resume is not None:
         _refuse_other_options(context, "resume")
         settings = _saved_settings(Path(resume) / "config.json", "resume")
-        _run(replace(settings, out=resume), resume=True)
+        _run(settings, out=resume, resume=True)
         return
     if config is not None:
         _refuse_other_options(context, "config", "set_", "out")
         settings = _saved_settings(Path(config), "config")
-        folder = out if out is not None else _run_folder(Path(settings.data).name, settings.res, settings.recipe.name)
-        _run(replace(settings, out=folder, recipe=change(settings.recipe, set_ or ())))
+        _run(replace(settings, recipe=change(settings.recipe, set_ or ())), out=out)
         return
 
     def made(name: RecipeName) -> Recipe:
@@ -142,7 +143,7 @@ def train(
             say(f"recipe photos: images of unequal size, larger than {res} px; --recipe modern takes their centres, uncropped")
     settings = TrainSettings(
         data=folder,
-        out=out if out is not None else _run_folder(Path(folder).name, res, chosen.name),
+        out=out or "",
         res=res,
         stem=stem,
         init=init,
@@ -159,16 +160,19 @@ def train(
         sync_bn=sync_bn,
         tensorboard=tensorboard,
     )
-    _run(settings)
+    _run(settings, out=out)
 
 
-def _run(settings: TrainSettings, *, resume: bool = False) -> None:
-    """Train and print the results."""
+def _run(settings: TrainSettings, *, out: str | None, resume: bool = False) -> None:
+    """Train in the folder, or in a new one of a name of its own, and print the results."""
     from tidali.console import is_main_rank, print_table, say
     from tidali.dataset.source import open_data
     from tidali.training.run import train
+    from tidali.training.run_folder import new_run_folder
 
-    result = train(settings, open_data(settings.data), resume=resume)
+    name = f"runs/{Path(settings.data).name}-{settings.res}-{settings.recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    with new_run_folder(name) if out is None and is_main_rank() else nullcontext(name if out is None else out) as folder:
+        result = train(replace(settings, out=folder), open_data(settings.data), resume=resume)
     if not is_main_rank():
         return
     rows = [
@@ -252,12 +256,6 @@ def eval_(
 
 def _score_cells(score: Any) -> tuple[str, str, str]:
     return f"{score.top1_percent:.2f}", f"{score.top5_percent:.2f}", f"{score.loss:.4f}"
-
-
-def _run_folder(data_name: str, res: int, recipe: str) -> str:
-    from datetime import datetime
-
-    return str(Path("runs") / f"{data_name}-{res}-{recipe}-{datetime.now():%Y%m%d-%H%M%S}")
 
 
 def demo_data() -> Path:

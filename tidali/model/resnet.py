@@ -154,7 +154,7 @@ def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str, *
     foreign = [name for name in unused if name != _STEM_BIAS and _of_a_body(name, weights[name])]
     if foreign:
         raise UsageError(f"{where}: the weights are of another network: a ResNet-18 has no {_some(foreign)}")
-    broken = [name for name in loaded if weights[name].is_floating_point() and not weights[name].isfinite().all()]
+    broken = [name for name in loaded if weights[name].is_floating_point() and not weights[name].float().isfinite().all()]
     if broken:
         fix = "take an earlier checkpoint, or train it again with a lower learning rate"
         raise UsageError(f"{where}: {len(broken)} tensors are not finite, {broken[0]} is the first; {fix}")
@@ -166,6 +166,8 @@ def _misfit(given: Tensor | None, own: Tensor) -> str:
     """Why a tensor of a file cannot be this one of the model's; empty if it can."""
     if given is None:
         return "not in the file"
+    if given.is_nested or given.is_meta or given.layout is not torch.strided:
+        return "no dense tensor in the file"
     if given.shape != own.shape:
         return f"{tuple(given.shape)} in the file, {tuple(own.shape)} in this model"
     if own.is_floating_point() and not given.is_floating_point():  # a quantised network's integers mean other numbers

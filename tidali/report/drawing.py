@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from tidali.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # as it is imported it tells of its cache of fonts
 
 # The light and the dark value of each colour. Figures are drawn in the light ones. Inside a page, each is replaced by the CSS
 # variable of its name, so no two may be equal. The first six series were found by a search for colours that are far apart: the

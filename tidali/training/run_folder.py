@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,17 +34,55 @@ class RunResult:
 
 
 def make_run_folder(out: Path) -> None:
-    """
+    """Make the folder and begin ``config.json`` in it: of two runs that start together, one gets the folder.
+
     Raises:
         UsageError: it exists and is not empty.
         TidaliError: it cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise UsageError(f"--out {out}: not empty; give a new folder")
+        free = not any(out.iterdir())
+        if free:
+            with suppress(FileExistsError):
+                os.close(os.open(out / "config.json", os.O_CREAT | os.O_EXCL))
+                return
     except OSError as error:
         raise TidaliError(f"--out {out}: cannot be made ({error.strerror})") from None
+    raise UsageError(f"--out {out}: not empty; give a new folder")
+
+
+@contextmanager
+def new_run_folder(name: str) -> Iterator[str]:
+    """A folder of this name, made at once so that no other run gets it; where there is one, the first of NAME-2, NAME-3, ...
+    that there is not. A run that does not begin leaves nothing: the folder goes again, if it is empty.
+
+    Raises:
+        TidaliError: it cannot be made.
+    """
+    parent = Path(name).parent
+    made_parent = not parent.exists()
+    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = next(folder for folder in map(Path, names) if _made(folder))
+    except OSError as error:
+        raise TidaliError(f"{name}: cannot be made ({error.strerror}); give --out a folder that you may write to") from None
+    try:
+        yield str(folder)
+    finally:
+        with suppress(OSError):  # not empty: the run began
+            folder.rmdir()
+            if made_parent:
+                parent.rmdir()
+
+
+def _made(folder: Path) -> bool:
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def epoch_fields(trained: EpochResult, score: Score, split: str) -> dict[str, float]:

@@ -55,11 +55,8 @@ def set_up(
     """
     recipe = settings.recipe
     select_on = selection_split(dataset)
+    check_batch_size(settings, dataset.labelled_split("train").samples, ranks.world_size)
     batch_size = ranks.local_batch_size(recipe.batch_size)
-    if recipe.accumulate > max(batch_size // 2, 1):
-        raise UsageError(
-            f"accumulate {recipe.accumulate}: a rank has {batch_size} images a step, and needs two for each micro-batch"
-        )
     sizes = SizePlan.of(settings.res, recipe.train_sizes, recipe.size_order, epochs=recipe.epochs, seed=settings.seed)
     torch.manual_seed(settings.seed)
     stem_bias = recipe.stem_bias and settings.stem == "small"
@@ -132,6 +129,36 @@ def refuse_graphs_beside_dali(plan: DevicePlan, *given: Batches) -> None:
             "--compile max-autotune captures CUDA graphs, and DALI, which decodes this stream on the GPU, frees memory "
             "meanwhile, which ends a capture; give --compile on, --decoder cpu, or --cache device"
         )
+
+
+def check_batch_size(settings: TrainSettings, samples: int, world_size: int) -> None:
+    """Batch norm needs two images: the last feature maps of an input of 32 px have one pixel.
+
+    Args:
+        samples: of the train split.
+
+    Raises:
+        UsageError: the batch does not give two images to each micro-batch of each rank, cannot be divided among the ranks, or
+            is larger than the split. Names a batch size that would do, where there is one.
+    """
+    batch_size, parts = settings.recipe.batch_size, settings.recipe.accumulate
+    least, most = 2 * parts * world_size, samples // world_size * world_size
+    if settings.sync_bn:  # batch norm sees the micro-batches of all ranks together
+        least = max(world_size, 2) * parts
+    needs = f"{world_size} ranks need" if world_size > 1 else "batch norm needs"
+    needs += f" at least {least} images a step" + (f" for {parts} micro-batches" if parts > 1 else "")
+    if most < least:
+        fewer = " or use fewer ranks or micro-batches" if world_size * parts > 1 else ""
+        count = f"{samples} image{'s' if samples != 1 else ''}"
+        raise UsageError(f"the 'train' split has {count}, and {needs}; add images{fewer}")
+    nearest = min(max(batch_size - batch_size % world_size, least), most)
+    if batch_size < least:
+        raise UsageError(f"--batch-size {batch_size}: {needs}; use at least --batch-size {nearest}")
+    if batch_size > most:
+        where = f"{samples} images" + (f" for {world_size} ranks" if world_size > 1 else "")
+        raise UsageError(f"--batch-size {batch_size}: the 'train' split has {where}; use at most --batch-size {nearest}")
+    if batch_size != nearest:
+        raise UsageError(f"--batch-size {batch_size}: not a multiple of the {world_size} ranks; use --batch-size {nearest}")
 
 
 def selection_split(dataset: Dataset) -> str:
