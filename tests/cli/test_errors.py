@@ -41,7 +41,7 @@ CASES = {
         (["train", "--config", "nowhere.json"], "nowhere.json"),
         ([*TRAIN, "--init", "nowhere"], "nowhere: no such checkpoint"),
         ([*TRAIN, "--init", "."], "no such checkpoint"),
-        ([*TRAIN, "--init", "nowhere.pth"], "nowhere.pth: no such file"),
+        ([*TRAIN, "--init", "nowhere.pth"], "nowhere.pth: no such checkpoint"),
         ([*TRAIN, "--init", "{file}"], "{file}"),
         ([*TRAIN, "--out", "{full}"], "--out {full}: not empty"),
         (["eval", "nowhere", "--data", "{demo}"], "nowhere: no such checkpoint"),
