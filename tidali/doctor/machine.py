@@ -129,7 +129,7 @@ def _memory(device: torch.device) -> Finding:
         if free_gib < 0.5 * total_gib:
             fix = "stop the other programs that use the GPU; nvidia-smi lists them"
             return warning(f"{text}: other programs use the rest", fix)
-    elif "cgroup" in (limit := free_memory().limited_by):
+    elif limit := free_memory().limited_by:
         text += f", by the limit in {limit}"
     if free_gib < MIN_FREE_MEMORY_GIB:
         free_some = "raise the limit, stop other programs or lower --batch-size"
