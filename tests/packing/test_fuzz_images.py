@@ -20,7 +20,7 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 from shards.images import Unusable, inspect
-from tidali.images.read import read_picture
+from tidali.loading.decode import decode_rgb
 from tidali.model.image_files import ImageError, read_pixels
 
 COUNT, SEED = int(os.environ.get("TIDALI_FUZZ", "360")), int(os.environ.get("TIDALI_FUZZ_SEED", "0"))
@@ -176,7 +176,7 @@ def test_every_reader_sees_what_was_packed(make: Any, dali_rgb: Callable[[bytes]
             continue
         outcomes[f"{kind} {'kept' if packed.data == data else 'stored as PNG'}"] += 1
         predicted = read_pixels(tmp_path / "file")
-        readers = {"DALI": dali_rgb(packed.data), "threads": read_picture(packed.data, max_pixels=MOST_PIXELS).upright}
+        readers = {"DALI": dali_rgb(packed.data), "threads": decode_rgb(memoryview(packed.data), plain=False)}
         readers["PIL"] = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(packed.data))).convert("RGB"))
         for reader, pixels in readers.items():
             assert pixels.shape == predicted.shape == (*packed.size, 3), (name, reader, data.hex())

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from shards.images import Inspected, Unusable, inspect
+from tidali.loading.decode import decode_rgb
 from tidali.model.image_files import ImageError, read_pixels
 
 MAX_PIXELS = 1 << 20
@@ -253,7 +254,8 @@ def test_a_whole_picture_is_packed(make: Any, dali_rgb: Callable[[bytes], np.nda
     except (SyntaxError, OSError):  # PIL stops at metadata; the pixels are those of the lossless file
         expected = np.asarray(make.image(1))
     (tmp_path / "x").write_bytes(data)
-    for pixels in (dali_rgb(got.data), pil_rgb(got.data), read_pixels(tmp_path / "x")):
+    trained = decode_rgb(memoryview(got.data), plain=False)
+    for pixels in (dali_rgb(got.data), trained, pil_rgb(got.data), read_pixels(tmp_path / "x")):
         assert np.array_equal(pixels, expected)
     assert got.size == expected.shape[:2]
 

@@ -60,12 +60,20 @@ def open_file(data: bytes, kind: str) -> Image.Image:
         Unusable: the header is damaged, or this PIL does not have the format.
     """
     with one_reason(kind), silent():
-        Image.init()
-        factory, accept = Image.OPEN.get(kind, (None, None))
-        refused = accept(data[:16]) if accept is not None else True
-        if factory is None or isinstance(refused, str):
-            raise Unusable(f"{kind}, which the installed PIL cannot read; convert it to JPEG or PNG")
-        return factory(io.BytesIO(data), "")
+        return open_unguarded(data, kind)
+
+
+def open_unguarded(data: bytes, kind: str) -> Image.Image:
+    """
+    Raises:
+        Unusable: this PIL does not have the format.
+        Exception: any, of a damaged header.
+    """
+    Image.init()
+    factory, accept = Image.OPEN.get(kind, (None, None))
+    if factory is None or (accept is not None and isinstance(accept(data[:16]), str)):  # the text says so
+        raise Unusable(f"{kind}, which the installed PIL cannot read; convert it to JPEG or PNG")
+    return factory(io.BytesIO(data), "")
 
 
 def load(image: Image.Image, kind: str) -> None:

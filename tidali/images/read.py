@@ -14,9 +14,10 @@ from tidali.images.canonical import is_plain_bmp, is_plain_webp
 from tidali.images.errors import TooLarge, Unusable
 from tidali.images.kinds import image_format, what_else
 from tidali.images.orientation import displayed, displayed_by, plain, upright
-from tidali.images.pil import has_transparent_pixels, load, one_reason, open_file, silent
+from tidali.images.pil import has_transparent_pixels, load, one_reason, open_file, open_unguarded, silent
 from tidali.images.png import PALETTE, Png, check_pixels, read_png
 
+_MOST_SCANS = 100  # nvImageCodec refuses more than 256
 _GREY_MODES = ("1", "L", "LA", "La")
 _FILLS = (b"\x2b\x8a\xd1" * 64, b"\x94\x55\x0e" * 64)
 """Bytes that a decoder takes for coefficients, in two versions that have none in common."""
@@ -70,6 +71,25 @@ def read_picture(data: bytes, *, max_pixels: int) -> Picture:
     return picture
 
 
+def decode_kept(data: bytes) -> np.ndarray:
+    """(H, W, 3) uint8 pixels as displayed, of bytes that a `Picture` was ``kept`` as, without the checks of `read_picture`.
+
+    Raises:
+        Exception: any, of bytes that were never checked.
+    """
+    if data.startswith(b"\xff\xd8"):
+        header = jpeg.read_header(data)
+        orientation = 1 if header is None or header.exif is None else plain(header.exif)
+        four_inks = header is not None and header.components == 4
+        return upright(_pixels_by_pil(data) if four_inks else simplejpeg.decode_jpeg(data), orientation)
+    kind = image_format(data) or "unknown"
+    image = open_unguarded(data, kind)  # without the guard, which lets one thread in at a time
+    image.load()
+    image.info.pop("transparency", None)
+    exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+    return upright(eight_bit_rgb(image, wide=False)[0], plain(exif))
+
+
 # ----------------------------------------------------------------------------------------------------------------------- JPEG
 
 
@@ -85,9 +105,10 @@ def _read_jpeg(data: bytes, max_pixels: int) -> Picture:
         canonical = False
         rgb = _decode_odd_jpeg(data)
     if header.needs_scans:
-        if jpeg.missing_scans(data):
+        complete, scans = jpeg.read_scans(data)
+        if not complete:
             raise Unusable("damaged JPEG: the last of its scans are missing")
-        canonical = canonical and not jpeg.has_too_many_scans(data)
+        canonical = canonical and scans <= _MOST_SCANS
     picture = Picture(rgb)
     if header.components == 1:
         picture.flags.append("grey")

@@ -22,5 +22,5 @@ def stored_image(dataset: Dataset, shard: Shard, record: SampleRecord) -> Image.
     except OSError as error:
         raise DatasetError(f"{where} cannot be read ({error.strerror}); {dataset.fix}") from None
     except Unusable as error:
-        raise DatasetError(f"{where} does not decode ({error}); 'tidali verify' names every damaged sample") from None
+        raise DatasetError(f"{where} does not decode ({error}); 'tidali verify --decode' names all such samples") from None
     return Image.fromarray(picture.upright)

@@ -61,5 +61,5 @@ class CorruptSamples:
             dataset = self._table.dataset
             raise DatasetError(
                 f"{dataset.root}: {len(self)} of the {len(self._table)} samples of {self._table.split!r} are corrupt by now, "
-                f"and --max-bad is {self._limit}; 'tidali verify' names all; {dataset.fix}"
+                f"and --max-bad is {self._limit}; 'tidali verify --decode' names all; {dataset.fix}"
             )

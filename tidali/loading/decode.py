@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 import numpy as np
 import simplejpeg
 
-from tidali.images.read import read_picture
+from tidali.images.read import decode_kept, read_picture
 
 _JPEG_START = b"\xff\xd8"
 
@@ -16,7 +17,7 @@ def decode_rgb(data: memoryview, *, plain: bool, out: np.ndarray | None = None) 
     """(H, W, 3) uint8 RGB, upright by its EXIF orientation; the pixels that DALI's decoder gives on a CPU.
 
     JPEG by libjpeg-turbo, which releases the interpreter's lock: two threads decode 64 px images twice as fast as DALI's
-    operator that is handed bytes. CMYK, turned images, what it refuses, and other formats as they were read to be packed.
+    operator that is handed bytes. CMYK and other formats by PIL.
 
     Args:
         plain: no JPEG of the data set is CMYK or has an EXIF orientation, so that neither has to be looked for.
@@ -27,12 +28,14 @@ def decode_rgb(data: memoryview, *, plain: bool, out: np.ndarray | None = None) 
         ValueError: ``out`` is of another size.
     """
     if plain and data[:2] == _JPEG_START:
-        try:
+        with suppress(ValueError):
             return _of_size(simplejpeg.decode_jpeg(data, buffer=out), out)
-        except ValueError:
-            pass
-    limit = sys.maxsize if out is None else out.shape[0] * out.shape[1]  # the packer applied the user's
-    pixels = _of_size(read_picture(bytes(data), max_pixels=limit).upright, out)
+    content = bytes(data)
+    try:
+        pixels = decode_kept(content)
+    except Exception:  # of damaged bytes, or of those that an earlier version packed: the checks say which
+        pixels = read_picture(content, max_pixels=sys.maxsize).upright  # the packer applied the user's limit
+    _of_size(pixels, out)
     if out is None:
         return pixels
     out[:] = pixels
