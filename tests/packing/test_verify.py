@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from shards.record import seal, unseal
@@ -366,3 +367,24 @@ def test_workers_find_the_same(data: Path) -> None:
 def test_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"no dataset\.json here; make a data set with 'tidali shard"):
         verify(tmp_path)
+
+
+def test_dalis_own_faults(make: Any, dali_rgb: Any) -> None:
+    """Among them a failure, after which the next image is decoded as if nothing had been."""
+    from tidali.loading.dali_check import dali_fault
+
+    data = make.encode(make.image(1), "PNG")
+    pixels = np.asarray(make.image(1))
+    assert dali_fault(data, pixels) is None
+    assert "DALI fails" in str(dali_fault(data[:-20], pixels))
+    assert dali_fault(data, pixels) is None
+    assert "40 x 48" in str(dali_fault(data, pixels[:-1]))
+    assert "2 grey levels" in str(dali_fault(data, np.where(pixels > 100, pixels - 2, pixels)))
+
+
+def test_a_fault_of_dali_alone_names_the_source(pristine: Path) -> None:
+    """As no such file is known, DALI's answer is made up."""
+    report = verify(pristine, decode=True, second_decoder=lambda data, pixels: "DALI fails on it", workers=1)
+    assert [fault.text for fault in report.faults].count("DALI fails on it") == 64
+    assert "train/" in report.faults[0].fix
+    assert "PNG" in report.faults[0].fix

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from shards.images import Inspected
 from tidali.config import Augment, CacheChoice, Preprocess
 from tidali.dataset.contract import Dataset, open_dataset
 from tidali.errors import DatasetError, TidaliError
 from tidali.hardware.ranks import Ranks
+from tidali.images.read import read_picture
 from tidali.loading import dali as dali_module
 from tidali.loading import samples as samples_module
 from tidali.loading.batches import Batches, Training
@@ -317,6 +319,52 @@ def test_the_limit_is_a_thousandth_or_what_was_asked_for(count: int, max_bad: in
     lines = named(capsys)
     assert len(lines) == limit + 1
     assert all(f"sample {number}" in line for number, line in enumerate(lines))
+
+
+# ------------------------------------------------------------------------------------------------- what DALI alone fails on
+
+
+@pytest.fixture
+def dali_fails(pack_files: Callable[..., Dataset], encoded, smooth, monkeypatch: pytest.MonkeyPatch) -> Dataset:
+    """Photographs as an earlier version might have packed them: one, whole for PIL and libjpeg-turbo, has two zero bytes amid
+    its header, where DALI's parser stops."""
+    files = {f"{split}/{n % 2}/{n}.jpg": encoded(smooth(n, 60 + n, 70)) for split in ("train", "val") for n in range(6)}
+    data = files["val/1/3.jpg"]
+    at = data.index(b"\xff\xdb")
+    files["val/1/3.jpg"] = data[:at] + bytes(2) + data[at:]
+
+    def keep(data: bytes, **_: Any) -> Inspected:
+        picture = read_picture(data, max_pixels=1 << 20)
+        return Inspected(picture.rgb, "jpg", data, picture.flags, picture.size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shards.write.inspect", keep)
+        return pack_files(files)
+
+
+def test_a_sample_that_dali_alone_fails_on_is_named_and_used(dali_fails: Dataset, capsys) -> None:
+    data = Data(dali_fails, CPU, cache="off")
+    batches = data.batches("val", Preprocess(res=RES), 6)
+    capsys.readouterr()
+    for _ in range(2):
+        assert len(collect(batches)[1]) == 6
+    assert not data.corrupt("val")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "_3 at offset" in line]
+    assert len(lines) == 1
+    assert "tidali verify --decode" in lines[0]
+
+
+def test_verify_finds_what_dali_alone_fails_on_and_its_advice_works(dali_fails: Dataset, tidali) -> None:
+    root = dali_fails.root
+    done = tidali("verify", root, "--decode")
+    assert done.code == 1
+    (fault,) = [line for line in done.stdout.splitlines() if "sample" in line]
+    assert fault.startswith("val-000000.tar: sample 00000003_3 ")
+    assert "delete this file" in fault
+    (root / "val-000000.tar").unlink()
+    again = tidali("shard", root.parent / "source.zip", root)
+    assert again.code == 0, again.stderr
+    assert tidali("verify", root, "--decode").code == 0
 
 
 # -------------------------------------------------------------------------------------------------------------------- two ranks

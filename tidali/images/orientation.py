@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tidali.images.pil import silent
+
 TAG = 0x0112
 _TURNS: dict[int, tuple[bool, slice, slice]] = {
     1: (False, slice(None), slice(None)),
@@ -42,7 +44,8 @@ def displayed(image: Image.Image) -> int:
     1 if there is none, it is out of range, or the metadata is damaged, which does not make the image unusable.
     """
     try:
-        value = image.getexif().get(TAG, 1)
+        with silent():
+            value = image.getexif().get(TAG, 1)
     except Exception:  # whatever damaged bytes lead PIL to
         return 1
     return int(value) if value in range(1, 9) else 1

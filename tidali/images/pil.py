@@ -117,5 +117,5 @@ def low_bytes(reopen: Callable[[], Image.Image]) -> np.ndarray | None:
         swapped = name[:-1] + _SWAPPED[name[-1]]
         tiles.append(tile._replace(args=(swapped, *args[1:]) if isinstance(tile[3], tuple) else swapped))
     image.tile = tiles  # type: ignore[attr-defined]
-    image.load()
+    load(image, image.format or "image")
     return np.asarray(image)[:, :, :3]

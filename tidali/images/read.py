@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +15,7 @@ from tidali.images.canonical import is_plain_bmp, is_plain_webp
 from tidali.images.errors import TooLarge, Unusable
 from tidali.images.kinds import image_format, what_else
 from tidali.images.orientation import displayed, displayed_by, plain, upright
-from tidali.images.pil import has_transparent_pixels, load, one_reason, open_file, open_unguarded, silent
+from tidali.images.pil import has_transparent_pixels, load, one_reason, open_file, open_unguarded
 from tidali.images.png import PALETTE, Png, check_pixels, read_png
 
 _MOST_SCANS = 100  # nvImageCodec refuses more than 256
@@ -207,35 +208,28 @@ def _png_flags(png: Png, transparent: bool) -> list[str]:
 def _read_other(data: bytes, kind: str, max_pixels: int) -> Picture:
     image = open_file(data, kind)
     _check_size(image.width, image.height, max_pixels)
-    refuse_without_scale(image, kind)
-    fix_palette(image)
-    wide = is_wide(image)
+    with one_reason(kind):
+        refuse_without_scale(image, kind)
+        fix_palette(image)
+        wide = is_wide(image)
     load(image, kind)
-    kept = None
-    if kind == "BMP" and is_plain_bmp(data):
-        kept = "bmp"
-    elif kind == "WEBP" and is_plain_webp(data) and getattr(image, "n_frames", 1) == 1:
-        kept = "webp"
-    picture = _of_loaded(image, kind, wide=wide, data=data)
-    picture.kept = kept if picture.orientation == 1 else None
+    picture = _of_loaded(image, kind, wide=wide, reopen=lambda: open_file(data, kind))
+    if picture.orientation == 1 and getattr(image, "n_frames", 1) == 1:
+        if kind == "BMP" and is_plain_bmp(data):
+            picture.kept = "bmp"
+        elif kind == "WEBP" and is_plain_webp(data):
+            picture.kept = "webp"
     return picture
 
 
-def _of_loaded(image: Image.Image, kind: str, *, wide: bool, data: bytes | None = None) -> Picture:
-    flags: list[str] = []
+def _of_loaded(image: Image.Image, kind: str, *, wide: bool, reopen: Callable[[], Image.Image] | None = None) -> Picture:
     with one_reason(kind):
-        if image.mode.startswith("I") or image.mode in _GREY_MODES:
-            flags.append("grey")
-        if image.mode == "CMYK":
-            flags.append("cmyk")
-        with silent():
-            if has_transparent_pixels(image):
-                flags.append("alpha")
-            orientation = displayed(image)
+        grey = image.mode.startswith("I") or image.mode in _GREY_MODES
+        found = (("grey", grey), ("cmyk", image.mode == "CMYK"), ("alpha", has_transparent_pixels(image)))
+        orientation = displayed(image)
         image.info.pop("transparency", None)  # PIL would convert it too, and warn
-        reopen = None if data is None else lambda: open_file(data, kind)
-        rgb, more = eight_bit_rgb(image, wide=wide, reopen=reopen)
-    return Picture(rgb, orientation, flags + more)
+        rgb, flags = eight_bit_rgb(image, wide=wide, reopen=reopen)
+    return Picture(rgb, orientation, [name for name, is_so in found if is_so] + flags)
 
 
 def read_pil_image(image: Image.Image) -> Picture:

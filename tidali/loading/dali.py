@@ -1,4 +1,4 @@
-"""The DALI graph, and batches through it: the one module that imports DALI.
+"""The DALI graph, and batches through it.
 
 tidali chooses the samples and hands DALI their encoded bytes; DALI decodes them, on a GPU or on a CPU. Where images are of
 unequal size it is also given a box of each: on a GPU it resizes the box to a square, on a CPU it decodes the box's pixels alone
@@ -8,6 +8,7 @@ and `tidali.loading.resample` makes the square, several times as fast as DALI's 
 from __future__ import annotations
 
 import io
+import sys
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +22,10 @@ from nvidia.dali import Pipeline, backend, fn, pipeline_def, types
 from PIL import Image
 from torch import Tensor
 
+from tidali.console import warn
 from tidali.errors import TidaliError
+from tidali.images.read import read_picture
+from tidali.loading.dali_check import dali_fault
 from tidali.loading.resample import squares_of
 from tidali.loading.thread_decoder import WRONG_CRC, Job, ThreadDecoder
 
@@ -119,6 +123,8 @@ class DaliDecoder:
         if threads.table.info.single_image_size is None:
             self._work = "decode boxes" if device.type == "cpu" else "resize boxes"
         self._queue: deque[Queued] = deque()
+        self._named: set[int] = set()
+        """Samples, by their position, that were named as ones that DALI alone fails on."""
         self._in_use: deque[tuple[torch.cuda.Event, Any]] = deque()
         """DALI's pixels that a queued copy still reads, and what tells its end."""
         self._pipe: Any = define_graph(Placement.on(device), self._work, batch_size=batch_size, num_threads=num_threads)
@@ -212,6 +218,8 @@ class DaliDecoder:
         part, bad, starts, pixels = queued.part, queued.bad, queued.starts, queued.pixels
         if pixels is None:  # DALI failed: the threads find out which samples cannot be decoded, if any
             decoded, worse = self._threads.finish(part, self._threads.start(part))
+            if not worse and self._named.isdisjoint(place.position for place in part.places):
+                self._name_failing(part)
             number_of = {place.position: number for number, place in enumerate(job.places)}
             return decoded.to(self._device, non_blocking=True), bad | {
                 number_of[part.places[n].position]: why for n, why in worse.items()
@@ -233,6 +241,18 @@ class DaliDecoder:
         for done in self._threads.in_chunks(len(out), resize):
             done.result()
         return out, bad
+
+    def _name_failing(self, part: Job) -> None:
+        """Print the samples of a batch that DALI alone fails on. The batch was decoded without it, which is slower."""
+        table = self._threads.table
+        for place in part.places:
+            data = bytes(table.read(place) or b"")
+            picture = read_picture(data, max_pixels=sys.maxsize)
+            fault = dali_fault(data, picture.upright) if picture.kept else "not every decoder reads its bytes alike"
+            if fault is not None:
+                self._named.add(place.position)
+                text = "DALI fails on its batch, which is decoded without it; 'tidali verify --decode' says how to fix it"
+                warn(f"{table.describe(place.position)}: {fault}. {text}", every_rank=True)
 
     def close(self) -> None:
         """End decoding. DALI keeps freed memory for later pipelines, until it is asked to return it."""
