@@ -11,15 +11,18 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-_SOI, _EOI, _SOS, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xE1, 0xEE
-_PLAIN, _FRAME, _METADATA, _ADOBE, _SCAN = range(1, 6)
+_DHT, _SOI, _EOI, _SOS, _APP0, _APP1, _APP14 = 0xC4, 0xD8, 0xD9, 0xDA, 0xE0, 0xE1, 0xEE
+_PLAIN, _FRAME, _METADATA, _SCAN = range(1, 5)
 _KINDS = bytearray(256)
 """What to do with each marker before the first scan; 0: it is not one that a canonical file has there."""
-for _marker in (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)):
-    _KINDS[_marker] = _PLAIN
-for _marker in (0xC0, 0xC1, 0xC2):  # baseline, extended and progressive, all with Huffman coding
-    _KINDS[_marker] = _FRAME
-_KINDS[_APP1], _KINDS[_APP14], _KINDS[_SOS] = _METADATA, _ADOBE, _SCAN
+for _kind, _markers in (
+    (_PLAIN, (_DHT, 0xDB, 0xDD, 0xFE)),
+    (_FRAME, (0xC0, 0xC1, 0xC2)),  # baseline, extended and progressive, all with Huffman coding
+    (_METADATA, range(_APP0, 0xF0)),
+    (_SCAN, (_SOS,)),
+):
+    for _marker in _markers:
+        _KINDS[_marker] = _kind
 
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -38,11 +41,10 @@ def _segment(marker: int, *sizes: int) -> bytes:
     return b"|".join(re.escape(begin + size.to_bytes(2, "big")) + b".{%d}" % (size - 2) for size in sizes)
 
 
-_TABLES = (
-    b"(?:" + b"|".join((_segment(0xE0, 16), _segment(0xDB, 67, 132), _segment(0xC4, 31, 181, 418), _segment(0xDD, 4))) + b")*"
-)
+_HUFFMAN = _segment(_DHT, 31, 181, 418)
+_TABLES = b"(?:" + b"|".join((_segment(_APP0, 16), _segment(0xDB, 67, 132), _HUFFMAN, _segment(0xDD, 4))) + b")*"
 _USUAL = re.compile(
-    b"\xff\xd8" + _TABLES + rb"\xff\xc0\x00\x11\x08(.{4})\x03.{9}" + _TABLES + rb"\xff\xda\x00\x0c\x03", re.DOTALL
+    b"\xff\xd8%b\xff\xc0\x00\x11\x08(.{4})\x03.{9}(?:%b)%b\xff\xda\x00\x0c\x03" % (_TABLES, _HUFFMAN, _TABLES), re.DOTALL
 )
 """The header of a baseline JPEG in colour as most encoders write it; the group is the size. Matched in 1.1 us, where
 the loop over its segments takes 4.3 and libjpeg-turbo decodes 64 x 64 pixels in 49."""
@@ -58,6 +60,8 @@ class Header(NamedTuple):
     """All decoders that read JPEG find the same frame, colours and metadata."""
     needs_scans: bool
     """The first scan alone is not the whole picture."""
+    has_metadata: bool = False
+    """Other than JFIF's usual segment."""
     exif: bytes | None = None
     """From the TIFF header on."""
     xmp: bytes | None = None
@@ -76,21 +80,20 @@ def _canonical_header(data: bytes) -> Header | None:
     """Of a file whose segments follow one another, of a kind that all decoders read; else None."""
     frame = adobe = exifs = 0
     exif = xmp = None
-    sound, at = True, 2
+    sound, has_metadata, has_codes, at = True, False, False, 2
     try:
         while True:
             begin, marker, size = _BEGIN(data, at)
             if begin != 0xFF or size < 2:
                 return None
             kind = _KINDS[marker]
-            if kind != _PLAIN:
-                if kind == _SCAN:
-                    break
-                if kind == _FRAME and not frame:
-                    frame = at
-                elif kind == _ADOBE:
+            if kind == _PLAIN:
+                has_codes = has_codes or marker == _DHT
+            elif kind == _METADATA:
+                has_metadata = has_metadata or marker != _APP0 or size != 16
+                if marker == _APP14:
                     adobe = at
-                elif kind == _METADATA:
+                elif marker == _APP1:
                     body = data[at + 4 : at + 2 + size]
                     sound = sound and size >= 8
                     if body.startswith(_EXIF):
@@ -98,8 +101,12 @@ def _canonical_header(data: bytes) -> Header | None:
                         exif = body[len(_EXIF) :] if exif is None else exif + body[len(_EXIF) :]  # as PIL joins them
                     elif body.startswith(_XMP):
                         xmp = body[len(_XMP) :]
-                else:
-                    return None
+            elif kind == _FRAME and not frame:
+                frame = at
+            elif kind == _SCAN:
+                break
+            else:
+                return None
             at += 2 + size
         frame_bytes, bits, height, width, components = _FRAME_FIELDS(data, frame + 2)
         scanned = data[at + 4]
@@ -110,8 +117,9 @@ def _canonical_header(data: bytes) -> Header | None:
     if components == 4:  # without Adobe's segment some decoders take the inks for inverted, and some do not
         segment = data[adobe + 2 : adobe + 16]
         sound = sound and segment.startswith(b"\0\x0eAdobe") and segment[-1] in (0, 2)
+    canonical = sound and has_codes and exifs < 2
     needs_scans = scanned < components or data[frame + 1] == 0xC2
-    return Header(height, width, components, sound and exifs < 2, needs_scans, exif, xmp)
+    return Header(height, width, components, canonical, needs_scans, has_metadata, exif, xmp)
 
 
 class Segment(NamedTuple):
@@ -151,7 +159,7 @@ def _loose_header(data: bytes) -> Header | None:
     exif = [body[len(_EXIF) :] for body in bodies if body.startswith(_EXIF)]
     xmp = [body[len(_XMP) :] for body in bodies if body.startswith(_XMP)]
     height, width, components = struct.unpack_from(">HHB", frame.body, 1)
-    return Header(height, width, components, False, True, b"".join(exif) if exif else None, xmp[-1] if xmp else None)
+    return Header(height, width, components, False, True, True, b"".join(exif) if exif else None, xmp[-1] if xmp else None)
 
 
 def _frame(found: Iterable[Segment]) -> Segment | None:
@@ -175,12 +183,12 @@ def rewritten(data: bytes, *, fill: bytes | None = None) -> bytes:
         if marker in (_EOI, _SOI):
             parts.append(bytes((0xFF, marker)))
             break
-        if marker == 0xE0 and len(body) >= 14 and body.startswith(b"JFIF\0"):
+        if marker == _APP0 and len(body) >= 14 and body.startswith(b"JFIF\0"):
             body = b"JFIF\0\1\1\0\0\1\0\1\0\0"
         elif marker == _APP14 and len(body) >= 12 and body.startswith(b"Adobe"):
             transform = body[11] if body[11] in known_transforms else known_transforms[1]  # as libjpeg takes unknown ones
             body = body[:11] + bytes((transform,))
-        elif 0xE0 <= marker <= 0xEF or marker == 0xFE:
+        elif _APP0 <= marker <= 0xEF or marker == 0xFE:
             continue
         elif marker == _SOS and frame is not None and frame.marker in _SEQUENTIAL:
             body = body[:-3] + b"\0\x3f\0"

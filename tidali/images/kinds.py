@@ -12,7 +12,7 @@ IMAGE_MAGIC: tuple[tuple[str, re.Pattern[bytes]], ...] = tuple(
         ("WEBP", rb"RIFF....WEBP"),
         ("GIF", rb"GIF8[79]a"),
         ("BMP", rb"BM"),
-        ("TIFF", rb"II[*+]\x00|MM\x00[*+]"),
+        ("TIFF", rb"(?!.{8}CR\x02)(II[*+]\x00|MM\x00[*+])"),
         ("PPM", rb"P[0-6fy]"),
         ("JPEG2000", rb"\x00\x00\x00\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"),
         ("AVIF", rb"....ftyp(avi[fs]|(mif1|msf1).{0,40}avi[fs])"),
@@ -38,7 +38,7 @@ _OTHER_KINDS: tuple[tuple[str, str, re.Pattern[bytes]], ...] = tuple(
     (kind, fix, re.compile(pattern, re.DOTALL | re.IGNORECASE))
     for kind, fix, pattern in (
         ("a HEIC photograph", _HEIC_FIX, rb"....ftyp(hei[cfmsx]|hev[cmx]|mif1|msf1)"),
-        ("a Canon CR3 raw photograph", _CONVERT, rb"....ftypcrx "),
+        ("a Canon raw photograph", _CONVERT, rb"....ftypcrx |II\*\x00....CR\x02"),
         ("an MP4 or QuickTime film", _FRAMES, rb"....(ftyp|moov|mdat)"),
         ("a WebM or Matroska film", _FRAMES, rb"\x1a\x45\xdf\xa3"),
         ("an AVI film", _FRAMES, rb"RIFF....AVI "),
@@ -46,6 +46,7 @@ _OTHER_KINDS: tuple[tuple[str, str, re.Pattern[bytes]], ...] = tuple(
         ("a sound file", "remove it", rb"RIFF....WAVE|OggS|ID3|fLaC"),
         ("a JPEG XL image", _CONVERT, rb"\xff\x0a|\x00\x00\x00\x0cJXL \r\n\x87\n"),
         ("a Fuji raw photograph", _CONVERT, rb"FUJIFILMCCD-RAW"),
+        ("a PAM image", _CONVERT, rb"P7\n"),
         ("an OpenEXR image", _CONVERT, rb"\x76\x2f\x31\x01"),
         ("a DICOM image", _CONVERT, rb".{128}DICM"),
         ("a FITS image", _CONVERT, rb"SIMPLE  ="),

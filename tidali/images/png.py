@@ -22,6 +22,8 @@ _PIECE_BYTES = 1 << 20
 _CRITICAL = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _BEFORE_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf")
 """At most once."""
+_LENGTHS = {b"gAMA": (4,), b"cHRM": (32,), b"sRGB": (1,), b"pHYs": (9,), b"tIME": (7,), b"bKGD": (1, 2, 6)}
+"""In bytes, of metadata that has a fixed length."""
 _ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 
 
@@ -123,7 +125,7 @@ def _is_canonical(chunks: list[Chunk], size_bytes: int) -> bool:
         and kinds[-1] == b"IEND"
         and size_bytes == len(SIGNATURE) + sum(12 + len(chunk.body) for chunk in chunks)
         and all(kind == b"IDAT" for kind in kinds[first:last])
-        and all(kind in _CRITICAL or kind[0] & 0x20 for kind in kinds)
+        and all(kind in _CRITICAL or (kind.isalpha() and kind[0] & 0x20) for kind in kinds)
         and all(kinds.count(kind) < 2 for kind in _BEFORE_PIXELS)
         and not any(kind in _BEFORE_PIXELS for kind in kinds[last:])
         and not any(kind in _ANIMATION for kind in kinds)
@@ -140,7 +142,7 @@ def _is_in_form(chunk: Chunk) -> bool:
             return len(chunk.body) % 3 == 0
         case b"eXIf":
             return chunk.body[:4] in (b"II*\0", b"MM\0*") and 8 <= len(chunk.body) <= _LARGEST_METADATA_BYTES
-    return len(chunk.body) <= _LARGEST_METADATA_BYTES
+    return len(chunk.body) in _LENGTHS.get(chunk.kind, (len(chunk.body),)) and len(chunk.body) <= _LARGEST_METADATA_BYTES
 
 
 def _orientation_data(chunks: list[Chunk]) -> dict[str, Any]:

@@ -116,9 +116,13 @@ def _read_jpeg(data: bytes, max_pixels: int) -> Picture:
     elif header.components == 4:
         picture.flags.append("cmyk")  # libjpeg-turbo's own conversion is one grey level off PIL's and DALI's
         picture.rgb = _pixels_by_pil(data if canonical else jpeg.rewritten(data))
-    if header.exif is not None or header.xmp is not None:
-        info = {"exif": header.exif and b"Exif\0\0" + header.exif, "xmp": header.xmp}
-        picture.orientation = displayed_by({key: value for key, value in info.items() if value is not None})
+    if header.has_metadata:
+        try:
+            picture.orientation = displayed(open_file(data, "JPEG"))
+        except Unusable:  # for its metadata
+            canonical = False
+            info = {"exif": header.exif and b"Exif\0\0" + header.exif, "xmp": header.xmp}
+            picture.orientation = displayed_by({key: value for key, value in info.items() if value is not None})
         plain_answer = 1 if header.exif is None else plain(header.exif)
         # DALI turns an image by OpenCV, whose conversion of four inks is a grey level off.
         canonical = canonical and picture.orientation == plain_answer and (header.components != 4 or plain_answer == 1)
@@ -214,10 +218,10 @@ def _read_other(data: bytes, kind: str, max_pixels: int) -> Picture:
         wide = is_wide(image)
     load(image, kind)
     picture = _of_loaded(image, kind, wide=wide, reopen=lambda: open_file(data, kind))
-    if picture.orientation == 1 and getattr(image, "n_frames", 1) == 1:
+    if picture.orientation == 1:
         if kind == "BMP" and is_plain_bmp(data):
             picture.kept = "bmp"
-        elif kind == "WEBP" and is_plain_webp(data):
+        elif kind == "WEBP" and is_plain_webp(data):  # a still picture
             picture.kept = "webp"
     return picture
 
