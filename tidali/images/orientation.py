@@ -11,17 +11,16 @@ from PIL import Image
 from tidali.images.pil import silent
 
 TAG = 0x0112
-_TURNS: dict[int, tuple[bool, slice, slice]] = {
-    1: (False, slice(None), slice(None)),
-    2: (False, slice(None), slice(None, None, -1)),
-    3: (False, slice(None, None, -1), slice(None, None, -1)),
-    4: (False, slice(None, None, -1), slice(None)),
-    5: (True, slice(None), slice(None)),
-    6: (True, slice(None), slice(None, None, -1)),
-    7: (True, slice(None, None, -1), slice(None, None, -1)),
-    8: (True, slice(None, None, -1), slice(None)),
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation (TIFF 6.0, tag 274) -> whether rows and columns are exchanged, then the order of rows and of columns."""
+"""What undoes each EXIF orientation (TIFF 6.0, tag 274)."""
 
 # What the EXIF reader of OpenCV and nvImageCodec, which DALI decodes with, reads of the first directory. One such entry that
 # points outside the block makes it ignore the whole block.
@@ -30,12 +29,9 @@ _RATIONALS = {0x011A: 1, 0x011B: 1, 0x013E: 2, 0x013F: 6, 0x0211: 3, 0x0214: 6}
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """(H, W, C) pixels turned as an EXIF orientation of 1..8 says."""
-    if orientation == 1:
-        return pixels
-    exchange, rows, columns = _TURNS[orientation]
-    turned = pixels.transpose(1, 0, 2) if exchange else pixels
-    return np.ascontiguousarray(turned[rows, columns])
+    """(H, W, 3) uint8 pixels turned as an EXIF orientation of 1..8 says."""
+    turn = _TURNS.get(orientation)
+    return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
 
 
 def displayed(image: Image.Image) -> int:
