@@ -345,7 +345,7 @@ def test_an_image_that_cannot_be_decoded_is_one_line(demo_copy: Path) -> None:
     content = bytearray(tar.read_bytes())
     content[512 + 20 : 512 + 220] = bytes(200)  # inside the first image's quantisation tables
     tar.write_bytes(content)
-    with pytest.raises(TidaliError, match=r"1 of the 32 samples of 'val'.*--max-bad is 0.*'tidali verify'") as refused:
+    with pytest.raises(TidaliError, match=r"1 of the 32 samples of 'val'.*--max-bad is 0.*'tidali verify --decode'") as refused:
         list(stream(dataset, "val", batch_size=4, num_threads=1))
     assert "\n" not in str(refused.value)
 
