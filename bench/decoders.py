@@ -7,6 +7,8 @@ decoder alone, its row "end to end" the decoder while the GPU trains. Writes a r
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -41,6 +43,7 @@ def main() -> None:
             cache="off",
             decoder=decoder,
         )
+        document["command"] = shlex.join(["python", "-m", "bench.decoders", *sys.argv[1:]])
         show(document)
         write_json(document, str(given.folder / f"decoder-{decoder}.json"))
 

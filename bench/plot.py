@@ -66,7 +66,7 @@ def page(document: Mapping[str, Any], *, title: str | None = None, stages: Seque
 
     shown = [
         {
-            "name": part["benchmark"],
+            "name": ", ".join([part["benchmark"], *conditions(part)]),
             "lines": [found["line"] for found in part.get("diagnosis", ())],
             "figure": drawn(draw(part, footer=False), f"images/s of {part['benchmark']}"),
             "rows": [_cells(row) for row in part["rows"]],
