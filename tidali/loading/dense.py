@@ -76,12 +76,14 @@ class DenseAffine(NamedTuple):
     lowest: Tensor
     """(3 * res,), in the dtype of the factors."""
     highest: Tensor
+    rows: tuple[Tensor, Tensor] | None
+    """If no image has a matrix of its own: scale and offset (3 * res,) float32 of each element of an image's row."""
 
     def of(self, samples: slice) -> DenseAffine:
         if len(self.colours) == 1:
             return self
         colours, offset, factors, row_offset = (value[samples] for value in self[:4])
-        return DenseAffine(colours, offset, factors, row_offset, self.lowest, self.highest)
+        return DenseAffine(colours, offset, factors, row_offset, self.lowest, self.highest, None)
 
 
 class Dense(NamedTuple):
@@ -150,8 +152,12 @@ class DenseResample:
         (n, height, width, _), (matrices, affine) = pixels.shape, prepared
         if matrices is None:
             # In float32: three products a pixel are no work for tensor cores, and its memory traffic is small beside a step's.
-            images = torch.baddbmm(affine.offset, pixels.view(n, -1, 3).to(torch.float32), affine.colours.expand(n, -1, -1))
-            images = images.view(n, height, 3 * width)
+            x = pixels.to(torch.float32)
+            if affine.rows is not None:
+                scale, offset = affine.rows
+                images = torch.addcmul(offset, x.view(n, height, 3 * width), scale)
+            else:
+                images = torch.baddbmm(affine.offset, x.view(n, -1, 3), affine.colours).view(n, height, 3 * width)
         else:
             whole = matrices.whole()
             vertical, horizontal = whole[:, 0, :, :height], whole[:, 1, :, :width]
@@ -200,4 +206,5 @@ class DenseResample:
             row_offset=offset.repeat(1, 1, self._res).to(self._factors),
             lowest=affine.lowest.repeat(self._res).to(self._factors),
             highest=affine.highest.repeat(self._res).to(self._factors),
+            rows=(affine.scale.repeat(self._res), affine.offset.repeat(self._res)) if affine is self._affine else None,
         )
