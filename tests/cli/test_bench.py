@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from bench import case_process, ceilings, growth, loading, measure, pack, peer_env
+from bench import case_process, ceilings, crops, growth, loading, measure, pack, peer_env, peers, step
 from bench import train as bench_train
 from bench.document import bench_all, environment
-from bench.measure import CaseFailed
+from bench.measure import CaseFailed, Rates
 from bench.peer_env import PeerMissing
 from bench.report import parts
 from bench.routes import ROUTES
@@ -93,37 +93,45 @@ def test_json_alone_on_standard_output(tidali, quick, demo_data: Path) -> None:
     assert [row["res"] for row in document["rows"]] == [32] * 4 + [64] * 4
 
 
+def test_step_has_both_stems_up_to_64_px(quick, monkeypatch) -> None:
+    """With rates that are given: two of the original loop, three of tidali's, four of the ceiling."""
+    given = {step.ORIGINAL: 2.0, step.TIDALI: 3.0, "float32 matrix-product": 4.0}
+    rates = {case: Rates(per_s=(rate,)) for case, rate in given.items()}
+    monkeypatch.setattr(step, "_measure", lambda *_: rates)
+    document = step.bench_step(resolutions=[32, 96], repeats=1, device="cpu", amp="off")
+    check(document)
+    measured = [("imagenet", 32), ("imagenet", 96), ("small", 32)]
+    rows = document["rows"]
+    assert [(row["stem"], row["res"], row["case"]) for row in rows] == [
+        (*one, case) for one in measured for case in list(given)[:2]
+    ]
+    for row in rows:
+        # Of images/s and of operations a second: the same share, worked out the other way round. Three forward passes' worth,
+        # but that the image itself needs no gradient.
+        flop = 6e9 * row["gmacs"] - 2 * conv1_macs(row["stem"], row["res"])
+        assert row["ceiling"]["share"] == pytest.approx(given[row["case"]] * flop / 4.0)
+        assert row["times_original"] == given[row["case"]] / 2.0
+
+
 @pytest.mark.slow
-def test_step_beside_the_original_loop_with_a_profile(tidali, quick, monkeypatch, tmp_path: Path) -> None:
+def test_step_beside_the_original_loop_with_a_profile(tidali, quick, tmp_path: Path) -> None:
+    """At 96 px, where there is one stem: a process of each loop."""
     out = tmp_path / "step.json"
     ended = tidali(
-        "bench", "step", "--res", 32, "--batch-size", 4, "--repeats", 1, "--device", "cpu", "--json", out, "--profile"
+        "bench", "step", "--res", 96, "--batch-size", 4, "--repeats", 1, "--device", "cpu", "--json", out, "--profile"
     )
     assert ended.code == 0, ended.stderr
     document = json.loads(out.read_text())
     check(document)
-    rows = document["rows"]
-    assert [(row["stem"], row["case"]) for row in rows] == [
-        (stem, case) for stem in ("imagenet", "small") for case in ("original study's loop", "tidali")
-    ]
-    for original, ours in (rows[:2], rows[2:]):
-        assert original["times_original"] == 1
-        assert ours["times_original"] == ours["images_per_s"]["median"] / original["images_per_s"]["median"]
-        assert original["ceiling"]["name"] == "float32 matrix-product"
-        # Of images/s and of operations a second: the same share, worked out the other way round. Three forward passes' worth,
-        # but that the image itself needs no gradient.
-        ceiling = next(
-            row["per_s"]["median"]
-            for row in document["ceilings"]
-            if (row["stem"], row["ceiling"]) == (ours["stem"], ours["ceiling"]["name"])
-        )
-        flop = 6e9 * ours["gmacs"] - 2 * conv1_macs(ours["stem"], 32)
-        assert ours["ceiling"]["share"] == pytest.approx(ours["images_per_s"]["median"] * flop / ceiling)
-    for stem in ("imagenet", "small"):
-        trace = json.loads((tmp_path / f"step-profile-32-{stem}.json").read_text())
-        assert any(event.get("name") == "aten::convolution_backward" for event in trace["traceEvents"])
+    original, ours = document["rows"]
+    assert (original["case"], ours["case"]) == ("original study's loop", "tidali")
+    assert original["times_original"] == 1
+    assert ours["times_original"] == ours["images_per_s"]["median"] / original["images_per_s"]["median"]
+    assert original["ceiling"]["name"] == "float32 matrix-product"
+    trace = json.loads((tmp_path / "step-profile-96-imagenet.json").read_text())
+    assert any(event.get("name") == "aten::convolution_backward" for event in trace["traceEvents"])
     summary = [line for line in ended.stderr.splitlines() if " calls  " in line]
-    assert len(summary) == 16
+    assert len(summary) == 8
     assert any("convolution_backward" in line for line in summary)
 
 
@@ -186,11 +194,14 @@ def test_pack(monkeypatch, quick, demo_data: Path, of_data: bool) -> None:
 @pytest.mark.slow
 def test_peers_at_random_crops(tidali, quick, write_photos, monkeypatch, tmp_path: Path) -> None:
     photos, packed, out, plot = tmp_path / "photos", tmp_path / "packed", tmp_path / "out.json", tmp_path / "out.svg"
+    # Fewer of the images and crops by which loaders are checked; tests/unit/test_peers.py has which crops are refused.
+    monkeypatch.setattr(crops, "PER_SIZE", 8)
+    monkeypatch.setattr(peers, "CHECK_CROPS", 512)
     write_photos(photos, {"train/wide": 16}, size=(120, 80))
     write_photos(photos, {"train/high": 16}, size=(70, 100))
     assert tidali("shard", photos, packed, "--workers", 1).code == 0
-    peers = ("--crops", "--peers", "torchvision-v1,tidali", "--batch-size", 8)
-    ended = tidali("bench", "peers", "--data", packed, "--res", 48, "--repeats", 1, *peers, "--json", out, "--plot", plot)
+    chosen = ("--crops", "--peers", "torchvision-v1,tidali", "--batch-size", 8)
+    ended = tidali("bench", "peers", "--data", packed, "--res", 48, "--repeats", 1, *chosen, "--json", out, "--plot", plot)
     assert ended.code == 0, ended.stderr
     document = json.loads(out.read_text())
     check(document)

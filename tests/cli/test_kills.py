@@ -59,33 +59,6 @@ def run(ranks: int, *arguments: object, on_gpu: bool = False) -> subprocess.Comp
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-# python ranks.py: on standard input JSON, lists of the arguments of "python"; each is run as torchrun would on two ranks, but
-# that all of these are forked from this process, which has imported torch for them. Prints the exit codes of ranks that failed.
-RANKS = """
-import json, runpy, sys
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-import tidali.training.run
-
-def rank(*arguments):
-    sys.argv = list(arguments)
-    if arguments[0] == "-m":
-        del sys.argv[0]
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(arguments[0], run_name="__main__")
-
-for arguments in json.load(sys.stdin):
-    config = LaunchConfig(1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
-    failed = {}
-    try:
-        elastic_launch(config, rank)(*arguments)
-    except ChildFailedError as error:
-        failed = {number: failure.exitcode for number, failure in error.failures.items()}
-    print(json.dumps(failed), flush=True)
-"""
-
-
 def write_configs(folder: Path, data: Path, cache: CacheChoice, device: DeviceChoice = "cpu") -> tuple[Path, Path]:
     """Of a run that is not disturbed, and of one that saves its state after each step, to be killed."""
     augment = Augment(flip="alternating", shift_px=4, crop_scale=(0.5, 1.0), brightness=0.2, hue=0.1, erase=0.25)
@@ -131,29 +104,18 @@ def test_killed_at_random_steps_and_resumed(
 
 
 @pytest.mark.slow
-def test_two_ranks_killed_and_resumed(demo_data: Path, tmp_path: Path) -> None:
+def test_two_ranks_killed_and_resumed(on_ranks, demo_data: Path, tmp_path: Path) -> None:
     undisturbed, killed = write_configs(tmp_path, demo_data, "off")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     step = random.Random(2).randint(1, STEPS)
-    (tmp_path / "ranks.py").write_text(RANKS)
     train, dies = ("-m", "tidali", "train"), (tmp_path / "dies.py", step, "train")
     runs = [
         (*train, "--config", undisturbed, "--out", whole),
         (*dies, "--config", killed, "--out", broken),
         (*train, "--resume", broken),
     ]
-    done = subprocess.run(
-        [sys.executable, tmp_path / "ranks.py"],
-        input=json.dumps([[str(word) for word in words] for words in runs]),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    first, second, third = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
-    assert (first, bool(second), third) == ({}, True, {}), done.stderr  # the other rank may be the first that is seen to fail
+    done = on_ranks(2, *runs)
+    assert done.ended_well == [True, False, True], done.stderr
     assert done.stderr.count(f"resumed at step {step - 1}") == 1
     check_same_run(whole, broken, step)
 

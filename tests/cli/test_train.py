@@ -120,13 +120,14 @@ def test_eval_with_mirrored_images_is_the_runs_own_figure(tidali, trained, demo_
 
 
 @pytest.mark.slow
-def test_mixed_sizes_pieces_and_tensorboard(tidali, demo_data: Path, tmp_path: Path) -> None:
+def test_mixed_sizes_pieces_and_tensorboard(tidali, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    out = tmp_path / "mixed"
+    few, out = tmp_path / "few", tmp_path / "mixed"
+    assert tidali("demo", few, "--classes", 4, "--per-class", 10, "--workers", 1).code == 0
     ended = tidali(
-        *("train", "--data", demo_data, "--res", 64, "--epochs", 2, "--batch-size", 40, "--device", "cpu", "--out", out),
+        *("train", "--data", few, "--res", 64, "--epochs", 2, "--batch-size", 40, "--device", "cpu", "--out", out),
         *("--set", "train_sizes=32,64", "--set", "size_order=mixed", "--set", "accumulate=2", "--set", "kernel=opencv"),
         "--tensorboard",
     )
@@ -141,7 +142,7 @@ def test_mixed_sizes_pieces_and_tensorboard(tidali, demo_data: Path, tmp_path: P
         logged = [(event.step, event.value) for event in events.Scalars(name)]
         # TensorBoard keeps float32.
         assert logged == [(line["epoch"], pytest.approx(line[name], rel=1e-6)) for line in lines]
-    again = tidali("eval", out, "--data", demo_data, "--device", "cpu", "--json")
+    again = tidali("eval", out, "--data", few, "--device", "cpu", "--json")
     assert json.loads(again.stdout)["scores"][0]["loss"] == json.loads((out / "summary.json").read_text())["best"]["loss"]
 
 

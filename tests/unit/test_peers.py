@@ -273,8 +273,8 @@ class Shifted:
 
 def shifted(job):
     return Shifted(job)
-
-
+"""
+ABSENT = """
 def absent(job):
     import a_package_that_is_not_there
 """
@@ -283,6 +283,7 @@ def absent(job):
 @pytest.mark.slow
 def test_rows_of_cases_that_run_lie_or_cannot_be_had(monkeypatch, demo_data: Path, tmp_path: Path, peers_home: Path) -> None:
     (tmp_path / "liar.py").write_text(LIAR)
+    (tmp_path / "absent.py").write_text(ABSENT)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setitem(peer_env.ENVIRONMENTS, "gone", Environment(requirements=("gone",)))
@@ -294,7 +295,7 @@ def test_rows_of_cases_that_run_lie_or_cannot_be_had(monkeypatch, demo_data: Pat
     table = (
         LOADERS[0],
         Peer(id="shifted", name="shifted", target="liar:shifted", package="torch"),
-        Peer(id="absent", name="absent", target="liar:absent", package="torch", hint="find it"),
+        Peer(id="absent", name="absent", target="absent:absent", package="torch", hint="find it"),
         Peer(id="gone", name="gone", target="liar:shifted", package="torch", env="gone"),
         Peer(id="tidali-cached", name="tidali cached", target="bench.peer_loaders:tidali_cached", package="tidali"),
     )
