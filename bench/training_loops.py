@@ -244,7 +244,9 @@ def _tidali_train_on(job: Job, plan: DevicePlan) -> TrainOn:
 def _tidali_loader(job: DataJob, device: torch.device) -> Any:
     preprocess = Preprocess(res=job.res, mean=job.mean, std=job.std)
     training = loading.Training(augment=Augment(flip="random"))
-    return Data(open_dataset(Path(job.root)), device).batches("train", preprocess, job.batch_size, training=training)
+    dtype = plan_device(job.device, job.amp, "off").images_dtype  # as `tidali train` has them made
+    data = Data(open_dataset(Path(job.root)), device)
+    return data.batches("train", preprocess, job.batch_size, training=training, dtype=dtype)
 
 
 tidali_step, tidali_loop = _step_and_loop(_tidali_train_on, _tidali_loader, channels_last=True)
