@@ -1,8 +1,9 @@
 """What augmentation does to a batch: everything that is random is drawn, then prepared for the pixels, then applied.
 
 On CUDA a launch is what costs, however small the operator. So there the draws of very many steps are made at once, then
-prepared for as many steps as memory allows, and a step takes its rows of them, which launches nothing. On a CPU each step makes
-its own. The draws are the same in either way: they are functions of the seed, the epoch and the sample alone.
+prepared for as many steps as memory allows, and a step takes its rows of them, which launches nothing. On a CPU draws are made
+for some steps at once, as the threads that decode wait for the interpreter's lock meanwhile. The draws are the same however
+many are made at once: they are functions of the seed, the epoch and the sample alone.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from tidali.loading.dense import Dense, DenseResample
 from tidali.loading.native import Chosen
 from tidali.loading.resample import Resample, take
 
-_DRAWN_SAMPLES = 1 << 17
-"""That are drawn for at once on CUDA: 15 MB of draws, 200 MB while they are made."""
+_DRAWN_SAMPLES = {"cpu": 1 << 12, "cuda": 1 << 17}
+"""That are drawn for at once. On CUDA 15 MB of draws, 200 MB while they are made."""
 _PREPARED_ROWS = 1 << 22
 """Rows and columns of pixels and images that are prepared for at once on CUDA: up to 400 MB while it is done, 150 after it."""
 
@@ -92,11 +93,12 @@ def draw(
 class Changes:
     """Changes images of one input size as drawn, on a CPU: each batch by itself."""
 
-    draw_steps = prepare_steps = 1
-    """How many steps are drawn and prepared for at once."""
+    prepare_steps = 1
+    """How many steps are prepared for at once."""
 
-    def __init__(self, resample: Resample) -> None:
+    def __init__(self, resample: Resample, batch_size: int) -> None:
         self._resample = resample
+        self.draw_steps = max(_DRAWN_SAMPLES["cpu"] // batch_size, 1)
 
     def prepare(self, draws: Draws) -> Any:
         """What `apply` takes, one row a sample."""
@@ -148,7 +150,7 @@ class CudaChanges:
             batch_size: the most samples of a batch.
         """
         self._resample, self._size, self._side, self._batch_size = resample, size, side, batch_size
-        self.draw_steps = max(_DRAWN_SAMPLES // batch_size, 1)
+        self.draw_steps = max(_DRAWN_SAMPLES["cuda"] // batch_size, 1)
         self.prepare_steps = max(_PREPARED_ROWS // (batch_size * (sum(size) + 2 * side)), 1)
         self._everyone: Tensor | None = None
 
@@ -219,6 +221,6 @@ def make_changes(
         normalised: the other arguments of `Resample`.
     """
     if device.type == "cpu":
-        return Changes(Resample(size, side, dtype=dtype, device=device, **normalised))
+        return Changes(Resample(size, side, dtype=dtype, device=device, **normalised), batch_size)
     resample = DenseResample(size, side, dtype=dtype, device=device, **normalised)
     return CudaChanges(resample, size, side, batch_size)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 
 import numpy as np
 import simplejpeg
 
 from tidali.images.read import decode_kept, read_picture
-
-_JPEG_START = b"\xff\xd8"
 
 
 def decode_rgb(data: memoryview, *, plain: bool, out: np.ndarray | None = None) -> np.ndarray:
@@ -27,9 +24,11 @@ def decode_rgb(data: memoryview, *, plain: bool, out: np.ndarray | None = None) 
         Unusable: it cannot be decoded.
         ValueError: ``out`` is of another size.
     """
-    if plain and data[:2] == _JPEG_START:
-        with suppress(ValueError):
+    if plain:
+        try:
             return _of_size(simplejpeg.decode_jpeg(data, buffer=out), out)
+        except ValueError:  # no JPEG, or a damaged one
+            pass
     content = bytes(data)
     try:
         pixels = decode_kept(content)

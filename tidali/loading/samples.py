@@ -96,7 +96,7 @@ class SampleTable:
         self._labels[part], self._image_sizes[part] = values[:, 0], values[:, 4:]
         self._offsets[part], self._sizes_bytes[part], self._crc32s[part] = values[:, 1:4].T
 
-    def places(self, positions: Sequence[int]) -> list[Place]:
+    def places(self, positions: Sequence[int] | NDArray[np.int64]) -> list[Place]:
         index = np.asarray(positions, np.int64)
         shards = np.searchsorted(self._starts, index, "right") - 1
         columns = (index, shards, self._offsets[index], self._sizes_bytes[index], self._crc32s[index])

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,10 +162,11 @@ class ShardSource:
             yield self._finish(*started.popleft())
 
     def _job(self, request: Request) -> Job:
-        places = self.table.places(request.samples.tolist())
-        kept = [number for number, place in enumerate(places) if place.position not in self.corrupt.positions]
-        boxes = None if request.boxes is None else request.boxes.numpy()[kept]
-        job = Job([places[number] for number in kept], boxes, request.side)
+        samples, boxes = request.samples.numpy(), None if request.boxes is None else request.boxes.numpy()
+        if self.corrupt.positions:
+            kept = np.isin(samples, sorted(self.corrupt.positions), invert=True)
+            samples, boxes = samples[kept], None if boxes is None else boxes[kept]
+        job = Job(self.table.places(samples), boxes, request.side)
         self.table.expect(job.places)
         return job
 
@@ -172,9 +174,10 @@ class ShardSource:
         stored, bad = self._decoder.finish(job, decoding)
         for number, reason in sorted(bad.items()):
             self.corrupt.add(job.places[number].position, reason, every_rank=not self.reads_all)
-        samples = torch.tensor(
-            [place.position for number, place in enumerate(job.places) if number not in bad], dtype=torch.int64
-        )
+        samples = request.samples
+        if len(stored) < len(samples):
+            sound = [place.position for number, place in enumerate(job.places) if number not in bad]
+            samples = torch.tensor(sound, dtype=torch.int64)
         return request, Pixels(samples, stored.to(self.device, non_blocking=True), None)
 
 

@@ -88,9 +88,12 @@ class ThreadDecoder:
             return first_line(error)
 
     def _whole(self, job: Job, chunk: range, out: Tensor) -> dict[int, str]:
-        arrays = out.numpy()
-        found = {number: self.decode(job.places[number], arrays[number]) for number in chunk}
-        return {number: reason for number, reason in found.items() if isinstance(reason, str)}
+        arrays, bad = out.numpy(), {}
+        for number in chunk:
+            image = self.decode(job.places[number], arrays[number])
+            if isinstance(image, str):
+                bad[number] = image
+        return bad
 
     def _squares(self, job: Job, chunk: range, out: Tensor) -> dict[int, str]:
         assert job.boxes is not None
