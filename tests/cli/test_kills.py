@@ -93,8 +93,8 @@ def test_killed_at_random_steps_and_resumed(
     ended = tidali("train", "--config", undisturbed, "--out", whole)
     assert ended.code == 0, ended.stderr
     draws = random.Random(cache)
-    for step in [draws.randint(1, STEPS) for _ in range(KILLS)]:
-        broken = tmp_path / f"broken{step}"
+    for number in range(KILLS):
+        step, broken = draws.randint(1, STEPS), tmp_path / f"broken{number}"
         died = run(1, tmp_path / "dies.py", step, "train", "--config", killed, "--out", broken)
         assert died.returncode == -signal.SIGKILL, died.stderr
         resumed = tidali("train", "--resume", broken)
