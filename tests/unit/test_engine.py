@@ -182,7 +182,7 @@ def test_no_piece_is_left_with_a_single_sample(plan: DevicePlan) -> None:
 
 def test_a_rank_needs_two_samples_for_each_piece(plan: DevicePlan, demo_data: Path) -> None:
     settings = TrainSettings(data="", out="", recipe=make_recipe("seed", batch_size=40, accumulate=6))
-    with pytest.raises(UsageError, match="accumulate 6: a rank has 10 images a step"):
+    with pytest.raises(UsageError, match=r"--batch-size 40: 4 ranks .* 48 images"):
         set_up(settings, open_dataset(demo_data), plan, Ranks(world_size=4))
 
 
