@@ -361,6 +361,12 @@ def test_a_head_for_other_classes_is_said_to_be_loaded(model: nn.Module, tmp_pat
     assert report.notes == ()
 
 
+def test_the_state_of_a_run_is_no_weights(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "state.safetensors", metadata={"tidali-state": "{}"})
+    with pytest.raises(UsageError, match=r"state\.safetensors: .*--resume; .*best or last"):
+        file_weights(str(tmp_path / "state.safetensors"))
+
+
 def test_a_checkpoint_that_is_not_finite_predicts_nothing(model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     broken = build_resnet18(5, "imagenet")

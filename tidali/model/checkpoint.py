@@ -26,6 +26,8 @@ SUFFIX = ".safetensors"
 EVAL_BATCH_SIZE = 256
 """The same in training runs, ``tidali eval`` and ``tidali predict``, so that they compute the same results to the bit."""
 METADATA_KEY = "tidali"  # safetensors metadata maps strings to strings: under this key, a JSON document
+STATE_KEY = "tidali-state"
+"""In place of `METADATA_KEY` in the state of a run (`tidali.training.resume`)."""
 _METADATA_VERSION = 1
 
 

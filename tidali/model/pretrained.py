@@ -15,7 +15,7 @@ from tidali.config import IMAGENET_MEAN, IMAGENET_STD, StemInit
 from tidali.dataset.contract import ClassName, Dataset
 from tidali.errors import TidaliError, UsageError, first_line
 from tidali.files import file_digest
-from tidali.model.checkpoint import METADATA_KEY, find_checkpoint, load_checkpoint, read_metadata, read_safetensors
+from tidali.model.checkpoint import METADATA_KEY, STATE_KEY, find_checkpoint, load_checkpoint, read_metadata, read_safetensors
 from tidali.model.resnet import LoadReport, load_matching
 from tidali.model.weight_files import find_state_dict, is_safetensors, read_torch
 
@@ -84,11 +84,14 @@ def file_weights(given: str) -> InitialWeights:
     try:
         path = find_checkpoint(given)
         where = str(path)
-        if not is_safetensors(path):
+        metadata = read_metadata(path) if is_safetensors(path) else None
+        if metadata is None:
             document = read_torch(path)
-        elif METADATA_KEY in read_metadata(path):
+        elif METADATA_KEY in metadata:
             card, tensors = load_checkpoint(path)
             return InitialWeights(where=where, tensors=tensors, normalisation=(card.mean, card.std), classes=card.classes)
+        elif STATE_KEY in metadata:
+            raise UsageError(f"{path}: the state of a run, for --resume; give the run's best or last checkpoint")
         else:
             document = read_safetensors(path)[0]
         found = find_state_dict(document, where)

@@ -16,12 +16,11 @@ from tidali.config import CacheChoice, TrainSettings
 from tidali.console import warn
 from tidali.errors import UsageError, first_line
 from tidali.files import write_atomically
-from tidali.model.checkpoint import SUFFIX, ModelCard, read_metadata, read_safetensors
+from tidali.model.checkpoint import STATE_KEY, SUFFIX, ModelCard, read_metadata, read_safetensors
 from tidali.training.engine import TrainState
 from tidali.training.metrics import Meter, Score
 
 STATE_NAME = f"state{SUFFIX}"
-_METADATA_KEY = "tidali-state"
 _VERSION = 2
 _MAY_CHANGE = frozenset(
     {
@@ -92,7 +91,7 @@ def write_state(path: Path, state: SavedState) -> None:
     Raises:
         TidaliError: it cannot be written; the previous state is still there.
     """
-    write_atomically(path, save(dict(state.tensors), metadata={_METADATA_KEY: json.dumps(state.document)}))
+    write_atomically(path, save(dict(state.tensors), metadata={STATE_KEY: json.dumps(state.document)}))
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -104,7 +103,7 @@ def read_document(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"--resume {path.parent}: holds no {STATE_NAME}, so there is nothing to resume")
     try:
-        document = json.loads(read_metadata(path)[_METADATA_KEY])
+        document = json.loads(read_metadata(path)[STATE_KEY])
         version = document["version"]
     except (KeyError, ValueError, TypeError):
         raise UsageError(f"{path}: not the state of a run") from None
