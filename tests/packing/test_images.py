@@ -129,6 +129,11 @@ UNUSABLE: dict[str, tuple[Callable[[Any], bytes], str]] = {
         lambda m: m.jpeg(1).replace(struct.pack(">HH", 40, 48), struct.pack(">HH", 65_000, 65_000), 1),
         "declares 65000 x 65000 pixels, more than the limit of 1048576 .*--max-pixels",
     ),
+    "gif that declares 60,000 x 60,000": (
+        # PIL would make room for them while it reads the header: 4 GiB for a file of 57 bytes.
+        lambda m: b"GIF89a`\xea`\xea\x80\0\0" + bytes(6) + b"!\xf9\4\t\0\0\1\0,\0\0\0\0`\xea`\xea\0\2\2D\1\0;",
+        "declares more than twice as many pixels as the limit of 1048576 .*--max-pixels",
+    ),
     "tiff of 32-bit floats": (
         lambda m: m.encode(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"),
         "no defined 8-bit scale",

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 from PIL import Image, ImageFile
 
-from tidali.images.errors import Unusable
+from tidali.images.errors import TooLarge, Unusable
 
 _LOCK = threading.RLock()
 _UNKNOWN_VARIANT = ("unknown pixel mode", "unknown data organization")
@@ -22,14 +22,14 @@ _SWAPPED = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 
 
 @contextmanager
-def silent() -> Iterator[None]:
-    """PIL without a limit of its own on pixels, without its warnings about metadata, and strict about missing pixels.
+def silent(max_pixels: int | None = None) -> Iterator[None]:
+    """PIL with this limit on pixels in place of its own, without its warnings about metadata, and strict about missing pixels.
 
     All three are global variables, so one thread at a time is inside. Pixels are decoded outside.
     """
     with _LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
         lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
         try:
             yield
@@ -53,14 +53,18 @@ def one_reason(kind: str) -> Iterator[None]:
         raise Unusable(f"damaged {kind}: {text}") from None
 
 
-def open_file(data: bytes, kind: str) -> Image.Image:
+def open_file(data: bytes, kind: str, max_pixels: int | None = None) -> Image.Image:
     """The image that a file of a known format begins with; only its header has been read.
 
     Raises:
+        TooLarge: it declares so many pixels that PIL would not open it: for some formats it makes room for them at once.
         Unusable: the header is damaged, or this PIL does not have the format.
     """
-    with one_reason(kind), silent():
-        return open_unguarded(data, kind)
+    with one_reason(kind), silent(max_pixels):
+        try:
+            return open_unguarded(data, kind)
+        except Image.DecompressionBombError:
+            raise TooLarge(f"declares more than twice as many pixels as the limit of {max_pixels}") from None
 
 
 def open_unguarded(data: bytes, kind: str) -> Image.Image:

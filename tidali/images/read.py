@@ -210,7 +210,7 @@ def _png_flags(png: Png, transparent: bool) -> list[str]:
 
 
 def _read_other(data: bytes, kind: str, max_pixels: int) -> Picture:
-    image = open_file(data, kind)
+    image = open_file(data, kind, max_pixels)
     _check_size(image.width, image.height, max_pixels)
     with one_reason(kind):
         refuse_without_scale(image, kind)
