@@ -55,13 +55,16 @@ def displayed_by(info: dict[str, Any]) -> int:
 
 
 def plain(exif: bytes) -> int:
-    """The answer of a decoder that reads an EXIF block (from its TIFF header on) by the EXIF specification alone, 1..8."""
+    """The answer of a decoder that reads an EXIF block (from its TIFF header on) by the EXIF specification alone, 1..8.
+
+    0 where nvImageCodec ignores the block for a damaged entry behind the orientation, which OpenCV then still applies.
+    """
     order = "<" if exif.startswith(b"II") else ">"  # whatever else it begins with
+    found = None
     try:
         if _number(order + "H", exif, 2) != 42:
             return 1
         start = _number(order + "I", exif, 4)
-        found = None
         for number in range(_number(order + "H", exif, start)):
             entry = start + 2 + 12 * number
             tag = _number(order + "H", exif, entry)
@@ -74,7 +77,7 @@ def plain(exif: bytes) -> int:
             elif tag in _RATIONALS:
                 _inside(exif, _number(order + "I", exif, entry + 8), 8 * _RATIONALS[tag])
     except struct.error:
-        return 1
+        return 1 if found is None else 0
     return found if found is not None and 1 <= found <= 8 else 1
 
 

@@ -139,7 +139,7 @@ def _is_in_form(chunk: Chunk) -> bool:
         case b"IDAT":
             return True
         case b"PLTE":
-            return len(chunk.body) % 3 == 0
+            return len(chunk.body) % 3 == 0 < len(chunk.body)
         case b"eXIf":
             return chunk.body[:4] in (b"II*\0", b"MM\0*") and 8 <= len(chunk.body) <= _LARGEST_METADATA_BYTES
     return len(chunk.body) in _LENGTHS.get(chunk.kind, (len(chunk.body),)) and len(chunk.body) <= _LARGEST_METADATA_BYTES
