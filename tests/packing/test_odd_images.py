@@ -129,6 +129,12 @@ def png_with(m: Any, *extra: bytes, behind: bytes = b"") -> bytes:
     return begin + b"".join(extra) + pixels + behind + end
 
 
+def exif_cut(m: Any) -> bytes:
+    """An orientation, which PIL ignores for its type, then a resolution that points outside: OpenCV turns the image."""
+    one = m.exif("<", 3, 3)
+    return one[:8] + b"\2\0" + over(one[10:22], 2, b"\0\0") + struct.pack("<HHII", 0x011A, 5, 1, 0xFFFF) + bytes(4)
+
+
 def interlaced(m: Any) -> bytes:
     """Adam7, in order of its passes."""
     pixels = np.asarray(m.image(1))
@@ -210,6 +216,8 @@ WHOLE: dict[str, tuple[Callable[[Any], bytes], str]] = {
     "png with a large profile": (lambda m: m.encode(m.image(1), "PNG", icc_profile=NOISE), NEW),
     "png with a broken profile": (lambda m: png_with(m, m.chunk(b"iCCP", b"x")), NEW),
     "png with exif that libpng refuses": (lambda m: png_with(m, m.chunk(b"eXIf", b"M\r" + m.exif(">", 3, 6)[2:])), NEW),
+    "png with exif that is damaged behind the orientation": (lambda m: png_with(m, m.chunk(b"eXIf", exif_cut(m))), NEW),
+    "png with an empty palette": (lambda m: png_with(m, m.chunk(b"PLTE", b"")), NEW),
     "png with exif behind the pixels": (lambda m: png_with(m, behind=m.chunk(b"eXIf", m.exif(">", 3, 6))), NEW),
     "png with a chunk of no name": (lambda m: png_with(m, m.chunk(b"a1bc", b"x")), NEW),
     "png with an unknown critical chunk": (lambda m: png_with(m, m.chunk(b"ABCD", b"x")), NEW),
