@@ -1,16 +1,11 @@
-"""One short training run that the command-line tests look at, commands on several ranks, and a reader of the pages that
-commands write."""
+"""One short training run that the command-line tests look at, and a reader of the pages that commands write."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -24,64 +19,6 @@ def trained(tidali: Callable[..., Any], demo_data: Path, tmp_path_factory: pytes
     )
     assert ended.code == 0, ended.stderr
     return out, ended
-
-
-# python -c RANKS COUNT: on standard input JSON, lists of the arguments of "python". Each is run on so many ranks as torchrun
-# would, but that all ranks are forked from one process, which has imported torch for them.
-RANKS = """
-import json, runpy, sys
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-import tidali.training.run
-
-def rank(*arguments):
-    sys.argv = list(arguments)
-    if arguments[0] == "-m":
-        del sys.argv[0]
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(arguments[0], run_name="__main__")
-
-count, ended_well = int(sys.argv[1]), []
-for arguments in json.load(sys.stdin):
-    config = LaunchConfig(1, 1, count, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
-    try:
-        elastic_launch(config, rank)(*arguments)
-        ended_well.append(True)
-    except ChildFailedError:
-        ended_well.append(False)
-print(json.dumps(ended_well))
-"""
-
-
-class RanksEnded(NamedTuple):
-    """How commands on several ranks ended, one after the other."""
-
-    ended_well: list[bool]
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture(scope="session")
-def on_ranks() -> Callable[..., RanksEnded]:
-    """``on_ranks(2, ("-m", "tidali", "eval", path), ...)`` runs "python -m tidali eval PATH" on two ranks, each with one
-    thread, and so on."""
-
-    def run(count: int, *commands: tuple[object, ...]) -> RanksEnded:
-        done = subprocess.run(
-            [sys.executable, "-c", RANKS, str(count)],
-            input=json.dumps([[str(word) for word in command] for command in commands]),
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        *printed, last = done.stdout.splitlines()
-        return RanksEnded(json.loads(last), "\n".join(printed), done.stderr)
-
-    return run
 
 
 class Page(HTMLParser):

@@ -124,8 +124,11 @@ def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str, *
     """
     own, weights = model.state_dict(), dict(weights)
     resampled: tuple[str, ...] = ()
-    stem, side = weights.get(_STEM), own[_STEM].shape[-1]
-    other_stem = stem is not None and stem.ndim == 4 and stem.shape[:2] == own[_STEM].shape[:2] and stem.shape[-1] != side
+    stem, own_stem = weights.get(_STEM), own.get(_STEM)
+    other_stem = False
+    if stem is not None and own_stem is not None:
+        side = own_stem.shape[-1]
+        other_stem = stem.ndim == 4 and stem.shape[:2] == own_stem.shape[:2] and stem.shape[-1] != side
     if stem is not None and other_stem and stem_init == "resample" and side < stem.shape[-1]:
         weights[_STEM] = shrink_kernels(stem.float(), side)
         resampled = (_STEM,)
