@@ -197,10 +197,10 @@ class DaliDecoder:
     def _copied(self, queued: Queued) -> Tensor:
         """DALI's pixels in torch's memory.
 
-        DALI 2.4 gives the memory of a batch back as soon as nobody refers to it, ordered after the work of the stream that it
-        was bound to when it was handed out (dali/pipeline/data/buffer.h), but not after what a view of it was used for on
-        another stream or later. A copy is torch's, whose allocator is told of other streams; DALI's own pixels live until the
-        copy is done.
+        DALI gives the memory of a batch back as soon as nobody refers to it, ordered after the work of the stream that it was
+        bound to when it was handed out, but not after what a view of it was used for on another stream or later
+        (dali/pipeline/data/buffer.h of its public source; not tried on a GPU). A copy is torch's, whose allocator is told of
+        other streams; DALI's own pixels live until the copy is done.
         """
         while self._in_use and self._in_use[0][0].query():
             self._in_use.popleft()
