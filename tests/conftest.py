@@ -28,12 +28,17 @@ settings.load_profile("tidali")
 
 SLOW = (
     "wheel",
+    "cli/test_bench.py",
     "cli/test_doctor.py",
     "cli/test_kills.py",
+    "cli/test_manners.py",
     "packing/test_commands.py",
     "packing/test_download.py",
+    "packing/test_fuzz_images.py",
+    "packing/test_odd_images.py",
     "packing/test_resume.py",
     "unit/test_bench_parts.py",
+    "unit/test_cache.py",
     "unit/test_cache_on_cuda.py",
     "unit/test_case_process.py",
     "unit/test_checks.py",
@@ -42,11 +47,16 @@ SLOW = (
     "unit/test_data.py",
     "unit/test_figures.py",
     "unit/test_insight.py",
+    "unit/test_launches.py",
     "unit/test_models.py",
     "unit/test_old_formats.py",
     "unit/test_peers.py",
     "unit/test_photographs.py",
+    "unit/test_pretrained.py",
     "unit/test_resume.py",
+    "unit/test_samples.py",
+    "unit/test_stream.py",
+    "unit/test_weight_files.py",
 )
 """Folders and files below this one whose tests are all slow, or many: together the others take less than a minute."""
 SLOW_FIXTURES = {"trained", "s3"}
