@@ -24,6 +24,11 @@ class Contents:
     digests: array[int] = field(default_factory=lambda: array("Q"))
     labels: array[int] = field(default_factory=lambda: array("q"))
 
+    def add(self, image: bytes, label: int | None) -> None:
+        digest = hashlib.blake2b(image, digest_size=_DIGEST_BYTES).digest()
+        self.digests.append(int.from_bytes(digest, "little"))
+        self.labels.append(_NO_LABEL if label is None else label)
+
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
@@ -54,10 +59,7 @@ def read_contents(tar: Path, samples: Iterable[Mapping[str, Any]]) -> Contents:
     with open(tar, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for sample in samples:
             start = sample["offset"]
-            image = data[start : start + sample["size_bytes"]]
-            digest = hashlib.blake2b(image, digest_size=_DIGEST_BYTES).digest()
-            contents.digests.append(int.from_bytes(digest, "little"))
-            contents.labels.append(_NO_LABEL if sample["label"] is None else sample["label"])
+            contents.add(data[start : start + sample["size_bytes"]], sample["label"])
     return contents
 
 

@@ -64,18 +64,19 @@ def finish_shard(
         kept = None if there is None else _finished(task, there, store, folder, plan_id)
         if kept is not None:
             return ShardResult("kept", *kept)
-        record = _write(task, folder, reader, settings, plan_id, digits)
+        record, contents = _write(task, folder, reader, settings, plan_id, digits)
         names = [entry["file"] for entry in record["quarantined"]]
         store.commit(folder, [*names, tar_name, index_name, record_name])
         state = "repaired" if there is not None and not _is_of_another_plan(there, plan_id) else "written"
-        summary = summarise(task.stem, path.read_bytes(), record)
-        return ShardResult(state, summary, read_contents(folder / tar_name, record["samples"]))
+        return ShardResult(state, summarise(task.stem, path.read_bytes(), record), contents)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- write
 
 
-def _write(task: ShardTask, folder: Path, reader: Reader, settings: PackSettings, plan_id: str, digits: int) -> dict[str, Any]:
+def _write(
+    task: ShardTask, folder: Path, reader: Reader, settings: PackSettings, plan_id: str, digits: int
+) -> tuple[dict[str, Any], Contents]:
     path = folder / task.file_names[0]
     limit_bytes = _BYTES_PER_PIXEL_LIMIT * settings.max_pixels + _METADATA_BYTES_LIMIT
     with reader.open() as read, replacing(path) as temporary, open(temporary, "wb", buffering=1 << 20) as tar:
@@ -91,7 +92,7 @@ def _write(task: ShardTask, folder: Path, reader: Reader, settings: PackSettings
             else:
                 shard.add(key, item, image)
         shard.put(END_OF_ARCHIVE)
-    return shard.publish(plan_id)
+    return shard.publish(plan_id), shard.contents
 
 
 class _OpenShard:
@@ -109,6 +110,7 @@ class _OpenShard:
         self.quarantined: list[dict[str, Any]] = []
         self.counts: Counter[str] = Counter()
         self.channels = ChannelSums()
+        self.contents = Contents()
 
     def put(self, block: bytes) -> None:
         self.tar.write(block)
@@ -145,6 +147,7 @@ class _OpenShard:
         if image.flags:
             self.counts.update(image.flags)
         self.channels.add(image.rgb)
+        self.contents.add(image.data, item.label)
 
     def quarantine(self, key: str, item: Item, reason: str, data: bytes) -> None:
         """Keep the bytes beside the shards, under a name that does not depend on the source's."""

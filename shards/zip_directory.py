@@ -39,7 +39,9 @@ _ENTRY = struct.Struct("<4s4xHH4xLLLHHH4xLL")  # signature, flags, method, CRC, 
 _END = struct.Struct("<4s6xHLLH")  # signature, entries, size and offset of the directory, length of the comment
 _END_64 = struct.Struct("<4s28xQQQ")
 _LOCATOR_64 = struct.Struct("<4s4xQ4x")
-_LOCAL = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""Before a member's data: signature, lengths of the name and of the extra field, which follow it."""
+LOCAL_SIGNATURE = b"PK\3\4"
 _UTF8_NAME = 0x800
 _ZIP_64, _UNICODE_PATH = 0x0001, 0x7075
 _BEYOND_32_BITS = 0xFFFFFFFF
@@ -170,7 +172,7 @@ def _extra_field(extra: bytes, wanted: int) -> bytes:
 def _where_the_name_is(file: BinaryIO, raw: bytes, offsets: range) -> int:
     """The first offset whose local header holds the member's name; the first of all if none does, which then is damaged."""
     for offset in offsets:
-        head = os.pread(file.fileno(), _LOCAL.size + len(raw), offset)
-        if head[:4] == b"PK\3\4" and head[_LOCAL.size :] == raw and _LOCAL.unpack_from(head)[1] == len(raw):
+        head = os.pread(file.fileno(), LOCAL_HEADER.size + len(raw), offset)
+        if head[:4] == LOCAL_SIGNATURE and head[LOCAL_HEADER.size :] == raw and LOCAL_HEADER.unpack_from(head)[1] == len(raw):
             return offset
     return offsets[0]

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.source import Item, Listing, Read, Unreadable
-from shards.zip_directory import Member, read_directory
+from shards.zip_directory import LOCAL_HEADER, LOCAL_SIGNATURE, Member, read_directory
 from tidali.dataset.file_names import is_image_name, left_out_kind, printable_path, shown
 from tidali.errors import TidaliError, UsageError
 
-_LOCAL_HEADER_BYTES = 30  # APPNOTE.TXT 4.3.7: fixed part; then the name and the extra field, whose lengths it states
 _EXTRA_GUESS_BYTES = 256  # name and extra field are nearly always shorter, so that one read fetches header and data
 _ENCRYPTED = 0x1 | 0x40  # APPNOTE.TXT 4.4.4, bits 0 and 6
 # Looked for in the names, one per line: `_refuse_hostile` decides whether a name with one of them is hostile.
@@ -144,10 +143,11 @@ def _read_member(file: int, item: Item, limit_bytes: int) -> bytes:
     offset, stored_bytes, method, crc32 = item.where
     if max(item.size_bytes, stored_bytes) > limit_bytes:
         raise Unreadable(f"declares {item.size_bytes:,} bytes, more than an image within the pixel limit can take")
-    block = os.pread(file, _LOCAL_HEADER_BYTES + _EXTRA_GUESS_BYTES + stored_bytes, offset)
-    if block[:4] != b"PK\x03\x04" or len(block) < _LOCAL_HEADER_BYTES:
+    block = os.pread(file, LOCAL_HEADER.size + _EXTRA_GUESS_BYTES + stored_bytes, offset)
+    if block[:4] != LOCAL_SIGNATURE or len(block) < LOCAL_HEADER.size:
         raise Unreadable("damaged zip: no member where its directory says")
-    start = _LOCAL_HEADER_BYTES + int.from_bytes(block[26:28], "little") + int.from_bytes(block[28:30], "little")
+    _, name_bytes, extra_bytes = LOCAL_HEADER.unpack_from(block)
+    start = LOCAL_HEADER.size + name_bytes + extra_bytes
     stored = block[start : start + stored_bytes]
     if len(stored) < stored_bytes:
         stored = os.pread(file, stored_bytes, offset + start)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class TidaliError(Exception):
     """Work that failed: a damaged shard, a full disk, a missing device. The command exits with 1."""
@@ -30,3 +32,8 @@ class Interrupted(TidaliError):
 def first_line(error: BaseException) -> str:
     """The first line of another library's error message; its type's name where the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def some_of(texts: Sequence[str], most: int) -> str:
+    """The first texts of a list that may be long, for a message."""
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -186,19 +186,7 @@ def test_spellings_of_splits(split: str) -> None:
 
 
 def test_names_of_no_split() -> None:
-    for name in (
-        "cat",
-        "images",
-        "data",
-        "dataset",
-        "train_station",
-        "trainer",
-        "testtube",
-        "train_test",
-        "2017",
-        "",
-        "val d'or",
-    ):
+    for name in OF_NO_SPLIT:
         assert split_of(name) is None, name
 
 

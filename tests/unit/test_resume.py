@@ -131,7 +131,7 @@ def test_an_epochs_end_saves_when_some_time_has_passed(
         save_checkpoint(path, weights, card)
 
     def state(path: Path, saved: resume.SavedState) -> None:
-        written.append(saved.document["step"])
+        written.append(json.loads(saved.document)["step"])
         write_state(path, saved)
 
     monkeypatch.setattr(run_files, "save_checkpoint", checkpoint)

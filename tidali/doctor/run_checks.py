@@ -78,9 +78,7 @@ def eval_matches_training(
         off <= (1 - _SAME_PREDICTIONS) * len(pixels),
         f"evaluation finds {best.correct1} of {len(pixels)} images right, prediction {hits}",
     )
-    return (
-        f"one {'cached' if cache == 'device' else 'streamed'} epoch: training and evaluation both report {scored:.0f} % top-1"
-    )
+    return f"one {_route(cache)} epoch: training and evaluation both report {scored:.0f} % top-1"
 
 
 def _val_pixels(dataset: Dataset) -> tuple[np.ndarray, torch.Tensor]:

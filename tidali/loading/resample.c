@@ -151,8 +151,8 @@ struct resizer {
   struct axis vertical, horizontal;
   struct colour colour;
   int flip;
-  int64_t done;              /* rows resized along x */
-  pair *line;                /* two rows of pixels, with `taps` more on both sides that repeat their borders */
+  int64_t done;      /* rows resized along x */
+  pair *line;        /* two rows of pixels, with `taps` more on both sides that repeat their borders */
   float *rows, *sum; /* row y stands at y % (taps + 2) */
 };
 
@@ -252,7 +252,7 @@ struct piece {
   float top, left, box_height, box_width;
 };
 
-/* Keys' cubic with its constant a free, as tidali/loading/resample.py has it. */
+/* Keys' cubic with its constant a free, as tidali/loading/bicubic.py has it. */
 static float cubic(float x, float a) {
   x = fabsf(x);
   if (x <= 1) return ((a + 2) * x - (a + 3)) * x * x + 1;

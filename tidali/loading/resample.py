@@ -211,15 +211,16 @@ class Resample:
             crop_fraction: share of the shorter side that the centre crop keeps.
             products: on a CPU; `choose_products`'s by default.
         """
-        self._dense: Any = None
+        self._size, self._res, self._dtype = size, res, dtype
+        self._dense: DenseResample | None = None
         if device is not None and device.type != "cpu":
             options: dict[str, Any] = {"kernel": kernel, "antialias": antialias, "crop_fraction": crop_fraction}
             self._dense = DenseResample(size, res, mean=mean, std=std, dtype=dtype, device=device, **options)
-        self._size, self._res, self._dtype = size, res, dtype
+            return
         self._kernel: Kernel = kernel
         self._antialias, self._crop_fraction = antialias, crop_fraction
         self._memory = ReusedMemory()
-        self._affine = make_affine(mean, std, device)
+        self._affine = make_affine(mean, std, None)
         self._products = products or choose_products(res, dtype)
         self._centre = None if size == (res, res) and crop_fraction == 1 else (self._centre_matrix(0), self._centre_matrix(1))
 
@@ -263,8 +264,7 @@ class Resample:
 
     def _centre_matrix(self, axis: int) -> Any:
         start, scale = centre_crop(self._size, self._res, axis, self._crop_fraction)
-        device = self._affine.colours.device
-        return self._matrix(axis, torch.tensor([start], device=device), torch.tensor([scale], device=device), scale)
+        return self._matrix(axis, torch.tensor([start]), torch.tensor([scale]), scale)
 
     def _box_matrix(self, axis: int, boxes: Tensor) -> Any:
         return self._matrix(axis, boxes[:, axis], boxes[:, axis + 2] / self._res, self._size[axis] / self._res)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 
 from tidali.config import Stem, StemInit
-from tidali.errors import UsageError
+from tidali.errors import UsageError, some_of
 from tidali.hardware.device import DevicePlan
 
 
@@ -104,6 +104,7 @@ class LoadReport:
 
 
 _MOST_LINES = 10  # of one kind
+_NAMED = 3  # tensors in a message
 _STEM, _STEM_BIAS = "conv1.weight", "conv1.bias"
 _HEAD = "fc."
 _BODY = re.compile(r"(conv|bn|layer|stage|block)\d")
@@ -145,7 +146,7 @@ def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str, *
     ]
     unused = tuple(name for name in weights if name not in own)
     if wrong:
-        raise UsageError(f"{where}: the weights do not fit the model, a ResNet-18: {_some(wrong)}")
+        raise UsageError(f"{where}: the weights do not fit the model, a ResNet-18: {some_of(wrong, _NAMED)}")
     twice = [
         f"{known} is in it twice, also as {name}"
         for name in unused
@@ -153,10 +154,10 @@ def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str, *
         if known in weights and name.endswith(f".{known}") and not _BODY.match(name)
     ]
     if twice:
-        raise UsageError(f"{where}: {_some(twice)}; save one model alone")
+        raise UsageError(f"{where}: {some_of(twice, _NAMED)}; save one model alone")
     foreign = [name for name in unused if name != _STEM_BIAS and _of_a_body(name, weights[name])]
     if foreign:
-        raise UsageError(f"{where}: the weights are of another network: a ResNet-18 has no {_some(foreign)}")
+        raise UsageError(f"{where}: the weights are of another network: a ResNet-18 has no {some_of(foreign, _NAMED)}")
     broken = [name for name in loaded if weights[name].is_floating_point() and not weights[name].float().isfinite().all()]
     if broken:
         fix = "take an earlier checkpoint, or train it again with a lower learning rate"
@@ -181,10 +182,6 @@ def _misfit(given: Tensor | None, own: Tensor) -> str:
 def _of_a_body(name: str, tensor: Tensor) -> bool:
     """Whether a tensor is of a network's body and not of a head: by its name, or as it is a kernel of more than one pixel."""
     return _BODY.match(name) is not None or (tensor.ndim == 4 and max(tensor.shape[2:]) > 1)
-
-
-def _some(texts: Sequence[str]) -> str:
-    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
 
 
 def shrink_kernels(kernels: Tensor, side: int) -> Tensor:

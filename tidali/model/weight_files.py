@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tidali.errors import UsageError
+from tidali.errors import UsageError, some_of
 
 _ANCHOR = "layer1.0.conv1.weight"
 """A tensor that every ResNet-18 has, by which its state dict is found in a file, and what stands before its names."""
@@ -164,8 +164,7 @@ def _prefixes(state: Mapping[str, Any]) -> set[str]:
 
 
 def _listed(names: Any) -> str:
-    shown = [ascii(name) for name in names]
-    return ", ".join(shown[:_SHOWN]) + (f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else "")
+    return some_of([ascii(name) for name in names], _SHOWN)
 
 
 def _start(path: Path) -> bytes:

@@ -52,7 +52,8 @@ class SavedState(NamedTuple):
 
     tensors: Mapping[str, Tensor]
     """On the CPU."""
-    document: Mapping[str, Any]
+    document: str
+    """JSON."""
 
 
 def copy_state(
@@ -82,7 +83,7 @@ def copy_state(
         "run": asdict(card),
     }
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    return SavedState(copies, json.loads(json.dumps(document)))
+    return SavedState(copies, json.dumps(document))
 
 
 def write_state(path: Path, state: SavedState) -> None:
@@ -91,7 +92,7 @@ def write_state(path: Path, state: SavedState) -> None:
     Raises:
         TidaliError: it cannot be written; the previous state is still there.
     """
-    write_atomically(path, save(dict(state.tensors), metadata={STATE_KEY: json.dumps(state.document)}))
+    write_atomically(path, save(dict(state.tensors), metadata={STATE_KEY: state.document}))
 
 
 def read_document(path: Path) -> dict[str, Any]:
