@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from shards.images import Resizing
 from shards.scan import Scan
 from shards.source import Item
 from tidali.dataset.contract import ClassName
@@ -37,6 +38,10 @@ class PackSettings:
     """Every image is resized to a square of this edge and encoded as JPEG; None keeps the source's bytes."""
     kernel: str = "pil"
     """Of that resize: 'pil' (bicubic, a = -0.5) or 'opencv' (bicubic, a = -0.75)."""
+    shorter_side_px: int | None = None
+    """Images whose shorter side is longer are shrunk to it, bicubic and antialiased, and encoded as JPEG."""
+    quality: int | None = None
+    """Of the JPEGs that ``shorter_side_px`` makes; 92 if None."""
     max_pixels: int = 1 << 26
     """Images that declare more are quarantined undecoded: 67 million pixels take 200 MB as RGB."""
 
@@ -55,16 +60,31 @@ class PackSettings:
             raise UsageError(f"--size must be from 1 to 8192 pixels, not {self.size_px}")
         if self.kernel not in KERNELS:
             raise UsageError(f"--kernel must be one of {', '.join(KERNELS)}, not {self.kernel!r}")
+        if self.shorter_side_px is not None:
+            if self.size_px is not None or self.kernel != "pil":
+                raise UsageError("--shorter-side keeps the aspect and resizes as PIL does; leave --size and --kernel out")
+            if not 1 <= self.shorter_side_px <= 8192:
+                raise UsageError(f"--shorter-side must be from 1 to 8192 pixels, not {self.shorter_side_px}")
+        if self.quality is not None and (self.shorter_side_px is None or not 1 <= self.quality <= 100):
+            raise UsageError("--quality is that of the JPEGs which --shorter-side makes, from 1 to 100")
         if self.max_pixels < 1:
             raise UsageError(f"--max-pixels must be at least 1, not {self.max_pixels}")
 
+    @property
+    def resizing(self) -> Resizing:
+        return Resizing(self.size_px, self.kernel, self.shorter_side_px, self.quality or Resizing.quality)
+
     def describe(self) -> dict[str, Any]:
-        """The settings as the manifest states them; the kernel only if it was used."""
+        """The settings as the manifest states them; those of a resize only if it was asked for."""
         document = asdict(self)
         if isinstance(self.classes, tuple):
             document["classes"] = list(self.classes)
         if self.size_px is None:
             del document["kernel"]
+        if self.shorter_side_px is None:
+            del document["shorter_side_px"], document["quality"]
+        else:
+            document["quality"] = self.resizing.quality
         return document
 
 

@@ -1,4 +1,4 @@
-"""Offline resize of whole images: the study's step 2, with its kernel by name."""
+"""Offline resize of whole images: to a square, which is the study's step 2, or by the shorter side."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from PIL import Image
 
 _OPENCV_A = -0.75  # OpenCV imgproc/src/resize.cpp, interpolateCubic
 _OPENCV_SCALE = 1 << 11  # the same file's INTER_RESIZE_COEF_SCALE: weights are integers over 2048
+
+
+def shrink(rgb: np.ndarray, shorter_side_px: int) -> np.ndarray:
+    """Resize (H, W, 3) or (H, W) uint8 so that its shorter side is ``shorter_side_px``, which is less than it was.
+
+    By PIL's BICUBIC (a = -0.5, antialiased); the longer side is in proportion, rounded to the nearest pixel, halves up.
+    """
+    height, width = rgb.shape[:2]
+    shorter = min(height, width)
+    new_height, new_width = ((2 * side * shorter_side_px + shorter) // (2 * shorter) for side in (height, width))
+    return np.asarray(Image.fromarray(rgb).resize((new_width, new_height), Image.Resampling.BICUBIC))
 
 
 def resize(rgb: np.ndarray, size_px: int, kernel: str) -> np.ndarray:

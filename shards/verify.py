@@ -17,7 +17,7 @@ from shards.executor import default_workers, run_tasks
 from shards.pack import PLAN_NAME
 from shards.plan import plan_id
 from shards.record import build_manifest
-from tidali.dataset.contract import MANIFEST_NAME, Manifest, Shard, manifest_text, read_record
+from tidali.dataset.contract import MANIFEST_NAME, Manifest, Shard, manifest_text, parse_image_size, read_record
 from tidali.errors import DatasetError
 from tidali.files import TEMPORARY_SUFFIX
 
@@ -145,6 +145,14 @@ def _differences(manifest: Manifest, checks: list[ShardCheck]) -> Iterator[str]:
     expected_id = plan_id(manifest.source, manifest.settings, manifest.classes)
     if any(summary.plan_id != expected_id for summary in summaries):
         yield "its source, settings or classes are not those that the shards were packed with"
+    limit_px = manifest.settings.get("shorter_side_px")
+    too_large = (
+        []
+        if limit_px is None
+        else [size for summary in summaries for size in summary.image_sizes if min(parse_image_size(size)) > limit_px]
+    )
+    if too_large:
+        yield f"its shorter_side_px is {limit_px}, and an image of {too_large[0]} pixels is in a shard"
     if len(summaries) < len(checks):
         return
     again = build_manifest(

@@ -86,7 +86,7 @@ def _write(
             data = b""
             try:
                 data = read(item, limit_bytes)
-                image = inspect(data, max_pixels=settings.max_pixels, size_px=settings.size_px, kernel=settings.kernel)
+                image = inspect(data, max_pixels=settings.max_pixels, resizing=settings.resizing)
             except (Unreadable, Unusable) as error:
                 shard.quarantine(key, item, str(error), getattr(error, "data", data))
             else:

@@ -138,6 +138,11 @@ def test_class_subsets() -> None:
         ({"shard_size_bytes": 10_000}, "give one of --shard-samples and --shard-size"),
         ({"size_px": 0}, "--size must be from 1"),
         ({"kernel": "lanczos"}, "--kernel must be one of pil, opencv"),
+        ({"shorter_side_px": 0}, "--shorter-side must be from 1"),
+        ({"shorter_side_px": 9, "size_px": 9}, "--shorter-side keeps the aspect"),
+        ({"shorter_side_px": 9, "kernel": "opencv"}, "--shorter-side keeps the aspect"),
+        ({"quality": 90}, "--quality is that of the JPEGs which --shorter-side makes"),
+        ({"shorter_side_px": 9, "quality": 101}, "--quality is .* from 1 to 100"),
         ({"max_pixels": 0}, "--max-pixels must be at least 1"),
     ],
 )

@@ -75,6 +75,17 @@ def shard(
         str | None, which_option(help="Only the first N classes, or those in a FILE with one class id per line.")
     ] = None,
     size: Annotated[int | None, stored_option(help="Resize to PX x PX (bicubic) and encode as JPEG.", metavar="PX")] = None,
+    shorter_side: Annotated[
+        int | None,
+        stored_option(
+            help="Shrink larger images to this shorter side (bicubic, antialiased) and encode them as JPEG; 288 is enough for "
+            "training at 224. Smaller ones keep their bytes.",
+            metavar="PX",
+        ),
+    ] = None,
+    quality: Annotated[
+        int | None, stored_option(help="JPEG quality of images that --shorter-side shrinks.", show_default="92")
+    ] = None,
     kernel: Annotated[
         Kernel, stored_option(help="Bicubic kernel of --size. pil: a = -0.5, antialiased; opencv: a = -0.75, not antialiased.")
     ] = "pil",
@@ -102,6 +113,8 @@ def shard(
         classes=None if classes is None else _parse_classes(classes),
         size_px=size,
         kernel=kernel,
+        shorter_side_px=shorter_side,
+        quality=quality,
         max_pixels=max_pixels,
     )
     with _progress("packing") as progress:
