@@ -17,11 +17,12 @@ from tidali import __version__, console
 from tidali.cli.bench import bench
 from tidali.cli.data import demo, download, info, shard, verify
 from tidali.cli.doctor import doctor
+from tidali.cli.evaluate import eval_
 from tidali.cli.examples import CommandWithExamples, ProgramWithExamples
 from tidali.cli.model import export, predict
 from tidali.cli.report import plot, report
 from tidali.cli.study import study
-from tidali.cli.train import eval_, train
+from tidali.cli.train import train
 from tidali.errors import Interrupted, TidaliError, UsageError
 from tidali.hardware.cpu_threads import limit_threads, wait_briefly
 from tidali.hardware.limits import raise_open_files_limit

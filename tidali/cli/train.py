@@ -1,4 +1,4 @@
-"""``tidali train`` and ``tidali eval``."""
+"""``tidali train``."""
 
 from __future__ import annotations
 
@@ -14,20 +14,15 @@ import typer
 from tidali.cli.options import (
     AmpOption,
     CacheOption,
-    CheckpointArgument,
     CompileOption,
-    DataOption,
     DecoderOption,
     DeviceOption,
-    FlipOption,
-    JsonOption,
     MaxBadOption,
     RecipeName,
     data_option,
     is_given,
     machine_option,
     model_option,
-    parse_resolutions,
     recipe_option,
     run_option,
 )
@@ -176,11 +171,11 @@ def _run(settings: TrainSettings, *, out: str | None, resume: bool = False) -> N
     if not is_main_rank():
         return
     rows = [
-        ("best", result.best_epoch, *_score_cells(result.best)),
-        ("last", settings.recipe.epochs, *_score_cells(result.last)),
+        ("best", result.best_epoch, *score_cells(result.best)),
+        ("last", settings.recipe.epochs, *score_cells(result.last)),
     ]
     if result.last_flip is not None:
-        rows.append(("last, with flip TTA", settings.recipe.epochs, *_score_cells(result.last_flip)))
+        rows.append(("last, with flip TTA", settings.recipe.epochs, *score_cells(result.last_flip)))
     print_table(f"{result.out}", ("", "epoch", "top-1 %", "top-5 %", "loss"), rows)
     say(f"{result.images_per_s:.0f} images/s in training, {result.minutes:.1f} min in total")
 
@@ -207,54 +202,7 @@ def _refuse_other_options(context: typer.Context, option: str, *allowed: str) ->
             raise UsageError(f"--{name.replace('_', '-')}: not together with --{option}, which takes that run's settings")
 
 
-def eval_(
-    checkpoint: CheckpointArgument,
-    data: DataOption,
-    res: Annotated[
-        str | None, typer.Option(help="Input sides in pixels, such as 64,128,224.", show_default="as trained")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
-    device: DeviceOption = "auto",
-    amp: AmpOption = "auto",
-    cache: CacheOption = "auto",
-    max_bad: MaxBadOption = None,
-    flip: FlipOption = False,
-    json_: JsonOption = False,
-) -> None:
-    """Evaluate a checkpoint on a split at one or several resolutions; every sample is counted exactly once."""
-    resolutions = parse_resolutions(res) if res is not None else []
-
-    from tidali.console import is_main_rank, print_table
-    from tidali.dataset.source import open_data
-    from tidali.hardware.cpu_memory import keep_freed_memory
-    from tidali.training.evaluation import evaluate_checkpoint
-
-    keep_freed_memory()
-    _, rows = evaluate_checkpoint(
-        checkpoint,
-        open_data(data),
-        split=split,
-        resolutions=resolutions,
-        device=device,
-        amp=amp,
-        cache=cache,
-        max_bad=max_bad,
-        flip=flip,
-    )
-    if not is_main_rank():
-        return
-    if json_:
-        scores = [{"res": row.res, **row.score.to_dict()} for row in rows]
-        print(json.dumps({"checkpoint": checkpoint, "data": data, "split": split, "flip": flip, "scores": scores}))
-        return
-    print_table(
-        f"{checkpoint} on {split} of {data}" + (", with flip TTA" if flip else ""),
-        ("res", "top-1 %", "top-5 %", "loss", "samples"),
-        [(row.res, *_score_cells(row.score), row.score.samples) for row in rows],
-    )
-
-
-def _score_cells(score: Any) -> tuple[str, str, str]:
+def score_cells(score: Any) -> tuple[str, str, str]:
     return f"{score.top1_percent:.2f}", f"{score.top5_percent:.2f}", f"{score.loss:.4f}"
 
 
