@@ -191,10 +191,10 @@ def measure(
 def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
     """A progress bar. What it yields is called with the name of each piece of work when that begins."""
     with progress_bar() as bar:
-        task = bar.add_task(title, total=total, note="")
+        task = bar.add_task(title, total=total)
 
         def begin(name: str) -> None:
-            bar.update(task, advance=1, note=name)
+            bar.update(task, advance=1, notes=(name,))
 
         yield begin
 

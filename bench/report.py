@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tidali.console import print_table, results
+from tidali.console import print_table
+from tidali.console import show as show_line
+from tidali.errors import span
 from tidali.files import write_atomically
 
 WHERE = ("res", "stem", "batch_size", "threads", "samples", "ranks")
@@ -54,7 +56,7 @@ def label(row: Mapping[str, Any]) -> str:
 
 def spread(rate: Mapping[str, float]) -> str:
     """Lowest to highest."""
-    return f"{number(rate['min'])} to {number(rate['max'])}"
+    return span(number(rate["min"]), number(rate["max"]))
 
 
 def ceiling_share(row: Mapping[str, Any]) -> str:
@@ -93,8 +95,8 @@ def show(document: Mapping[str, Any]) -> None:
         _show_growth(part)
         _show_memory(part)
         if part.get("times_the_fastest_peer"):
-            results.print(f"tidali to the fastest of the others: {ratio(part['times_the_fastest_peer'])}")
-        results.print(software(part), markup=False)
+            show_line(f"tidali to the fastest of the others: {ratio(part['times_the_fastest_peer'])}")
+        show_line(software(part))
 
 
 def _show_rows(document: Mapping[str, Any]) -> None:
@@ -115,7 +117,7 @@ def _show_rows(document: Mapping[str, Any]) -> None:
     for row in rows:
         if "not_run" in row:  # below the table: a reason is a sentence, and would widen its column
             where = f" ({label(row)})" if label(row) else ""
-            results.print(f"not run: {row['case']}{where}: {row['not_run']}", markup=False)
+            show_line(f"not run: {row['case']}{where}: {row['not_run']}")
 
 
 def _cells(row: Mapping[str, Any], extra: list[str]) -> list[str]:

@@ -2,16 +2,22 @@
 
 ``tidali --quiet`` prints only the warnings among the messages; ``tidali --verbose`` adds details, and the time of each line.
 Under torchrun only rank 0 prints messages, but each rank prints its own errors, and warnings that only it can know of.
+
+On a terminal a line is broken at a space, never inside a word or between a number and its unit, and goes on below, indented.
+In a file or a pipe each message is one line, whatever its length.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 
 from tidali.hardware.timing import now_s
@@ -21,9 +27,17 @@ if TYPE_CHECKING:
 
 Verbosity = Literal["quiet", "normal", "verbose"]
 
-messages = Console(stderr=True, highlight=False, soft_wrap=True)
-results = Console(highlight=False, soft_wrap=True)
-_UNLIMITED_COLUMNS = 1000
+# What users name, such as classes and files, may hold brackets and colons, which are no markup and no emoji.
+messages = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+results = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+_KEPT_TOGETHER = re.compile(r"(?<=\d) (?=[^\W\d_]|[%°±])|(?<=±) (?=\d)|(?<=\d x) (?=\d)")
+"""The spaces of '2,500 images', '87 %', '± 0.4' and '64 x 48'."""
+_NO_BREAK = "\u00a0"
+_HANG = 2
+_GAP = "  "
+_NARROWEST_TEXT = 12
+"""A column of text is not made narrower for the sake of others: one word a line cannot be read."""
 
 _verbosity: Verbosity = "normal"
 _start_s = now_s()
@@ -55,10 +69,17 @@ def is_main_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def say(text: str) -> None:
-    """Print one line on standard error, unless ``--quiet`` was given."""
+# --------------------------------------------------------------------------------------------------------------------- lines
+
+
+def say(text: str, *, hang: int = _HANG) -> None:
+    """Print one line on standard error, unless ``--quiet`` was given.
+
+    Args:
+        hang: by how many columns what does not fit the line is indented below it.
+    """
     if _verbosity != "quiet":
-        _print_message(text)
+        _print_message(text, hang=hang)
 
 
 def warn(text: str, *, every_rank: bool = False) -> None:
@@ -76,37 +97,206 @@ def detail(text: str) -> None:
         _print_message(text)
 
 
-def _print_message(text: str, *, every_rank: bool = False) -> None:
-    if not (every_rank or is_main_rank()):
-        return
-    messages.print(f"{now_s() - _start_s:7.2f} s  {text}" if is_verbose() else text, markup=False)
+def fail(text: str) -> None:
+    """Print the one line of an error on standard error, on every rank."""
+    _print_lines(messages, f"tidali: {' '.join(text.split())}")
 
 
-def progress_bar(*, note: bool = True, show: bool = True) -> Progress:
-    """A progress bar on standard error, shown only on a terminal.
+def show(text: str, *, hang: int = _HANG, style: str | None = None) -> None:
+    """Print one line of a result on standard output."""
+    _print_lines(results, text, hang=hang, style=style)
+
+
+def suggest(what: str, *words: object) -> None:
+    """Print a command that a user may want next, ready to copy, unless ``--quiet`` was given.
 
     Args:
-        note: show the task's field ``note`` beside the bar, for figures such as the current loss.
+        what: what it does, in a few words.
+        words: of the command; quoted as a shell needs it.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    if _verbosity != "quiet" and is_main_rank():
+        say(f"next: {what}")
+        messages.print(wrap_command(shlex.join(map(str, words)), line_width(messages), indent=_HANG))
 
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    if note:
-        columns.append(TextColumn("{task.fields[note]}"))
+
+def _print_message(text: str, *, hang: int = _HANG, every_rank: bool = False) -> None:
+    if every_rank or is_main_rank():
+        _print_lines(messages, f"{now_s() - _start_s:7.2f} s  {text}" if is_verbose() else text, hang=hang)
+
+
+def _print_lines(console: Console, text: str, *, hang: int = _HANG, style: str | None = None) -> None:
+    width = line_width(console)
+    for line in text.split("\n"):
+        console.print("\n".join(wrap(line, width, hang=hang)), style=style)
+
+
+def line_width(console: Console) -> int | None:
+    """Columns of the terminal that a console prints to; None where it prints to a file or a pipe."""
+    return console.width if console.file.isatty() else None
+
+
+def wrap(text: str, width: int | None, *, hang: int = _HANG) -> list[str]:
+    """The lines of a text.
+
+    Args:
+        width: columns of a line. A word that is longer has a line of its own. None: one line.
+        hang: columns by which the second line and the others are indented.
+    """
+    if width is None or cell_len(text) <= width:
+        return [text]
+    indent, lines, line = " " * (hang if 2 * hang < width else 0), [], ""
+    for gap, word in re.findall("( *)([^ ]+)", _KEPT_TOGETHER.sub(_NO_BREAK, text)):
+        if line and cell_len(line + gap + word) > width:
+            lines.append(line)
+            line = indent + word
+        else:
+            line += gap + word
+    return [one.replace(_NO_BREAK, " ") for one in (*lines, line)]
+
+
+def wrap_command(command: str, width: int | None, *, indent: int = 0) -> str:
+    """A shell command, indented. Where a line would be too long, it goes on in the next after a backslash, so that it can be
+    copied.
+
+    Args:
+        command: quoted as a shell needs it.
+        width: columns of a line, those of ``indent`` included. None: one line.
+    """
+    words = re.findall(r"""(?:'[^']*'|"[^"]*"|[^ ])+""", command)
+    lines = [" " * indent + words[0]]
+    for word in words[1:]:
+        if width is not None and cell_len(f"{lines[-1]} {word} \\") > width:
+            lines[-1] += " \\"
+            lines.append(f"{' ' * (indent + _HANG)}{word}")
+        else:
+            lines[-1] += f" {word}"
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------------ progress
+
+
+def progress_bar(*, show: bool = True) -> Progress:
+    """A progress bar on standard error, shown only on a terminal. It is one line, which has as many of the task's figures as
+    there is room for. A task's field ``notes`` may hold further ones, such as the current loss, the most important first."""
+    from rich.console import ConsoleOptions, RenderResult
+    from rich.progress import Progress, Task, TimeRemainingColumn
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    class Line:
+        def __init__(self, task: Task) -> None:
+            self.task = task
+
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            task, room = self.task, options.max_width - 1
+            total = "?" if task.total is None else f"{task.total:,.0f}"
+            remaining = TimeRemainingColumn().render(task).plain
+            figures = [f"{task.completed:,.0f}/{total}", remaining, *task.fields.get("notes", ())]
+            shown = fitting([task.description, *figures], room)
+            bar_width = min(room - cell_len(_GAP.join(shown)) - len(_GAP), 40)
+            line = Table.grid(padding=(0, len(_GAP), 0, 0))
+            if bar_width >= 8:
+                bar = ProgressBar(task.total, task.completed, width=bar_width, pulse=task.total is None)
+                line.add_row(Text(shown[0]), bar, *map(Text, shown[1:]))
+            else:
+                line.add_row(*map(Text, shown))
+            yield line
+
+    class OneLine(Progress):
+        def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+            lines = Table.grid()
+            for task in tasks:
+                if task.visible:
+                    lines.add_row(Line(task))
+            return lines
+
     # Ask the file and not rich, which takes everything for a terminal if FORCE_COLOR is set, as it is on build servers.
     show = show and is_main_rank() and _verbosity != "quiet" and sys.stderr.isatty()
-    return Progress(*columns, console=messages, transient=True, disable=not show)
+    return OneLine(console=messages, transient=True, disable=not show)
+
+
+def fitting(texts: Sequence[str], width: int) -> list[str]:
+    """The first texts that fit a line, two spaces apart. The first is always there, cut where it alone is too long."""
+    shown = [texts[0] if cell_len(texts[0]) <= width else texts[0][: max(width - 1, 1)] + "…"]
+    for text in texts[1:]:
+        if cell_len(_GAP.join([*shown, text])) > width:
+            break
+        shown.append(text)
+    return shown
+
+
+# -------------------------------------------------------------------------------------------------------------------- tables
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> None:
-    """Print a table on standard output. The first ``left`` columns are aligned to the left, the others to the right."""
-    from rich.table import Table
+    """Print a table on standard output. The first ``left`` columns are aligned to the left, the others to the right.
 
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    # Without a terminal, rich assumes 80 columns and would cut cells off.
-    console = results if sys.stdout.isatty() else Console(highlight=False, soft_wrap=True, width=_UNLIMITED_COLUMNS)
-    console.print(table)
+    Where a terminal is too narrow, headings and cells are wrapped. If that does not do, the columns that have no room stand in
+    a table below, beside the first column again.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    if title:
+        show(title, style="bold")
+    for number, (chosen, widths) in enumerate(_tables(columns, cells, line_width(results))):
+        if number:
+            show("")
+        lines = [[row[place] for place in chosen] for row in ([*columns], *cells)]
+        aligned = [place < left for place in chosen]
+        for place, row in enumerate(lines):
+            for line in _row_lines(row, widths, aligned):
+                show_line(line, style="bold" if place == 0 else None)
+            if place == 0:
+                show_line("─" * (sum(widths) + len(_GAP) * (len(widths) - 1)))
+
+
+def show_line(line: str, *, style: str | None = None) -> None:
+    """Print a line of a table, or of another layout of its own, on standard output as it is."""
+    results.print(line, style=style)
+
+
+def _tables(columns: Sequence[str], cells: Sequence[Sequence[str]], width: int | None) -> list[tuple[list[int], list[int]]]:
+    """For each table that is printed: which columns it has, and how wide they are."""
+    natural, least = [], []
+    for place, heading in enumerate(columns):
+        below = [row[place] for row in cells]
+        widest = max(map(cell_len, below), default=0)
+        words = [cell_len(word) for text in (heading, *below) for word in _KEPT_TOGETHER.sub(_NO_BREAK, text).split(" ")]
+        natural.append(max(widest, cell_len(heading)))
+        least.append(max(*words, min(widest, _NARROWEST_TEXT)))
+    every = list(range(len(columns)))
+    if width is None:
+        return [(every, natural)]
+    groups: list[list[int]] = [[0]]
+    for place in every[1:]:
+        if len(groups[-1]) > 1 and _total([least[one] for one in (*groups[-1], place)]) > width:
+            groups.append([0])
+        groups[-1].append(place)
+    return [(group, _shrunk([natural[one] for one in group], [least[one] for one in group], width)) for group in groups]
+
+
+def _shrunk(natural: list[int], least: list[int], width: int) -> list[int]:
+    """The widths of columns that together fit, where that is possible: the widest give way first."""
+    widths = list(natural)
+    while _total(widths) > width:
+        spare = [place for place in range(len(widths)) if widths[place] > least[place]]
+        if not spare:
+            break
+        widths[max(spare, key=lambda place: widths[place])] -= 1
+    return widths
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + len(_GAP) * (len(widths) - 1)
+
+
+def _row_lines(row: Sequence[str], widths: Sequence[int], aligned_left: Sequence[bool]) -> Iterator[str]:
+    wrapped = [wrap(cell, width, hang=0) for cell, width in zip(row, widths, strict=True)]
+    for number in range(max(map(len, wrapped))):
+        parts = []
+        for lines, width, left in zip(wrapped, widths, aligned_left, strict=True):
+            text = lines[number] if number < len(lines) else ""
+            padding = " " * (width - cell_len(text))
+            parts.append(text + padding if left else padding + text)
+        yield _GAP.join(parts).rstrip()

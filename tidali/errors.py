@@ -37,3 +37,14 @@ def first_line(error: BaseException) -> str:
 def some_of(texts: Sequence[str], most: int) -> str:
     """The first texts of a list that may be long, for a message."""
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
+def counted(count: int, noun: str) -> str:
+    """'1 epoch', '2,500 images', '2 classes'."""
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "tch")) else "s"
+    return f"{count:,} {noun}{ending}"
+
+
+def span(lowest: str, highest: str) -> str:
+    """'3 to 8'; '4' where both are equal."""
+    return lowest if lowest == highest else f"{lowest} to {highest}"

@@ -150,7 +150,7 @@ def test_warnings_and_errors_are_printed_with_quiet_too(tidali, normal: None, tm
     source = write_photos(tmp_path / "photos", {"train/cat": 3, "val/cat": 2})
     (source / "train" / "cat" / "bad.jpg").write_text("no image")
     ended = tidali("-q", "shard", source, tmp_path / "packed", "--workers", 1)
-    assert "warning: 1 files are not usable images" in ended.stderr
+    assert "warning: not usable as images: 1 file;" in ended.stderr
     ended = tidali("--quiet", "info", tmp_path / "none")
     assert ended.code == 1
     assert ended.stderr.startswith("tidali: ")

@@ -14,9 +14,9 @@ import typer
 
 from tidali.cli.options import JsonOption, RecipeName, output_file
 from tidali.config import Kernel, change, check_res, make_recipe
-from tidali.console import print_table, progress_bar, results, say, warn
+from tidali.console import print_table, progress_bar, say, show, warn
 from tidali.dataset.file_names import describe_left_out, visible_name
-from tidali.errors import TidaliError, UsageError
+from tidali.errors import TidaliError, UsageError, counted, span
 
 if TYPE_CHECKING:
     from shards.check import SecondDecoder
@@ -129,7 +129,7 @@ def shard(
         )
     _print_pack(report)
     if strict and report.manifest.quarantine:
-        raise TidaliError(f"{dest}: {len(report.manifest.quarantine)} files were quarantined, which --strict does not allow")
+        raise TidaliError(f"{dest}: --strict allows no quarantined file, and there are {len(report.manifest.quarantine):,}")
 
 
 def demo(
@@ -170,17 +170,17 @@ def verify(
     with local_copy(data) as folder:
         report = verify_folder(folder, decode=decode, second_decoder=second_decoder, workers=workers)
     for fault in report.faults:
-        results.print(str(fault), markup=False)
+        show(str(fault))
     if report.faults:
-        raise TidaliError(f"{data}: {len(report.faults)} fault{'s' if len(report.faults) > 1 else ''}")
+        raise TidaliError(f"{data}: {counted(len(report.faults), 'fault')}")
     for text in report.repeated:
-        results.print(text, markup=False)
+        show(text)
     if report.repeated:
-        warn(f"{data}: {len(report.repeated):,} images are in several splits or under several classes, as in the source")
+        warn(f"{data}: in several splits or under several classes, as in the source: {counted(len(report.repeated), 'image')}")
     checked = "every file, header, label and image" if decode else "every file, header and label"
-    found = f"{report.samples:,} samples in {report.shards} shards, {report.size_bytes / 1e6:,.1f} MB"
+    found = f"{counted(report.samples, 'sample')} in {counted(report.shards, 'shard')}, {report.size_bytes / 1e6:,.1f} MB"
     by_dali = "" if second_decoder is None else ", and DALI reads the same pixels"
-    results.print(f"{data}: {found}: {checked} is right{by_dali}", markup=False)
+    show(f"{data}: {found}: {checked} is right{by_dali}")
 
 
 def info(
@@ -247,7 +247,7 @@ def download(
     """Download the real Tiny-ImageNet (237 MB). An interrupted download is resumed, and the file appears once it is checked."""
     from shards import download as fetch
 
-    with progress_bar(note=False) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("downloading, bytes", total=None)
         path = fetch.download(
             dest,
@@ -290,7 +290,7 @@ def _parse_classes(text: str) -> int | tuple[str, ...]:
 
 @contextmanager
 def _progress(what: str) -> Iterator[Progress]:
-    with progress_bar(note=False) as bar:
+    with progress_bar() as bar:
         task = bar.add_task(what, total=None)
         try:
             yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -301,10 +301,10 @@ def _progress(what: str) -> Iterator[Progress]:
 
 def _print_pack(report: PackReport) -> None:
     manifest = report.manifest
-    _print_splits(f"{report.location}: {len(manifest.classes)} classes", manifest)
+    _print_splits(f"{report.location}: {counted(len(manifest.classes), 'class')}", manifest)
     if report.kept or report.repaired:
         rewritten = f"; damaged and rewritten: {', '.join(report.repaired)}" if report.repaired else ""
-        say(f"{report.written} shards written, {len(report.kept)} kept from an earlier run{rewritten}")
+        say(f"{counted(report.written, 'shard')} written, {len(report.kept):,} kept from an earlier run{rewritten}")
     if report.removed:
         say(f"removed left-over files: {', '.join(report.removed)}")
     if report.left_out:
@@ -315,7 +315,8 @@ def _print_pack(report: PackReport) -> None:
         if count := manifest.counts.get(kind):
             warn(f"{count:,} images {note}")
     if manifest.quarantine:
-        warn(f"{len(manifest.quarantine)} files are not usable images; their bytes are in {report.location}/quarantine")
+        files = counted(len(manifest.quarantine), "file")
+        warn(f"not usable as images: {files}; the bytes are in {report.location}/quarantine")
         for entry in manifest.quarantine[:_LISTED_FILES]:
             warn(f"{entry.source!r}: {entry.reason}")
         if len(manifest.quarantine) > _LISTED_FILES:
@@ -325,17 +326,17 @@ def _print_pack(report: PackReport) -> None:
 def _print_splits(title: str, manifest: Manifest) -> None:
     rows = []
     for split in manifest.splits.values():
-        per_class = f"{min(split.class_counts)} to {max(split.class_counts)}" if split.class_counts else "no labels"
-        sizes = next(iter(split.image_sizes), "-") if len(split.image_sizes) < 2 else f"{len(split.image_sizes)} sizes"
+        counts = split.class_counts
+        per_class = span(f"{min(counts):,}", f"{max(counts):,}") if counts else "no labels"
+        sizes = next(iter(split.image_sizes), "-") if len(split.image_sizes) < 2 else f"{len(split.image_sizes):,} sizes"
         kinds = ", ".join(f"{count:,} {extension}" for extension, count in split.extensions.items()) or "-"
-        rows.append(
-            (split.name, f"{split.samples:,}", len(split.shards), f"{split.size_bytes / 1e6:,.1f}", per_class, sizes, kinds)
-        )
+        amounts = (f"{split.samples:,}", f"{len(split.shards):,}", f"{split.size_bytes / 1e6:,.1f}")
+        rows.append((split.name, *amounts, per_class, sizes, kinds))
     print_table(title, ("split", "samples", "shards", "MB", "per class", "height x width", "stored as"), rows)
 
 
 def _print_info(data: str, manifest: Manifest) -> None:
-    _print_splits(f"{data}: {len(manifest.classes)} classes", manifest)
+    _print_splits(f"{data}: {counted(len(manifest.classes), 'class')}", manifest)
     facts: list[tuple[str, object]] = [
         ("source", f"{manifest.source.get('name')} ({manifest.source.get('layout')})"),
         ("settings", ", ".join(f"{key} {value}" for key, value in manifest.settings.items() if value is not None)),
@@ -347,9 +348,9 @@ def _print_info(data: str, manifest: Manifest) -> None:
         ("quarantined", len(manifest.quarantine)),
     ]
     for name, fact in facts:
-        results.print(f"{name:<14} {fact}", markup=False)
+        show(f"{name:<14} {fact}", hang=15)
     for entry in manifest.quarantine:
-        results.print(f"quarantined: {entry.source!r}: {entry.reason}", markup=False)
+        show(f"quarantined: {entry.source!r}: {entry.reason}")
 
 
 def _info_document(data: str, manifest: Manifest) -> dict[str, object]:

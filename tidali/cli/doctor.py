@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tidali.cli.options import DeviceOption, JsonOption
-from tidali.errors import TidaliError, first_line
+from tidali.errors import TidaliError, counted, first_line
 
 if TYPE_CHECKING:
     from tidali.dataset.contract import Dataset
@@ -39,7 +39,7 @@ def doctor(
     It decodes, resizes, trains and evaluates small samples on the device, in every precision that the device has, with the same
     checks as the project's tests. This takes about 20 s on two cores, and longer on a GPU, where the model is also compiled.
     """
-    from tidali.console import results
+    from tidali.console import show
 
     try:
         import shards.demo
@@ -55,7 +55,7 @@ def doctor(
         findings.append(finding)
         if not json_:
             fix = f"; {finding.fix}" if finding.fix else ""
-            results.print(f"{_MARKS[finding.status]}{finding.name}: {finding.text}{fix}", markup=False)
+            show(f"{_MARKS[finding.status]}{finding.name}: {finding.text}{fix}", hang=8)
     rows = [row for finding in findings for row in finding.rows] if parity else []
     if json_:
         print(json.dumps(_document(findings, rows)))
@@ -63,7 +63,7 @@ def doctor(
         _print_parity(rows)
     failed = [finding.name for finding in findings if finding.status == "failure"]
     if failed:
-        raise TidaliError(f"{len(failed)} failure{'s' if len(failed) > 1 else ''}: {', '.join(failed)}")
+        raise TidaliError(f"{counted(len(failed), 'failure')}: {', '.join(failed)}")
 
 
 def make_samples(folder: Path) -> Dataset:

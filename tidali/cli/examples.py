@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from tidali.console import results
+from tidali.console import line_width, results, show, show_line, wrap_command
 
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "": (
@@ -83,7 +83,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 class CommandWithExamples(TyperCommand):
-    """Prints the command's examples below its help, one per line whatever the width, so that they can be copied."""
+    """Prints the command's examples below its help, in a form that can be copied."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
@@ -101,7 +101,9 @@ class ProgramWithExamples(TyperGroup):
 def _print_examples(command: str) -> None:
     examples = EXAMPLES.get(command)
     if examples:
-        results.print(" Examples\n", style="bold")
+        width = line_width(results)
+        show(" Examples", style="bold")
         for line, what in examples:
-            results.print(f"   # {what}", style="dim", markup=False)
-            results.print(f"   {line}\n", markup=False)
+            show(f"\n   # {what}", hang=5, style="dim")
+            show_line(wrap_command(line, width, indent=3))
+        show("")

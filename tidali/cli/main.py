@@ -122,5 +122,5 @@ def _discard_output() -> None:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(f"tidali: {' '.join(message.split())}", file=sys.stderr)
+    console.fail(message)
     return exit_code

@@ -59,7 +59,7 @@ def predict(
         warn(f"skipped: {error}")
 
     found = []
-    with progress_bar(note=False) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("predicting", total=len(files))
         for source, scores in model.stream(files, top=top, on_bad=skip):
             found.append((printable_path(str(source)), scores))

@@ -17,7 +17,7 @@ from torch.nn import functional
 from tidali.config import AmpChoice, Augment, CacheChoice, DecoderChoice, Preprocess, make_recipe
 from tidali.console import silenced
 from tidali.dataset.contract import Dataset
-from tidali.errors import TidaliError
+from tidali.errors import TidaliError, counted
 from tidali.hardware.device import numerics, plan_device
 from tidali.hardware.processes import own_import_path
 from tidali.hardware.ranks import check_all_reduce
@@ -241,7 +241,7 @@ def ranks_communicate(device_type: str, ranks: int) -> str:
         except Exception as error:
             reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1:]
             raise TidaliError(f"{backend}: {(reason or [type(error).__name__])[0][:200]}") from None
-    return f"{backend}: all-reduce over {ranks} rank{'s' if ranks > 1 else ''} works"
+    return f"{backend}: all-reduce over {counted(ranks, 'rank')} works"
 
 
 def _check_all_reduce_in_processes(backend: str, ranks: int, folder: str) -> None:

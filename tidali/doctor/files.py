@@ -13,6 +13,7 @@ import torch
 
 from tidali.dataset.contract import Dataset
 from tidali.doctor.findings import Finding, failure, ok, warning
+from tidali.errors import counted
 from tidali.hardware.device import DevicePlan
 from tidali.hardware.timing import Stopwatch
 from tidali.loading.data import free_memory_bytes
@@ -57,10 +58,10 @@ def data(location: str, dataset: Dataset, device: torch.device, verify: Callable
     """
     manifest = dataset.manifest
     splits = ", ".join(f"{name} {split.samples:,}" for name, split in manifest.splits.items())
-    text = f"{location}: {len(manifest.classes)} classes; {splits}"
+    text = f"{location}: {counted(len(manifest.classes), 'class')}; {splits}"
     faults = verify(location)
     if faults:
-        more = f", and {len(faults) - 1} more faults" if len(faults) > 1 else ""
+        more = f", and {counted(len(faults) - 1, 'more fault')}" if len(faults) > 1 else ""
         fix = f"'tidali verify {location}' lists all; pack the source again: intact shards are kept"
         return failure(f"{location}: {faults[0].partition('; ')[0]}{more}", fix)
     if not ({"val", "heldout"} & {name for name, split in manifest.splits.items() if split.samples and split.labelled}):
@@ -95,4 +96,4 @@ def checkpoint(given: str, dataset: Dataset | None, plan: DevicePlan) -> Finding
     top1 = {name.removesuffix("_top1_percent"): value for name, value in card.metrics.items() if name.endswith("_top1_percent")}
     scores = "".join(f", {value:.2f} % top-1 on {split} when it was saved" for split, value in top1.items() if split != "train")
     fits = "" if dataset is None else "; its classes are the data set's"
-    return ok(f"{path}: ResNet-18, {card.stem} stem, {len(card.classes)} classes, {card.res} px{scores}{fits}")
+    return ok(f"{path}: ResNet-18, {card.stem} stem, {counted(len(card.classes), 'class')}, {card.res} px{scores}{fits}")

@@ -21,7 +21,7 @@ from tidali.doctor import files as doctor_files
 from tidali.doctor.findings import Finding, failure, ok, run_check, warning
 from tidali.doctor.gpu import driver_fault, driver_version, gpu_fault
 from tidali.doctor.parity import parity_table
-from tidali.errors import TidaliError, first_line
+from tidali.errors import TidaliError, counted, first_line
 from tidali.hardware.device import DevicePlan, plan_device
 from tidali.hardware.limits import affinity_count, cpu_count, free_memory, raise_open_files_limit
 from tidali.hardware.versions import versions
@@ -59,7 +59,7 @@ def examine(
         checkpoint: one to check too.
     """
     found = versions()
-    cores = f"{cpu_count()} cores" + (f" of {affinity_count()}, by a CPU quota" if cpu_count() < affinity_count() else "")
+    cores = counted(cpu_count(), "core") + (f" of {affinity_count()}, by a CPU quota" if cpu_count() < affinity_count() else "")
     python = f"{platform.python_version()} on {platform.platform()}, {cores}; tidali {found['tidali']}"
     yield run_check("python", lambda: python)
     yield run_check("torch", lambda: f"{found['torch']}, torchvision {found['torchvision']}")

@@ -135,7 +135,7 @@ class Data:
         key = (split,) if one_size else (split, tuple(sides), preprocess.crop_fraction, preprocess.kernel)
         if key not in self._caches:
             source = self.streamed(split, preprocess, FILL_BATCH)
-            with progress_bar(note=False) as bar:
+            with progress_bar() as bar:
                 task = bar.add_task(f"decoding {split}", total=len(table) * (1 if one_size else len(sides)))
                 self._caches[key] = fill_cache(
                     source, sides, preprocess.crop_fraction, on_batch=lambda done: bar.update(task, completed=done)

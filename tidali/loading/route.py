@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tidali.config import CacheChoice
 from tidali.dataset.contract import Split
-from tidali.errors import UsageError
+from tidali.errors import UsageError, counted
 
 CACHE_SHARE = 0.5
 """Of the free memory at most: the rest is for activations, which at 224 px and batch 256 take more than Tiny-ImageNet's
@@ -48,10 +48,11 @@ def choose_route(
     size = split.single_image_size
     if size is not None:
         pixel_bytes = split.samples * size[0] * size[1] * 3
-        stored = f"{split.samples:,} images of {size[0]} x {size[1]} px"
+        stored = f"{counted(split.samples, 'image')} of {size[0]} x {size[1]} px"
     else:
         pixel_bytes = split.samples * sum(side * side * 3 for side in set(sides))
-        stored = f"{split.samples:,} images of {len(split.image_sizes)} sizes, as squares of {', '.join(map(str, sides))} px,"
+        stored = f"{counted(split.samples, 'image')} of {counted(len(split.image_sizes), 'size')}, "
+        stored += f"as squares of {', '.join(map(str, sides))} px,"
     stored += f" take {pixel_bytes / 2**20:,.0f} MiB"
     if choice == "off":
         return Route(cached=False, reason="--cache off", pixel_bytes=pixel_bytes)

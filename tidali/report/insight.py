@@ -157,7 +157,7 @@ def inspect_checkpoint(
 def _predict(model: nn.Module, batches: Batches, plan: DevicePlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Labels, predicted classes, losses and confidences, each (N,), on the CPU."""
     parts = []
-    with progress_bar(note=False) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("predicting", total=batches.samples)
         for images, labels in batches:
             logits = compute_logits(model, images, plan)

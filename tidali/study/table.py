@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tidali.config import Recipe
+from tidali.errors import counted
 from tidali.model.pretrained import IMAGENET_NAME, imagenet_sha256
 from tidali.report.page import BEST_IS_BIASED
 from tidali.study.rows import IMAGENET, Row
@@ -24,7 +25,7 @@ def describe(row: Row, recipe: Recipe | None, *, stored_px: int | None = None) -
     elif recipe is None:
         setting = f"evaluated at {row.res} px"
     else:
-        parts = [recipe.name, f"{row.res} px", f"{recipe.epochs} epochs"]
+        parts = [recipe.name, f"{row.res} px", counted(recipe.epochs, "epoch")]
         if recipe.train_sizes:
             parts[1] = f"trained at {min(recipe.train_sizes)} to {max(recipe.train_sizes)} px"
         if recipe.kernel != "pil":
@@ -72,11 +73,10 @@ def cells(row: Mapping[str, Any], *, short: bool = False) -> tuple[str, ...]:
 
 def measured_on(study: Mapping[str, Any]) -> str:
     data, device, seeds = study["data"], study["device"], study["seeds"]
-    return (
-        f"{data['name']}: {data['classes']} classes, {data['train_samples']:,} training images, evaluated on the "
-        f"{data['eval_samples']:,} of {data['evaluated_on']}. {device['name']}, {device['cores']} cores, {device['dtype']}, "
-        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}."
-    )
+    images = f"{counted(data['train_samples'], 'training image')}, evaluated on the {data['eval_samples']:,} of"
+    machine = f"{device['name']}, {counted(device['cores'], 'core')}, {device['dtype']}"
+    runs = f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+    return f"{data['name']}: {counted(data['classes'], 'class')}, {images} {data['evaluated_on']}. {machine}, {runs}."
 
 
 def notes(study: Mapping[str, Any]) -> list[str]:

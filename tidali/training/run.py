@@ -131,7 +131,7 @@ class Run:
         number = progress.epoch + 1
         self.train_batches.set_epoch(progress.epoch)
         with progress_bar(show=self.ranks.is_main) as bar:
-            task = bar.add_task(f"epoch {number}/{recipe.epochs}", total=len(self.train_batches), note="")
+            task = bar.add_task(f"epoch {number}/{recipe.epochs}", total=len(self.train_batches))
             watch = Stopwatch()
 
             def on_step(waited_s: float) -> None:
@@ -140,9 +140,13 @@ class Run:
                 if not bar.disable and score.samples:
                     done = self.state.step - progress.epoch * len(self.train_batches)
                     rate = score.samples * self.ranks.world_size / watch.peek_s()
-                    note = f"loss {score.loss:.3f}  top-1 {score.top1_percent:.1f} %  {rate:.0f} images/s"
-                    note += f"  waiting for data {100 * waited_s / watch.peek_s():.1f} %"
-                    bar.update(task, completed=done, note=note)
+                    notes = (
+                        f"loss {score.loss:.3f}",
+                        f"top-1 {score.top1_percent:.1f} %",
+                        f"{rate:,.0f} images/s",
+                        f"waiting for data {100 * waited_s / watch.peek_s():.1f} %",
+                    )
+                    bar.update(task, completed=done, notes=notes)
                 due = self.since_save.peek_s() > 60 * self.settings.checkpoint_minutes
                 stop, save = self.agree(self.stop.requested, due)
                 if stop:
@@ -240,7 +244,7 @@ class Run:
         compiling = f"  compiling took {trained.compile_s:.1f} s" if trained.compile_s else ""
         say(
             f"epoch {number}/{recipe.epochs}  train loss {trained.score.loss:.3f} top-1 {trained.score.top1_percent:.1f} %  "
-            f"{self.select_on} loss {score.loss:.3f} top-1 {score.top1_percent:.2f} %  {trained.images_per_s:.0f} images/s  "
+            f"{self.select_on} loss {score.loss:.3f} top-1 {score.top1_percent:.1f} %  {trained.images_per_s:,.0f} images/s  "
             f"waiting for data {100 * trained.data_wait_share:.1f} %{compiling}"
         )
 

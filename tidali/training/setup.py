@@ -10,7 +10,7 @@ from torch import nn
 from tidali.config import RECIPES, CacheChoice, Preprocess, Stem, TrainSettings
 from tidali.console import say
 from tidali.dataset.contract import Dataset
-from tidali.errors import UsageError
+from tidali.errors import UsageError, counted
 from tidali.hardware.device import DevicePlan
 from tidali.hardware.limits import cpu_count
 from tidali.hardware.ranks import Ranks
@@ -149,13 +149,12 @@ def check_batch_size(settings: TrainSettings, samples: int, world_size: int) -> 
     needs += f" at least {least} images a step" + (f" for {parts} micro-batches" if parts > 1 else "")
     if most < least:
         fewer = " or use fewer ranks or micro-batches" if world_size * parts > 1 else ""
-        count = f"{samples} image{'s' if samples != 1 else ''}"
-        raise UsageError(f"the 'train' split has {count}, and {needs}; add images{fewer}")
+        raise UsageError(f"the 'train' split has {counted(samples, 'image')}, and {needs}; add images{fewer}")
     nearest = min(max(batch_size - batch_size % world_size, least), most)
     if batch_size < least:
         raise UsageError(f"--batch-size {batch_size}: {needs}; use at least --batch-size {nearest}")
     if batch_size > most:
-        where = f"{samples} images" + (f" for {world_size} ranks" if world_size > 1 else "")
+        where = counted(samples, "image") + (f" for {world_size} ranks" if world_size > 1 else "")
         raise UsageError(f"--batch-size {batch_size}: the 'train' split has {where}; use at most --batch-size {nearest}")
     if batch_size != nearest:
         raise UsageError(f"--batch-size {batch_size}: not a multiple of the {world_size} ranks; use --batch-size {nearest}")
@@ -177,24 +176,30 @@ def selection_split(dataset: Dataset) -> str:
 def announce(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks: Ranks, setup: Setup) -> None:
     """Print what is about to run, and why the cache, the precision and compilation were chosen."""
     recipe = settings.recipe
-    say(f"data    {dataset.root}: {dataset.split('train').samples} train images, {len(dataset.manifest.classes)} classes")
-    say(f"model   ResNet-18, {settings.stem} stem, init {settings.init}, {settings.res} x {settings.res} px")
+
+    def fact(name: str, text: str) -> None:
+        say(f"{name:<8}{text}", hang=8)
+
+    train_images = counted(dataset.split("train").samples, "train image")
+    fact("data", f"{dataset.root}: {train_images}, {counted(len(dataset.manifest.classes), 'class')}")
+    fact("model", f"ResNet-18, {settings.stem} stem, init {settings.init}, {settings.res} x {settings.res} px")
     for line in setup.load_report.lines() if setup.load_report else ():
-        say(f"        {line}")
-    steps = len(setup.train_batches)
-    say(f"recipe  {recipe.name}: {recipe.epochs} epochs of {steps} steps, batch {recipe.batch_size}, lr {recipe.lr}")
+        fact("", line)
+    epochs = f"{counted(recipe.epochs, 'epoch')} of {counted(len(setup.train_batches), 'step')}"
+    fact("recipe", f"{recipe.name}: {epochs}, batch {recipe.batch_size}, lr {recipe.lr}")
     if recipe.train_sizes:
-        say(f"        trained at {', '.join(map(str, recipe.train_sizes))} px, {recipe.size_order}")
+        fact("", f"trained at {', '.join(map(str, recipe.train_sizes))} px, {recipe.size_order}")
     original = RECIPES.get(recipe.name)
     if original is not None and recipe.batch_size != original.batch_size and recipe.lr == original.lr:
         scaled_lr = recipe.lr * recipe.batch_size / original.batch_size
-        say(f"        this lr is for a batch of {original.batch_size}; scaled linearly to your batch it is --lr {scaled_lr:g}")
+        usual = f"the usual rule, lr in proportion to the batch, gives --lr {scaled_lr:g} for {recipe.batch_size}"
+        fact("", f"lr {recipe.lr} is the recipe's for a batch of {original.batch_size} images; {usual}")
     local_batch_size = ranks.local_batch_size(recipe.batch_size)
     in_ranks = f", {ranks.world_size} ranks of {local_batch_size} images each" if ranks.world_size > 1 else ""
-    say(f"device  {plan.device}: {plan.name}, {cpu_count()} cores{in_ranks}")
+    fact("device", f"{plan.device}: {plan.name}, {counted(cpu_count(), 'core')}{in_ranks}")
     for name, batches in (("train", setup.train_batches), (setup.select_on, setup.eval_batches)):
-        say(f"pixels  {name}: {batches.route.describe()}")
-    say(f"amp     {plan.dtype_name}: {plan.amp_reason}")
-    say(f"compile {plan.compile_mode if plan.compile else 'off'}: {plan.compile_reason}")
+        fact("pixels", f"{name}: {batches.route.describe()}")
+    fact("amp", f"{plan.dtype_name}: {plan.amp_reason}")
+    fact("compile", f"{plan.compile_mode if plan.compile else 'off'}: {plan.compile_reason}")
     if plan.device.type == "cuda":
-        say(f"cudnn   TF32 off, benchmark {'off: --deterministic' if settings.deterministic else 'on'}")
+        fact("cudnn", f"TF32 off, benchmark {'off: --deterministic' if settings.deterministic else 'on'}")
