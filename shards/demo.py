@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
+from shards.items import Item, Items, ItemsBuilder
 from shards.pack import PackReport, Progress, pack
 from shards.plan import PackSettings
 from shards.scan import Scan, fingerprint
-from shards.source import Item, Read
+from shards.source import Read
 from tidali.dataset.contract import ClassName
 from tidali.errors import UsageError
 
@@ -108,13 +109,13 @@ class DemoSource:
             fingerprint=fingerprint(splits),
         )
 
-    def _items(self, classes: tuple[ClassName, ...], split: str, per_class: int) -> list[Item]:
+    def _items(self, classes: tuple[ClassName, ...], split: str, per_class: int) -> Items:
         first = self.per_class if split == "val" else 0
-        return [
-            Item(f"{split}/{class_.id}/{first + n:06d}.jpg", 0, (first + n,), label)
-            for label, class_ in enumerate(classes)
-            for n in range(per_class)
-        ]
+        items = ItemsBuilder()
+        for label, class_ in enumerate(classes):
+            for n in range(first, first + per_class):
+                items.add(f"{split}/{class_.id}/{n:06d}.jpg", 0, (n,), label)
+        return items.build()
 
     def open(self) -> nullcontext[Read]:
         """Items are drawn when they are read, that is in the packer's workers."""

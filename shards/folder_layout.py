@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from shards.image_tree import ImageTree
-from shards.source import Item
+from shards.items import Items
 from tidali.dataset.contract import ClassName
 from tidali.dataset.file_names import name_key, shown, split_of, visible_name
 from tidali.errors import UsageError
 from tidali.files import printable
 
-Splits = dict[str, list[Item]]
+Splits = dict[str, Items]
 
 _KINDS_OF_FILES = {
     *("images", "image", "imgs", "img", "jpegimages", "data", "dataset"),
@@ -39,13 +39,16 @@ def read_folders(tree: ImageTree, *, folders_are_classes: bool) -> tuple[tuple[C
             raise UsageError(f"{where}: {folder} holds no images; fill it or remove it")
         root = tree.unwrapped(folder, stop=lambda name: name_key(name) in labels)
         found = train if split == "train" else keys_of_folders(where, tree.folders(root))
-        splits[split] = []
+        parts = [tree.none]
         for key, inner in found.items():
+            if not tree.count[inner]:
+                continue
             if key in labels:
-                splits[split] += [item.labelled(labels[key]) for item in tree.all_images(inner)]
-            elif tree.count[inner]:
+                parts.append(tree.all_images(inner).labelled(labels[key]))
+            else:
                 name = shown(inner.rpartition("/")[2])
                 raise UsageError(f"{where}: {split} has a class {name} that train does not have; move or remove it")
+        splits[split] = Items.join(parts)
     warnings = [] if folders_are_classes else list(_about_shape(tree, list(train.values())))
     return tuple(ClassName(id=id_, name=id_) for id_ in sorted(ids.values())), splits, warnings
 
@@ -103,7 +106,7 @@ def _refuse_stray(tree: ImageTree, split_folders: dict[str, str]) -> None:
     roots = tuple(split_folders.values())
     for folder, images in tree.images.items():
         if folder in roots or (roots != ("",) and folder.partition("/")[0] not in roots):
-            name = min(item.name for item in images)
+            name = images[0].name
             raise UsageError(f"{tree.location}: {shown(name)} is not in a class folder of a split; move or remove it")
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from shards.source import Item, Listing
+import numpy as np
+
+from shards.items import Items
+from shards.source import Listing
 
 
 class ImageTree:
@@ -13,10 +16,20 @@ class ImageTree:
 
     def __init__(self, listing: Listing) -> None:
         self.location = listing.location
-        self.images: dict[str, list[Item]] = {}
+        self.none = listing.images.take(slice(0))
+        """No images, to join others to."""
+        self.images: dict[str, Items] = {}
         """Folder -> the images directly in it."""
-        for item in listing.images:
-            self.images.setdefault(item.name.rpartition("/")[0], []).append(item)
+        numbers: dict[str, int] = {}
+        folder_of = np.fromiter(
+            (numbers.setdefault(name.rpartition("/")[0], len(numbers)) for name in listing.images.names()),
+            np.int32,
+            len(listing.images),
+        )
+        order = np.argsort(folder_of, kind="stable")
+        bounds = np.searchsorted(folder_of[order], np.arange(len(numbers) + 1)).tolist()
+        for folder, number in numbers.items():
+            self.images[folder] = listing.images.take(order[bounds[number] : bounds[number + 1]])
         self.count: Counter[str] = Counter()
         """Folder -> how many images it holds at any depth."""
         for folder, items in self.images.items():
@@ -36,13 +49,16 @@ class ImageTree:
         """Those of them that hold images."""
         return [inner for inner in self.folders(folder) if self.count[inner]]
 
-    def all_images(self, folder: str) -> Iterator[Item]:
+    def all_images(self, folder: str) -> Items:
         """At any depth."""
+        found = [self.none]
         pending = [folder]
         while pending:
             folder = pending.pop()
-            yield from self.images.get(folder, ())
+            if folder in self.images:
+                found.append(self.images[folder])
             pending += self.filled(folder)
+        return Items.join(found)
 
     def unwrapped(self, folder: str, stop: Callable[[str], bool] = lambda name: False) -> str:
         """The folder itself; where its only images are in one folder of folders, that one, and so on.

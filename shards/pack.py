@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -83,11 +82,9 @@ def pack(
     _refuse_overlap(source, dest)
     if workers != 1 and executor == "local":
         start_early()
-    with resumable(store.location), ExitStack() as stack:
-        stack.callback(gc.unfreeze)
-        with _without_garbage_collection():
-            scan = source.scan()
-            plan = make_plan(scan, settings)
+    with resumable(store.location):
+        scan = source.scan()
+        plan = make_plan(scan, settings)
         with store.locked():
             _claim(store, plan, overwrite=overwrite)
             removed = _sweep(store, plan)
@@ -114,20 +111,6 @@ def pack(
         left_out=scan.left_out,
         warnings=warnings,
     )
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Scan and plan contain no reference cycles, yet Python's garbage collector would traverse them again and again as they
-    grow, and at every full collection after: 2.4 s against 1.6 s for a listing of 110,000 files, and 0.2 s each time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if was_on:
-            gc.enable()
 
 
 Run = Callable[..., Any]
@@ -159,7 +142,7 @@ def _write_shards(
     try:
         for index, result in run(job, plan.tasks):
             results[index] = result
-            done += len(plan.tasks[index].samples)
+            done += len(plan.tasks[index])
             if progress is not None:
                 progress(done, plan.samples)
     except BaseException:

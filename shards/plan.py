@@ -6,11 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from shards.images import Resizing
+from shards.items import Item, Items
 from shards.scan import Scan
-from shards.source import Item
 from tidali.dataset.contract import ClassName
 from tidali.dataset.file_names import name_key, shown
 from tidali.dataset.shard_bytes import BLOCK_BYTES, label_digits
@@ -94,13 +97,22 @@ class PlannedSample(NamedTuple):
     item: Item
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class ShardTask:
     """One shard to write. It contains everything that the shard's bytes depend on, except the settings."""
 
     split: str
     number: int
-    samples: tuple[PlannedSample, ...]
+    ordinals: np.ndarray
+    """(n,) int32, of ``items``."""
+    items: Items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def samples(self) -> Iterator[PlannedSample]:
+        return map(PlannedSample, self.ordinals.tolist(), self.items)
 
     @property
     def stem(self) -> str:
@@ -110,15 +122,6 @@ class ShardTask:
     def file_names(self) -> tuple[str, str, str]:
         """Of the tar, the index and the record."""
         return f"{self.stem}.tar", f"{self.stem}.idx", f"{self.stem}.json"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Sent to the workers column by column: for 110,000 samples this takes the packer 0.13 s, sample by sample 0.65 s."""
-        ordinals, items = zip(*self.samples, strict=True)
-        return _restore_task, (self.split, self.number, ordinals, *zip(*items, strict=True))
-
-
-def _restore_task(split: str, number: int, ordinals: tuple[int, ...], *columns: tuple[Any, ...]) -> ShardTask:
-    return ShardTask(split, number, tuple(map(PlannedSample, ordinals, map(Item, *columns))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +137,7 @@ class Plan:
 
     @property
     def samples(self) -> int:
-        return sum(len(task.samples) for task in self.tasks)
+        return sum(map(len, self.tasks))
 
     @property
     def id(self) -> str:
@@ -154,33 +157,37 @@ def make_plan(scan: Scan, settings: PackSettings) -> Plan:
     """
     classes, splits = _subset(scan, settings.classes)
     for split, items in splits.items():
-        if not items:
+        if not len(items):
             raise UsageError(f"{split} has no images of the chosen classes; choose others with --classes, or remove {split}")
     if settings.val_fraction:
         splits = _hold_out(splits, settings)
-    tasks = []
+    tasks: list[ShardTask] = []
     for split, items in splits.items():
-        samples = [PlannedSample(ordinal, item) for ordinal, item in enumerate(items)]
+        ordinals = np.arange(len(items), dtype=np.int32)
         if split == "train":
-            samples.sort(key=lambda sample: _random_rank(settings.seed, "order", sample.item.name))
-        digits = label_digits(len(classes))
-        tasks += [ShardTask(split, n, part) for n, part in enumerate(_chunks(samples, settings, digits))]
+            ordinals = ordinals[np.argsort(_random_ranks(settings.seed, "order", items), kind="stable")]
+            items = items.take(ordinals)
+        bounds = list(_bounds(items, settings, label_digits(len(classes))))
+        tasks += [ShardTask(split, n, ordinals[a:b], items.take(slice(a, b))) for n, (a, b) in enumerate(pairwise(bounds))]
     return Plan(
         classes=classes,
-        labelled={split: bool(items) and items[0].label is not None for split, items in splits.items()},
+        labelled={split: items[0].label is not None for split, items in splits.items()},
         tasks=tuple(tasks),
         source=scan.describe(),
         settings=settings.describe(),
     )
 
 
-def _random_rank(seed: int, purpose: str, name: str) -> bytes:
-    """A sort key: the order is the same on every Python and machine, and adding a sample moves no other."""
-    text = f"{seed}\0{purpose}\0{name}".encode("utf-8", "surrogateescape")
-    return hashlib.blake2b(text, digest_size=8).digest() + text
+def _random_ranks(seed: int, purpose: str, items: Items) -> np.ndarray:
+    """(n,) uint64, to sort by: the order is the same on every Python and machine, and adding a sample moves no other."""
+    text = f"{seed}\0{purpose}\0".encode()
+    digests = bytearray()
+    for name in items.names():
+        digests += hashlib.blake2b(text + name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
-def _subset(scan: Scan, wanted: tuple[str, ...] | int | None) -> tuple[tuple[ClassName, ...], dict[str, list[Item]]]:
+def _subset(scan: Scan, wanted: tuple[str, ...] | int | None) -> tuple[tuple[ClassName, ...], dict[str, Items]]:
     """The classes to keep, in the source's order, and their items with labels renumbered."""
     if wanted is None:
         return scan.classes, dict(scan.splits)
@@ -196,52 +203,48 @@ def _subset(scan: Scan, wanted: tuple[str, ...] | int | None) -> tuple[tuple[Cla
                 f"--classes: {shown(unknown[0])} is not a class of the source" if unknown else "--classes: names no classes"
             )
         keep = {label_of[name_key(id_)] for id_ in wanted}
-    new_label: dict[int | None, int | None] = {old: new for new, old in enumerate(sorted(keep))}
-    new_label[None] = None
-    splits = {
-        split: [item.labelled(new_label[item.label]) for item in items if item.label in new_label]
-        for split, items in scan.splits.items()
-    }
+    dropped = -2
+    new_labels = np.full(len(scan.classes) + 1, dropped, np.int32)
+    new_labels[sorted(keep)] = np.arange(len(keep))
+    new_labels[-1] = -1  # of images without a label
+    splits = {}
+    for split, items in scan.splits.items():
+        labels = new_labels[items.labels]
+        kept = labels != dropped
+        splits[split] = items.take(kept).labelled(labels[kept])
     return tuple(class_ for label, class_ in enumerate(scan.classes) if label in keep), splits
 
 
-def _hold_out(splits: Mapping[str, list[Item]], settings: PackSettings) -> dict[str, list[Item]]:
+def _hold_out(splits: Mapping[str, Items], settings: PackSettings) -> dict[str, Items]:
     """Move a share of each class of train to 'val', or to 'heldout' where the source has its own val."""
     name = "heldout" if "val" in splits else "val"
-    by_class: dict[int | None, list[Item]] = {}
-    for item in splits["train"]:
-        by_class.setdefault(item.label, []).append(item)
-    held: set[str] = set()
-    for items in by_class.values():
-        count = max(1, round(settings.val_fraction * len(items)))
-        if count >= len(items):
-            where = printable(items[0].name.rpartition("/")[0])
-            raise UsageError(f"--val-fraction {settings.val_fraction:g} leaves no train sample of {len(items)} in {where}")
-        items.sort(key=lambda item: _random_rank(settings.seed, "held out", item.name))
-        held.update(item.name for item in items[:count])
     train, rest = splits["train"], {split: items for split, items in splits.items() if split != "train"}
-    return {
-        "train": [item for item in train if item.name not in held],
-        name: [item for item in train if item.name in held],
-        **rest,
-    }
+    ranks = _random_ranks(settings.seed, "held out", train)
+    by_class = np.lexsort((ranks, train.labels))
+    held = np.zeros(len(train), bool)
+    for members in np.split(by_class, np.flatnonzero(np.diff(train.labels[by_class])) + 1):
+        count = max(1, round(settings.val_fraction * len(members)))
+        if count >= len(members):
+            where = printable(train[int(members.min())].name.rpartition("/")[0])
+            raise UsageError(f"--val-fraction {settings.val_fraction:g} leaves no train sample of {len(members)} in {where}")
+        held[members[:count]] = True
+    return {"train": train.take(~held), name: train.take(held), **rest}
 
 
-def _chunks(samples: Sequence[PlannedSample], settings: PackSettings, digits: int) -> Iterator[tuple[PlannedSample, ...]]:
-    limit_bytes = (settings.shard_size_bytes or 1 << 62) - 2 * BLOCK_BYTES  # without the end of the archive
-    chunk: list[PlannedSample] = []
-    size_bytes = 0
-    for sample in samples:
-        sample_bytes = _blocks(sample.item.size_bytes) + (_blocks(digits) if sample.item.label is not None else 0)
-        if chunk and (len(chunk) == settings.shard_samples or size_bytes + sample_bytes > limit_bytes):
-            yield tuple(chunk)
-            chunk, size_bytes = [], 0
-        chunk.append(sample)
-        size_bytes += sample_bytes
-    if chunk:
-        yield tuple(chunk)
+def _bounds(items: Items, settings: PackSettings, digits: int) -> Iterator[int]:
+    """Where each shard begins, and the end of the last: as many samples as fit in each."""
+    most_samples = settings.shard_samples or len(items)
+    most_bytes = (settings.shard_size_bytes or 1 << 62) - 2 * BLOCK_BYTES  # without the end of the archive
+    sample_bytes = _blocks(items.sizes_bytes) + np.where(items.labels >= 0, _blocks(digits), 0)
+    ends_bytes = np.cumsum(sample_bytes)
+    start = 0
+    while start < len(items):
+        yield start
+        fit = int(np.searchsorted(ends_bytes, ends_bytes[start] - sample_bytes[start] + most_bytes, "right"))
+        start = min(max(fit, start + 1), start + most_samples, len(items))
+    yield len(items)
 
 
-def _blocks(size_bytes: int) -> int:
+def _blocks(size_bytes: Any) -> Any:
     """A tar member's size with its header and padding."""
     return BLOCK_BYTES * (1 + -(-size_bytes // BLOCK_BYTES))

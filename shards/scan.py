@@ -6,15 +6,15 @@ import hashlib
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
 from shards.folder_layout import read_folders
 from shards.image_tree import ImageTree
-from shards.source import Item, Listing, Reader, list_folder
+from shards.items import Items
+from shards.source import Listing, Reader, list_folder
 from shards.tiny_imagenet import WNIDS, read_tiny_imagenet
 from shards.zip_source import list_zip
 from tidali.dataset.contract import ClassName
@@ -29,7 +29,7 @@ class Scan:
     name: str
     layout: str
     classes: tuple[ClassName, ...]
-    splits: Mapping[str, list[Item]]
+    splits: Mapping[str, Items]
     """Items sorted by name. Every split but an unlabelled test has labels."""
     left_out: Mapping[str, int]
     """How many files are not packed, by kind: those without an image's suffix, and images in hidden and system folders."""
@@ -72,14 +72,14 @@ class FileSource:
         """
         listing = list_source(self.path)
         tree = ImageTree(listing)
-        left_out = listing.left_out + Counter(suffix_kind(item.name) for item in listing.other_files)
+        left_out = listing.left_out + Counter(map(suffix_kind, listing.other_files.names()))
         # So that a zip and its extracted folder have the same names. Files beside the one folder (README) do not matter.
         if root := tree.unwrapped("", stop=lambda name: split_of(name) is not None):
             listing = listing.inside(root)
             tree = ImageTree(listing)
         layout = self.layout
         if layout == "auto":
-            is_tiny = any(item.name == WNIDS for item in listing.other_files) and "train" in listing.folders
+            is_tiny = listing.other_files.find(WNIDS) is not None and "train" in listing.folders
             layout = "tiny-imagenet" if is_tiny else "folder"
         if layout == "tiny-imagenet":
             classes, splits = read_tiny_imagenet(listing, tree)
@@ -90,8 +90,6 @@ class FileSource:
             raise UsageError(f"{listing.location}: no data set: found no images in train/CLASS/ or CLASS/ folders{held}")
         else:
             classes, splits, about = read_folders(tree, folders_are_classes=self.layout == "folder")
-        for items in splits.values():
-            items.sort(key=attrgetter("name"))
         if outside := tree.count[""] - sum(map(len, splits.values())):
             left_out["images outside train, val and test"] = outside
         return Scan(
@@ -124,15 +122,17 @@ def list_source(path: Path) -> Listing:
         listing = list_zip(path)
     else:
         raise UsageError(f"{path}: no such folder or zip")
-    if not listing.images and not listing.other_files:
+    if not len(listing.images) and not len(listing.other_files):
         held = f" (left out: {describe_left_out(listing.left_out)})" if listing.left_out else ""
         raise UsageError(f"{path}: contains no files{held}")
     return listing
 
 
-def fingerprint(splits: Mapping[str, Iterable[Item]]) -> str:
+def fingerprint(splits: Mapping[str, Items]) -> str:
     digest = hashlib.sha256()
     for split, items in sorted(splits.items()):
-        lines = [f"{name}\0{size}\0{where[-1] if where else ''}\0{label}\n" for name, size, where, label in items]
-        digest.update(f"{split}\n{''.join(lines)}".encode("utf-8", "surrogateescape"))
+        digest.update(f"{split}\n".encode())
+        for block in items.blocks():
+            lines = [f"{name}\0{size}\0{where[-1] if where else ''}\0{label}\n" for name, size, where, label in block]
+            digest.update("".join(lines).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

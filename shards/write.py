@@ -11,10 +11,11 @@ from typing import Any, BinaryIO
 
 from shards.duplicates import Contents, read_contents
 from shards.images import Inspected, Unusable, inspect
+from shards.items import Item
 from shards.pixels import ChannelSums
 from shards.plan import PackSettings, ShardTask
 from shards.record import ShardSummary, seal, summarise, unseal
-from shards.source import Item, Reader, Unreadable
+from shards.source import Reader, Unreadable
 from shards.store import Store, publish_bytes
 from tidali.dataset.contract import Quarantined
 from tidali.dataset.shard_bytes import (

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from itertools import chain, repeat
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.items import Items, ItemsBuilder
 from shards.plan import PackSettings, Plan, ShardTask, make_plan
 from shards.scan import Scan
-from shards.source import FolderReader, Item
+from shards.source import FolderReader
 from tidali.dataset.contract import ClassName
 from tidali.dataset.shard_bytes import padding
 from tidali.errors import UsageError
 
 
-def scan_of(per_class: list[int], val: int = 0, size_bytes: int = 1000) -> Scan:
-    def items(split: str, counts: list[int]) -> list[Item]:
-        return sorted(
-            Item(f"{split}/c{label}/{n}.jpg", size_bytes, (), label) for label, count in enumerate(counts) for n in range(count)
-        )
+def scan_of(per_class: list[int], val: int = 0, sizes_bytes: Iterable[int] = ()) -> Scan:
+    sizes = chain(sizes_bytes, repeat(1000))
+
+    def items(split: str, counts: list[int]) -> Items:
+        builder = ItemsBuilder()
+        for label, count in enumerate(counts):
+            for n in range(count):
+                builder.add(f"{split}/c{label}/{n}.jpg", next(sizes), (), label)
+        return builder.build()
 
     splits = {"train": items("train", per_class)}
     if val:
@@ -69,7 +76,7 @@ def test_every_sample_once(per_class: list[int], val: int, seed: int, shard_samp
     planned = Counter(sample.item for task in plan.tasks for sample in task.samples)
     assert planned == Counter(item for items in scan.splits.values() for item in items)
     assert max(planned.values()) == 1
-    assert all(0 < len(task.samples) <= shard_samples for task in plan.tasks)
+    assert all(0 < len(task) <= shard_samples for task in plan.tasks)
     held_out = "heldout" if val else "val"
     assert list(plan.labelled) == [s for s in ("train", held_out if val_fraction else None, "val" if val else None) if s]
     for split in plan.labelled:
@@ -100,16 +107,14 @@ def test_adding_a_sample_moves_no_other() -> None:
 
 @given(sizes=st.lists(st.integers(0, 20_000), min_size=1, max_size=60), limit=st.integers(4096, 40_000))
 def test_shard_size_is_kept(sizes: list[int], limit: int) -> None:
-    scan = scan_of([len(sizes)])
-    items = [item._replace(size_bytes=size) for item, size in zip(scan.splits["train"], sizes, strict=True)]
-    scan.splits["train"][:] = items  # type: ignore[index]
+    scan = scan_of([len(sizes)], sizes_bytes=sizes)
     plan = make_plan(scan, PackSettings(shard_samples=None, shard_size_bytes=limit))
-    assert sum(len(task.samples) for task in plan.tasks) == len(sizes)
+    assert sum(len(task) for task in plan.tasks) == len(sizes)
 
     def tar_bytes(task: ShardTask) -> int:
         return 1024 + sum(1024 + s.item.size_bytes + len(padding(s.item.size_bytes)) + 512 for s in task.samples)
 
-    assert all(tar_bytes(task) <= limit or len(task.samples) == 1 for task in plan.tasks)
+    assert all(tar_bytes(task) <= limit or len(task) == 1 for task in plan.tasks)
 
 
 def test_class_subsets() -> None:

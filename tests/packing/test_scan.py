@@ -34,7 +34,7 @@ def test_tiny_imagenet_layout(make: Any, tmp_path: Path) -> None:
     assert {i.name.rpartition("/")[2]: ids[i.label] for i in scan.splits["val"] if i.label is not None} == annotated
     assert [item.label for item in scan.splits["test"]] == [None, None]
     assert not scan.left_out, "the layout's own text files are no surprise"
-    assert all(items == sorted(items) for items in scan.splits.values())
+    assert all(list(items) == sorted(items) for items in scan.splits.values())
 
 
 def test_val_sorted_into_class_folders(make: Any, tmp_path: Path) -> None:

@@ -60,9 +60,10 @@ def left_out_kind(name: str) -> str | None:
     """What images in a folder, or a file, of this name are counted as if it is hidden or an operating system's; else None.
 
     Such a folder is no part of a data set, but may hold thumbnails, deleted and earlier versions of its images."""
-    if name.startswith("."):
+    if name[:1] == ".":
         return "hidden images"
-    if name.casefold() in _SYSTEM_NAMES or name[:5].casefold() == _SNAPSHOT:
+    key = name.casefold()
+    if key in _SYSTEM_NAMES or key[:5] == _SNAPSHOT:
         return f"images in {name}"
     return None
 
