@@ -21,7 +21,7 @@ from tidali.hardware.device import DeviceInfo, choose_amp, choose_compile, descr
 from tidali.model.checkpoint import ModelCard, save_checkpoint
 from tidali.model.predict import load_model
 from tidali.report.insight import inspect_checkpoint
-from tidali.training.evaluation import evaluate_checkpoint, evaluate_served
+from tidali.training.evaluation import EvalOptions, evaluate_checkpoint, evaluate_served
 
 H100 = DeviceInfo(type="cuda", name="H100", capability=(9, 0))
 A100 = DeviceInfo(type="cuda", name="A100", capability=(8, 0))
@@ -222,7 +222,7 @@ def test_a_checkpoint_runs_with_the_numerics_of_training_and_leaves_the_programs
     elif command == "evaluate served":
         evaluate_served(path, dataset, device="cpu")
     elif command == "report":
-        inspect_checkpoint(path, dataset, device="cpu")
+        inspect_checkpoint(path, dataset, EvalOptions(device="cpu"))
     else:
         load_model(path, device="cpu").predict(np.zeros((32, 32, 3), np.uint8))
     handle.remove()

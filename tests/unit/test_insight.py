@@ -19,6 +19,7 @@ from tidali.errors import UsageError
 from tidali.loading.stream import dali_is_installed
 from tidali.model.checkpoint import ModelCard, save_checkpoint
 from tidali.report.insight import PICTURE_SIDE_PX, Insight, inspect_checkpoint
+from tidali.training.evaluation import EvalOptions
 
 
 def stored(dataset: Dataset, split: str) -> list[tuple[bytes, int, str]]:
@@ -45,7 +46,7 @@ def checkpoint(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def insight(demo_data: Path, checkpoint: Path) -> Insight:
-    return inspect_checkpoint(str(checkpoint), open_dataset(demo_data), split="train", device="cpu", amp="off")
+    return inspect_checkpoint(str(checkpoint), open_dataset(demo_data), EvalOptions(split="train", device="cpu", amp="off"))
 
 
 def plain_predictions(checkpoint: Path, demo_data: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
@@ -70,7 +71,7 @@ def plain_predictions(checkpoint: Path, demo_data: Path) -> tuple[np.ndarray, np
 
 def test_everything_agrees_with_a_plain_loop(insight: Insight, checkpoint: Path, demo_data: Path) -> None:
     labels, predicted, losses, keys = plain_predictions(checkpoint, demo_data)
-    assert [record.key for _, record in insight.samples] == keys
+    assert [insight.sample(index)[1].key for index in range(len(insight.labels))] == keys
     assert insight.labels.tolist() == labels.tolist()
     assert len(set(predicted.tolist())) > 1  # else the comparison says little
     assert insight.predicted.tolist() == predicted.tolist()
@@ -81,7 +82,7 @@ def test_everything_agrees_with_a_plain_loop(insight: Insight, checkpoint: Path,
     np.add.at(confusion, (labels, predicted), 1)
     assert insight.confusion().tolist() == confusion.tolist()
     per_class = [100 * confusion[one, one] / confusion[one].sum() for one in range(4)]
-    assert insight.class_top1_percent() == pytest.approx(per_class)
+    assert [one.top1_percent for one in insight.by_class()] == pytest.approx(per_class)
     assert insight.correct == int((labels == predicted).sum())
     pairs = sorted(((int(confusion[t, p]), t, p) for t in range(4) for p in range(4) if t != p), key=lambda x: -x[0])
     assert [(pair.samples, pair.true, pair.predicted) for pair in insight.most_confused(3)] == pairs[:3]
@@ -109,7 +110,9 @@ def test_pictures_are_the_stored_bytes(insight: Insight, demo_data: Path) -> Non
 def test_streaming_gives_the_same_order(checkpoint: Path, demo_data: Path, insight: Insight) -> None:
     if not dali_is_installed():
         pytest.skip("DALI is not installed")
-    streamed = inspect_checkpoint(str(checkpoint), open_dataset(demo_data), split="train", device="cpu", amp="off", cache="off")
+    streamed = inspect_checkpoint(
+        str(checkpoint), open_dataset(demo_data), EvalOptions(split="train", device="cpu", amp="off", cache="off")
+    )
     assert streamed.labels.tolist() == insight.labels.tolist()
     assert streamed.predicted.tolist() == insight.predicted.tolist()
 
@@ -120,9 +123,9 @@ def test_damaged_images_are_left_out_of_the_samples_too(checkpoint: Path, demo_c
     with open(demo_copy / shard.name, "r+b") as file:
         file.seek(record.offset + record.size_bytes // 2)
         file.write(b"\0" * 16)
-    seen = inspect_checkpoint(str(checkpoint), dataset, split="train", device="cpu", amp="off", max_bad=1)
+    seen = inspect_checkpoint(str(checkpoint), dataset, EvalOptions(split="train", device="cpu", amp="off", max_bad=1))
     kept = [entry.key for _, entry in iter_records(dataset, "train") if entry.key != record.key]
-    assert [entry.key for _, entry in seen.samples] == kept
+    assert [seen.sample(index)[1].key for index in range(len(seen.labels))] == kept
     assert len(seen.labels) == 159
 
 
@@ -139,7 +142,7 @@ def test_a_large_photograph_is_reduced_and_upright(write_photos, tidali, tmp_pat
         classes=dataset.manifest.classes, stem="imagenet", stem_bias=False, res=32, mean=mean_std[0], std=mean_std[1]
     )
     save_checkpoint(tmp_path / "x.safetensors", card.build_model(), card)
-    insight = inspect_checkpoint(str(tmp_path / "x"), dataset, device="cpu", amp="off")
+    insight = inspect_checkpoint(str(tmp_path / "x"), dataset, EvalOptions(device="cpu", amp="off"))
     assert insight.res == 32
     picture = Image.open(io.BytesIO(base64.b64decode(insight.picture(0).partition(",")[2])))
     assert (picture.format, max(picture.size)) == ("JPEG", PICTURE_SIDE_PX)
@@ -151,4 +154,4 @@ def test_other_classes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
 
     pack_demo(tmp_path / "other", classes=3, per_class=2, workers=1)
     with pytest.raises(UsageError, match="a head of 4 classes"):
-        inspect_checkpoint(str(checkpoint), open_dataset(tmp_path / "other"))
+        inspect_checkpoint(str(checkpoint), open_dataset(tmp_path / "other"), EvalOptions())

@@ -118,6 +118,13 @@ class Batches:
         """Of the split, without those that the last epoch left out on any rank. Each rank has to ask, where they are joined."""
         return self.samples - sum(self._ranks.gather(self._left_out))
 
+    def evaluated_positions(self) -> Tensor:
+        """(n,) int64 on the CPU: where the samples that this rank gave in an evaluation are in the split's stored order."""
+        slices = [rank_slice(self.samples, step, self._batch_size, self._rank, self._world_size) for step in range(self._steps)]
+        asked = torch.cat([torch.arange(part.start, part.stop) for part in slices])
+        corrupt = torch.tensor(sorted(self.source.corrupt.positions), dtype=torch.int64)
+        return asked[torch.isin(asked, corrupt, invert=True)]
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives, counted from 0. A restored position in that epoch stays."""
         if epoch != self._epoch or self._underway:

@@ -66,7 +66,7 @@ def insight_part(insight: Insight) -> dict[str, Any]:
         matrix = drawn(confusion_matrix(names, insight.confusion().tolist()), "confusion matrix")
 
     def picture(index: int, caption: Callable[[int], Sequence[str]]) -> dict[str, Any]:
-        return {"src": insight.picture(index), "key": insight.samples[index][1].key, "lines": caption(index)}
+        return {"src": insight.picture(index), "key": insight.sample(index)[1].key, "lines": caption(index)}
 
     def prediction(index: int) -> list[str]:
         true, predicted = names[int(insight.labels[index])], names[int(insight.predicted[index])]
@@ -79,7 +79,7 @@ def insight_part(insight: Insight) -> dict[str, Any]:
         "correct": insight.correct,
         "samples": len(insight.labels),
         "top1_percent": insight.top1_percent,
-        "by_class": drawn(class_accuracy(names, insight.class_top1_percent()), "top-1 of each class"),
+        "by_class": drawn(class_accuracy(names, [one.top1_percent for one in insight.by_class()]), "top-1 of each class"),
         "matrix": matrix,
         "pairs": [
             {

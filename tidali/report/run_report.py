@@ -17,6 +17,7 @@ from tidali.report.drawing import legend_entries
 from tidali.report.figures import accuracy, by_epoch, loss, throughput, waiting
 from tidali.report.insight import inspect_checkpoint
 from tidali.report.page import BEST_IS_BIASED, drawn, insight_part, render
+from tidali.training.evaluation import EvalOptions
 from tidali.training.history import Run, differing_settings
 
 
@@ -68,7 +69,7 @@ def _insight(run: Run, data: str | None) -> dict[str, Any]:
     if location is None:
         raise UsageError("config.json does not name a data set")
     dataset = open_data(location)
-    return insight_part(inspect_checkpoint(str(run.folder / f"last{SUFFIX}"), dataset, split=run.split))
+    return insight_part(inspect_checkpoint(str(run.folder / f"last{SUFFIX}"), dataset, EvalOptions(split=run.split)))
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ from tidali.report.figures import Evaluated, accuracy_against_gmacs, accuracy_ag
 from tidali.report.insight import Insight, inspect_checkpoint
 from tidali.report.page import drawn, insight_part, render
 from tidali.study.table import measured_on, notes
+from tidali.training.evaluation import EvalOptions
 from tidali.training.history import Run, read_runs
+from tidali.training.uncertainty import standard_error_percent
 
 PAGE_NAME = "study.html"
 
@@ -43,7 +44,7 @@ def write_study_page(study: Mapping[str, Any], folder: Path, dataset: Dataset) -
     lines = [model for model in models if len(model.at) > 1]
     weights = folder / best["runs"][0]["folder"] / f"last{SUFFIX}"
     split, device = study["data"]["evaluated_on"], study["device"]["type"]
-    insight = inspect_checkpoint(str(weights), dataset, split=split, res=best["network_px"], device=device)
+    insight = inspect_checkpoint(str(weights), dataset, EvalOptions(split=split, device=device), res=best["network_px"])
     page = render(
         "study.html",
         study=study,
@@ -91,10 +92,8 @@ def _curves(done: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, A
 
 
 def _uncertainty(insight: Insight, seeds: int) -> str:
-    fraction = insight.top1_percent / 100
-    error_percent = 100 * sqrt(fraction * (1 - fraction) / len(insight.labels))
+    error = standard_error_percent(insight.correct, len(insight.labels))
     chance = "Each row ran with one seed: differences below twice that may be chance." if seeds == 1 else ""
     return (
-        f"{len(insight.labels):,} samples give the best row's accuracy to ± {error_percent:.1f} points (one standard error). "
-        f"{chance}"
+        f"{len(insight.labels):,} samples give the best row's accuracy to ± {error:.1f} points (one standard error). {chance}"
     ).strip()

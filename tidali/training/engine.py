@@ -253,6 +253,7 @@ def evaluate(
     expected_samples: int | Callable[[], int],
     flip: bool = False,
     ranks: Ranks | None = None,
+    on_logits: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Score:
     """Score every sample of a split exactly once.
 
@@ -261,6 +262,7 @@ def evaluate(
         expected_samples: the split's size, or a function that returns it after the last batch, when its corrupt samples are
             known.
         flip: test-time augmentation: average the logits of each image and of the image flipped horizontally.
+        on_logits: called with the logits and the labels of each batch.
 
     Raises:
         TidaliError: the batches held another number of samples.
@@ -269,7 +271,10 @@ def evaluate(
     meter = Meter(plan.device)
     for images, labels in batches:
         if labels.numel():
-            meter.update(compute_logits(model, images, plan, flip=flip), labels)
+            logits = compute_logits(model, images, plan, flip=flip)
+            meter.update(logits, labels)
+            if on_logits is not None:
+                on_logits(logits, labels)
     score = meter.read(ranks)
     expected = expected_samples if isinstance(expected_samples, int) else expected_samples()
     if score.samples != expected:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from tidali.errors import TidaliError
 from tidali.files import write_atomically
 from tidali.hardware.ranks import Ranks
+from tidali.training.uncertainty import standard_error_percent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,15 @@ class Score:
     @property
     def top5_percent(self) -> float:
         return 100.0 * self.correct5 / max(self.samples, 1)
+
+    @property
+    def top1_standard_error_percent(self) -> float:
+        """Of the top-1 accuracy, in percentage points."""
+        return standard_error_percent(self.correct1, self.samples)
+
+    @property
+    def top5_standard_error_percent(self) -> float:
+        return standard_error_percent(self.correct5, self.samples)
 
     def to_dict(self) -> dict[str, float]:
         return {
