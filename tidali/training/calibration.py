@@ -29,10 +29,9 @@ def reliability(confidences: Tensor, hits: Tensor, bins: int = BINS) -> list[Con
     """The reliability curve: accuracy by confidence. Bins without samples are left out.
 
     Args:
-        confidences: (N,) float, probability of the predicted class, 0..1.
+        confidences: (N,) float32, probability of the predicted class, 0..1.
         hits: (N,) bool, whether the prediction is correct.
     """
-    confidences = confidences.double()
     places = (confidences * bins).ceil().long().sub(1).clamp(0, bins - 1)  # a bin has its upper end and not its lower one
     found = []
     for place in places.unique().tolist():
@@ -43,7 +42,7 @@ def reliability(confidences: Tensor, hits: Tensor, bins: int = BINS) -> list[Con
                 high_percent=100 * (place + 1) / bins,
                 samples=int(inside.sum()),
                 correct=int(hits[inside].sum()),
-                mean_confidence_percent=100 * float(confidences[inside].mean()),
+                mean_confidence_percent=100 * float(confidences[inside].double().mean()),
             )
         )
     return found
