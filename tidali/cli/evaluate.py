@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,12 +20,24 @@ from tidali.cli.options import (
     MaxBadOption,
     parse_resolutions,
 )
-from tidali.cli.train import score_cells
+
+if TYPE_CHECKING:
+    from tidali.report.insight import Insight
+    from tidali.training.evaluation import ResolutionScore
+    from tidali.training.metrics import Score
+    from tidali.training.predictions import ClassAccuracy
+    from tidali.training.uncertainty import McNemar
+
+_LOWEST_CLASSES, _MISTAKES = 10, 10
 
 
 def eval_(
     checkpoint: CheckpointArgument,
     data: DataOption,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="CKPT", help="Another checkpoint: compare the two on the same samples (McNemar's test)."),
+    ] = None,
     res: Annotated[
         str | None, typer.Option(help="Input sides in pixels, such as 64,128,224.", show_default="as trained")
     ] = None,
@@ -35,34 +49,181 @@ def eval_(
     flip: FlipOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Evaluate a checkpoint on a split at one or several resolutions; every sample is counted exactly once."""
+    """Evaluate a checkpoint on a split at one or several resolutions; every sample is counted exactly once.
+
+    Accuracies have their standard error. At one resolution it also prints the classes with the lowest accuracy, the accuracy
+    by confidence and the most confident mistakes; --json has every class, at every resolution.
+    """
     resolutions = parse_resolutions(res) if res is not None else []
 
-    from tidali.console import is_main_rank, print_table
+    from tidali.console import is_main_rank
     from tidali.dataset.source import open_data
     from tidali.hardware.cpu_memory import keep_freed_memory
-    from tidali.training.evaluation import evaluate_checkpoint
+    from tidali.report.insight import insight_of
+    from tidali.training.evaluation import EvalOptions, evaluate_checkpoints
 
     keep_freed_memory()
-    _, rows = evaluate_checkpoint(
-        checkpoint,
-        open_data(data),
-        split=split,
-        resolutions=resolutions,
-        device=device,
-        amp=amp,
-        cache=cache,
-        max_bad=max_bad,
-        flip=flip,
+    dataset = open_data(data)
+    options = EvalOptions(
+        split=split, resolutions=tuple(resolutions), device=device, amp=amp, cache=cache, max_bad=max_bad, flip=flip
     )
+    names = [checkpoint, *([against] if against is not None else [])]
+    evaluated = [rows for _, rows in evaluate_checkpoints(names, dataset, options)]
     if not is_main_rank():
         return
+    tests = [other.predictions.compare(own.predictions) for own, other in zip(*evaluated, strict=True)] if against else []
+    insights = [[insight_of(row, dataset, split) for row in rows] for rows in evaluated]
     if json_:
-        scores = [{"res": row.res, **row.score.to_dict()} for row in rows]
-        print(json.dumps({"checkpoint": checkpoint, "data": data, "split": split, "flip": flip, "scores": scores}))
+        scores = [list(map(_score_document, *both)) for both in zip(evaluated, insights, strict=True)]
+        document = {"checkpoint": checkpoint, "data": data, "split": split, "flip": flip, "scores": scores[0]}
+        if against is not None:
+            differences = [
+                {"res": own.res, "against_res": other.res, **_difference_document(test)}
+                for own, other, test in zip(*evaluated, tests, strict=True)
+            ]
+            document["against"] = {"checkpoint": against, "scores": scores[1], "differences": differences}
+        print(json.dumps(document))
         return
-    print_table(
-        f"{checkpoint} on {split} of {data}" + (", with flip TTA" if flip else ""),
-        ("res", "top-1 %", "top-5 %", "loss", "samples"),
-        [(row.res, *score_cells(row.score), row.score.samples) for row in rows],
+    where = f"on {split} of {data}" + (", with flip TTA" if flip else "")
+    for name, rows, seen in zip(names, evaluated, insights, strict=True):
+        _print_scores(f"{name} {where}", rows)
+        if len(seen) == 1:
+            _print_insight(seen[0])
+    if against is not None:
+        _print_differences(names, evaluated, tests)
+
+
+def with_error(percent: float, standard_error: float) -> str:
+    """'81.25 ± 6.90': an accuracy and its standard error."""
+    return f"{percent:.2f} ± {standard_error:.2f}"
+
+
+def _accuracies(score: Score) -> tuple[str, str]:
+    return (
+        with_error(score.top1_percent, score.top1_standard_error_percent),
+        with_error(score.top5_percent, score.top5_standard_error_percent),
     )
+
+
+def _print_scores(title: str, rows: Sequence[ResolutionScore]) -> None:
+    from tidali.console import print_table
+
+    cells = []
+    for row in rows:
+        ece = f"{row.predictions.calibration_error_percent:.2f}"
+        cells.append((row.res, *_accuracies(row.score), f"{row.score.loss:.4f}", ece, row.score.samples))
+    print_table(f"{title} (± one standard error)", ("res", "top-1 %", "top-5 %", "loss", "ECE %", "samples"), cells)
+
+
+def _print_insight(insight: Insight) -> None:
+    from tidali.console import print_table
+    from tidali.dataset.file_names import printable_path
+    from tidali.training.uncertainty import standard_error_percent
+
+    names = [one.name for one in insight.classes]
+    classes = [(name, one) for name, one in zip(names, insight.by_class(), strict=True) if one.samples]
+    print_table(
+        f"Lowest of {len(classes)} classes" if len(classes) > _LOWEST_CLASSES else "Classes",
+        ("class", "top-1 %", "95 % interval", "correct", "samples"),
+        [
+            (name, f"{100 * one.correct / one.samples:.1f}", _interval(one), one.correct, one.samples)
+            for name, one in sorted(classes, key=lambda row: row[1].correct / row[1].samples)[:_LOWEST_CLASSES]
+        ],
+    )
+    print_table(
+        f"Accuracy by confidence: expected calibration error (ECE) {insight.calibration_error_percent:.2f} %",
+        ("confidence %", "mean", "top-1 %", "samples"),
+        [
+            (
+                f"{one.low_percent:.0f} to {one.high_percent:.0f}",
+                f"{one.mean_confidence_percent:.1f}",
+                with_error(one.top1_percent, standard_error_percent(one.correct, one.samples)),
+                one.samples,
+            )
+            for one in insight.reliability()
+        ],
+    )
+    mistakes = insight.confident_mistakes(_MISTAKES)
+    if mistakes:
+        print_table(
+            "Most confident mistakes",
+            ("file", "class", "predicted", "confidence %"),
+            [
+                (
+                    printable_path(insight.sample(index)[1].source),
+                    names[int(insight.labels[index])],
+                    names[int(insight.predicted[index])],
+                    f"{100 * float(insight.confidences[index]):.1f}",
+                )
+                for index in mistakes
+            ],
+            left=3,
+        )
+
+
+def _interval(one: ClassAccuracy) -> str:
+    from tidali.training.uncertainty import wilson_interval_percent
+
+    low, high = wilson_interval_percent(one.correct, one.samples)
+    return f"{low:.1f} to {high:.1f}"
+
+
+def _print_differences(names: Sequence[str], evaluated: Sequence[Sequence[ResolutionScore]], tests: Sequence[McNemar]) -> None:
+    from tidali.console import print_table
+
+    print_table(
+        f"{names[0]} against {names[1]}, on the same samples",
+        ("res", "difference, points", "correct in first only", "in second only", "p (McNemar)"),
+        [
+            (
+                own.res if own.res == other.res else f"{own.res} against {other.res}",
+                f"{test.difference_percent:+.2f} ± {test.standard_error_percent:.2f}",
+                test.second_only,
+                test.first_only,
+                f"{test.p_value:.2g}{', exact' if test.exact else ''}",
+            )
+            for own, other, test in zip(*evaluated, tests, strict=True)
+        ],
+    )
+
+
+def _score_document(row: ResolutionScore, insight: Insight) -> dict[str, Any]:
+    return {
+        "res": row.res,
+        **row.score.to_dict(),
+        "top1_standard_error_percent": row.score.top1_standard_error_percent,
+        "top5_standard_error_percent": row.score.top5_standard_error_percent,
+        "classes": [
+            {**asdict(class_), **asdict(one), "top1_percent": one.top1_percent, "interval_percent": one.interval_percent}
+            for class_, one in zip(insight.classes, insight.by_class(), strict=True)
+        ],
+        "calibration_error_percent": insight.calibration_error_percent,
+        "reliability": [{**asdict(one), "top1_percent": one.top1_percent} for one in insight.reliability()],
+        "confident_mistakes": list(_mistake_documents(insight)),
+    }
+
+
+def _mistake_documents(insight: Insight) -> Iterator[dict[str, Any]]:
+    for index in insight.confident_mistakes(_MISTAKES):
+        record = insight.sample(index)[1]
+        yield {
+            "source": record.source,
+            "key": record.key,
+            "label": int(insight.labels[index]),
+            "predicted": int(insight.predicted[index]),
+            "confidence_percent": 100 * float(insight.confidences[index]),
+            "loss": float(insight.losses[index]),
+        }
+
+
+def _difference_document(test: McNemar) -> dict[str, Any]:
+    """The difference is the checkpoint's accuracy minus that of the one that it is compared with."""
+    return {
+        "samples": test.samples,
+        "correct_here_only": test.second_only,
+        "correct_there_only": test.first_only,
+        "top1_difference_percent": test.difference_percent,
+        "standard_error_percent": test.standard_error_percent,
+        "p_value": test.p_value,
+        "exact": test.exact,
+    }

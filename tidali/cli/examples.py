@@ -67,6 +67,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "eval": (
         ("tidali eval runs/NAME --data data/pets", "the best epoch's weights on val"),
         ("tidali eval runs/NAME/last --data data/pets --res 64,128,224", "the last epoch's weights at three resolutions"),
+        ("tidali eval runs/A --against runs/B --data data/pets", "is one better than the other by more than chance?"),
         ("tidali eval runs/NAME --data data/pets --json", "for a program"),
     ),
     "bench": (

@@ -171,11 +171,11 @@ def _run(settings: TrainSettings, *, out: str | None, resume: bool = False) -> N
     if not is_main_rank():
         return
     rows = [
-        ("best", result.best_epoch, *score_cells(result.best)),
-        ("last", settings.recipe.epochs, *score_cells(result.last)),
+        ("best", result.best_epoch, *_score_cells(result.best)),
+        ("last", settings.recipe.epochs, *_score_cells(result.last)),
     ]
     if result.last_flip is not None:
-        rows.append(("last, with flip TTA", settings.recipe.epochs, *score_cells(result.last_flip)))
+        rows.append(("last, with flip TTA", settings.recipe.epochs, *_score_cells(result.last_flip)))
     print_table(f"{result.out}", ("", "epoch", "top-1 %", "top-5 %", "loss"), rows)
     say(f"{result.images_per_s:.0f} images/s in training, {result.minutes:.1f} min in total")
 
@@ -202,7 +202,7 @@ def _refuse_other_options(context: typer.Context, option: str, *allowed: str) ->
             raise UsageError(f"--{name.replace('_', '-')}: not together with --{option}, which takes that run's settings")
 
 
-def score_cells(score: Any) -> tuple[str, str, str]:
+def _score_cells(score: Any) -> tuple[str, str, str]:
     return f"{score.top1_percent:.2f}", f"{score.top5_percent:.2f}", f"{score.loss:.4f}"
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from tidali.errors import TidaliError
 from tidali.hardware.ranks import Ranks
 from tidali.loading.batches import Batches
-from tidali.training.calibration import ConfidenceBin, reliability
+from tidali.training.calibration import ConfidenceBin, calibration_error_percent, reliability
 from tidali.training.uncertainty import McNemar, wilson_interval_percent
 
 
@@ -107,6 +107,11 @@ class Predictions:
     def reliability(self) -> list[ConfidenceBin]:
         """Accuracy by confidence."""
         return reliability(self.confidences, self.hits)
+
+    @property
+    def calibration_error_percent(self) -> float:
+        """Expected calibration error, in percentage points."""
+        return calibration_error_percent(self.reliability())
 
     def compare(self, other: Predictions) -> McNemar:
         """McNemar's test of these predictions and another network's for the same split.
