@@ -35,6 +35,7 @@ SLOW = (
     "packing/test_commands.py",
     "packing/test_download.py",
     "packing/test_fuzz_images.py",
+    "packing/test_limited_copy.py",
     "packing/test_odd_images.py",
     "packing/test_resume.py",
     "unit/test_bench_parts.py",

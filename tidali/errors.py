@@ -29,6 +29,14 @@ class Interrupted(TidaliError):
         self.exit_code = 128 + signal_number  # the shell's convention
 
 
+class DataLost(Interrupted):
+    """The run stopped after the same step on every rank, because one could not get its data, and its state is saved."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 0)
+        self.exit_code = 1
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error message; its type's name where the message is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -8,14 +8,16 @@ import glob
 import hashlib
 import os
 import platform
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tidali.errors import TidaliError
+from tidali.errors import TidaliError, UsageError
 
 TEMPORARY_SUFFIX = ".part"
+_UNITS = ("", "k", "m", "g", "t")
 
 
 def cache_folder() -> Path:
@@ -24,6 +26,21 @@ def cache_folder() -> Path:
     if own := os.environ.get("TIDALI_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tidali"
+
+
+def cache_limit_bytes() -> int | None:
+    """``$TIDALI_CACHE_LIMIT``: what the local copy of one data set behind a URL may take. None where it is not set.
+
+    Raises:
+        UsageError: it is not a number of bytes, such as 20GB or 18.6GiB.
+    """
+    text = os.environ.get("TIDALI_CACHE_LIMIT", "").strip()
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.lower())
+    if not found or (found[3] and not found[2]):
+        raise UsageError(f"TIDALI_CACHE_LIMIT={text}: not a number of bytes; give it as 20000000000, 20GB or 18.6GiB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** _UNITS.index(found[2]))
 
 
 def printable(name: str) -> str:

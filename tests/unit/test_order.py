@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from tidali.errors import UsageError
 from tidali.loading import counter
 from tidali.loading.bicubic import centre_crop
-from tidali.loading.order import centre_boxes, check_order, epoch_order, num_steps, rank_slice
+from tidali.loading.order import (
+    centre_boxes,
+    check_order,
+    epoch_order,
+    num_steps,
+    rank_slice,
+    shard_order,
+    windowed_order,
+)
 
 # The first outputs of splitmix64 seeded with 1234567, as other implementations of Vigna's reference code list them.
 SPLITMIX64_OF_1234567 = [
@@ -163,3 +171,38 @@ def test_centre_boxes_are_those_of_images_of_one_size(sizes: list[tuple[int, int
             assert abs(start + extent / 2 - size[axis] / 2) <= scale / 2 + 1e-3
             assert start >= -scale - 1e-3
             assert start + extent <= size[axis] + scale + 1e-3
+
+
+windows = st.tuples(st.lists(st.integers(1, 30), min_size=1, max_size=25), st.integers(1, 30))
+
+
+@given(windows, seeds, st.integers(0, 2**31))
+def test_a_windowed_order_is_a_permutation_that_reads_few_shards_at_a_time(shape: tuple[list[int], int], seed: int, epoch: int):
+    counts, window = shape
+    order = windowed_order(counts, window, seed, epoch)
+    assert torch.equal(order.sort().values, torch.arange(sum(counts)))
+    assert torch.equal(order, windowed_order(counts, window, seed, epoch))
+    begins = shard_order(len(counts), seed, epoch)
+    assert begins.sort().values.tolist() == list(range(len(counts)))
+    rank = torch.argsort(begins)[torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[order]].tolist()
+    newest = -1
+    for number, place in enumerate(rank):
+        newest = max(newest, place)
+        assert place > newest - window  # what began a window before is done
+        assert place < min(rank[number:]) + window  # and nothing begins a window early
+
+
+def test_windowed_orders_mix_their_window_evenly_and_are_independent():
+    counts, window = [100] * 60, 10
+    order = windowed_order(counts, window, 5, 0)
+    rank = torch.argsort(shard_order(60, 5, 0))[order // 100].double()
+    middle = torch.arange(len(order))[1000:5000]
+    # A shard's samples come evenly over the window: how far each is behind its place is uniform over 0..10 shards, of which the
+    # mean of 4,000 has a standard deviation of 10 / sqrt(12 * 4000) = 0.046.
+    behind = middle / 100 + (window - 1) / 2 - rank[1000:5000]  # the ramp of the first shards takes half a window
+    assert abs(behind.mean() - window / 2) < 0.25
+    assert abs(behind.std() - window / 12**0.5) < 0.25
+    other = [windowed_order(counts, window, *key) for key in ((5, 1), (6, 0))]
+    assert all((one == order).double().mean() < 0.01 for one in other)
+    within = order[rank == 30] % 100  # the samples of one shard, in the order in which they come
+    assert abs(torch.corrcoef(torch.stack((within.double(), torch.arange(100.0).double())))[0, 1]) < 0.4

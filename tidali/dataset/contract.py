@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tidali.dataset.limited_copy import LimitedCopy
 from tidali.dataset.shard_bytes import BLOCK_BYTES, Component, label_digits, member_header
 from tidali.errors import DatasetError, UsageError
 
@@ -221,6 +223,8 @@ class Dataset:
     manifest: Manifest
     fix: str = "pack the source again into this folder: correct shards are kept"
     """How to fix damage, for messages."""
+    copy: LimitedCopy | None = field(default=None, compare=False)
+    """Of the data set behind a URL, where only some of its shards are in the folder at a time."""
 
     def split(self, name: str) -> Split:
         """
@@ -251,14 +255,32 @@ class Dataset:
         return height if height == width >= 32 else 224
 
     def tar_paths(self, split: str) -> list[Path]:
-        """The split's tars in order, without empty ones: DALI refuses an index of no samples."""
+        """The split's tars in order, without empty ones: DALI refuses an index of no samples.
+
+        Raises:
+            UsageError: they are not all in the folder.
+        """
+        if self.copy is not None:
+            raise UsageError(
+                f"{self.copy.url}: larger than TIDALI_CACHE_LIMIT ({self.copy.limit_bytes} bytes), and all its shards are "
+                f"needed here; raise the limit"
+            )
         return [self.root / shard.name for shard in self.split(split).shards if shard.samples]
 
     def stored_bytes(self, shard: Shard, record: SampleRecord) -> bytes:
         """The bytes of a sample's image, as the tar has them."""
-        with open(self.root / shard.name, "rb") as file:
+        with open(self.open_tar(shard), "rb") as file:
             file.seek(record.offset)
             return file.read(record.size_bytes)
+
+    def open_tar(self, shard: Shard) -> int:
+        """A descriptor of a shard's tar, which is in the folder at least as long as it is open.
+
+        Raises:
+            OSError: it cannot be opened.
+            TidaliError, DatasetError: it had to be fetched, and cannot be.
+        """
+        return os.open(self.root / shard.name, os.O_RDONLY) if self.copy is None else self.copy.hold(shard)
 
     def index_paths(self, split: str) -> list[Path]:
         return [self.root / shard.index_name for shard in self.split(split).shards if shard.samples]

@@ -22,6 +22,7 @@ from tidali.loading.order import ORDER_VERSION, centre_boxes, check_order, epoch
 from tidali.loading.route import GIVEN, Route
 from tidali.loading.sizes import SizePlan
 from tidali.loading.stream import Pixels, Request, ShardSource, Source
+from tidali.loading.window import Shuffle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class Training:
     """Of the order and the augmentation."""
     sizes: SizePlan | None = None
     """The input side of each step, instead of the one resolution."""
+    shuffle: Shuffle | None = None
+    """None shuffles all samples among each other."""
 
 
 class _Reading(NamedTuple):
@@ -80,6 +83,7 @@ class Batches:
         self._preprocess, self._batch_size = preprocess, batch_size
         self._training = training if training is not None else Training()
         self._train = training is not None
+        self.shuffle = self._training.shuffle
         ranks = ranks if ranks is not None else Ranks()
         self._ranks, self._rank, self._world_size = ranks, ranks.rank, ranks.world_size
         self._steps = num_steps(len(source.labels), batch_size, self._world_size, train=self._train)
@@ -146,12 +150,16 @@ class Batches:
         return {"epoch": self._epoch, "step": self._step, "order": self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume at a saved position. The number of ranks may differ if the batch over all ranks is the same.
+        """Resume at a saved position. The number of ranks may differ if the batch over all ranks is the same. Samples are
+        shuffled over the window that was saved.
 
         Raises:
             UsageError: the state is of another order; names the difference.
         """
-        saved, own = dict(state["order"]), self._order()
+        saved = dict(state["order"])
+        if self.shuffle is not None:
+            self.shuffle, self._reading = self.shuffle.as_saved(saved.get("window")), None
+        own = self._order()
         if "dali" in state:
             raise UsageError("the data position is of an earlier tidali's stream, whose order was DALI's own; train anew")
         for order in (saved, own):
@@ -170,6 +178,8 @@ class Batches:
             "global_batch_size": self._batch_size * self._world_size,
             **asdict(self._training.augment),
         }
+        if self.shuffle is not None and self.shuffle.window is not None:
+            settings["window"] = self.shuffle.window
         return _as_json(settings)
 
     def _next_epoch(self) -> None:
@@ -207,8 +217,7 @@ class Batches:
             yield from self._requests_of_epoch(epoch, 0, drawn)
 
     def _requests_of_epoch(self, epoch: int, first_step: int, drawn: deque[tuple[DrawnSteps, int]]) -> Iterator[Request]:
-        count, device = len(self.source.labels), self.source.order_device
-        order = epoch_order(count, self._training.seed, epoch, device) if self._train else torch.arange(count, device=device)
+        count, order = self.samples, self._epoch_order(epoch)
         at_once = self._changes[self._sizes.sides[0]].draw_steps
         for first in range(first_step, self._steps, at_once):
             steps_of: dict[int, list[Tensor]] = {side: [] for side in self._sizes.sides}
@@ -222,6 +231,17 @@ class Batches:
             for samples, side, number in requests:
                 drawn.append((draws[side], number))
                 yield Request(samples, side, self._boxes(samples, epoch, side) if self.source.takes_boxes else None)
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        """(samples,) int64 on the order's device. The source is told which shards that needs when."""
+        device, seed, shuffle = self.source.order_device, self._training.seed, self.shuffle
+        if not self._train:
+            return torch.arange(self.samples, device=device)
+        if shuffle is None:
+            return epoch_order(self.samples, seed, epoch, device)
+        if shuffle.window is not None and isinstance(self.source, ShardSource):
+            self.source.table.needs.follow_epoch(shuffle, seed, epoch)
+        return shuffle.order(seed, epoch, device)
 
     def _draw(self, steps: Sequence[Tensor], epoch: int, side: int) -> DrawnSteps:
         """What is random in steps of one input size, the boxes of `_boxes` aside."""

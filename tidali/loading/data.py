@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tidali.config import CacheChoice, DecoderChoice, Preprocess
-from tidali.console import progress_bar
+from tidali.console import progress_bar, warn
 from tidali.dataset.contract import Dataset
 from tidali.hardware.limits import free_memory, ranks_on_machine
 from tidali.hardware.ranks import Ranks
@@ -20,6 +21,7 @@ from tidali.loading.route import choose_route
 from tidali.loading.samples import SampleTable
 from tidali.loading.sizes import SizePlan
 from tidali.loading.stream import ShardSource, Source
+from tidali.loading.window import Room, Shuffle
 
 
 class Data:
@@ -49,6 +51,8 @@ class Data:
         self._decoder: DecoderChoice = decoder
         self._max_bad = max_bad
         self._training_bytes = training_bytes
+        if dataset.copy is not None:
+            dataset.copy.on_failure = warn
         self._tables: dict[str, tuple[SampleTable, CorruptSamples]] = {}
         self._caches: dict[tuple[Any, ...], PixelCache] = {}
 
@@ -75,6 +79,7 @@ class Data:
         table, _ = self._table(split)
         if training is not None:
             refuse_partial_batch(split, len(table), batch_size, self.ranks.world_size)
+        room = Room.of(self.dataset, split, batch_size, self.ranks.world_size, trains=training is not None)
         sizes = (training.sizes if training is not None else None) or SizePlan.of(preprocess.res)
         route = choose_route(
             self._cache_choice,
@@ -89,6 +94,8 @@ class Data:
             source = self._cached(split, sizes.sides, preprocess)
         else:
             source = self.streamed(split, preprocess, batch_size)
+        if training is not None:
+            training = replace(training, shuffle=Shuffle.of(table.info, None if route.cached else room))
         return Batches(source, preprocess, batch_size, training=training, ranks=self.ranks, dtype=dtype, route=route)
 
     def streamed(self, split: str, preprocess: Preprocess, batch_size: int, *, num_threads: int | None = None) -> ShardSource:

@@ -6,7 +6,7 @@ can be resumed at any step on another number of ranks, as long as the global bat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from tidali.loading import counter
 ORDER_VERSION = 1
 """Part of every checkpoint's fingerprint; to be raised by any change that alters an order."""
 
-_STREAM = 0  # `tidali.loading.augment` numbers its own streams from 1
+_STREAM = 0  # `tidali.loading.augment` numbers its own streams from 1, `tidali.loading.sizes` has 6
+_SHARDS_STREAM = 7
 
 
 def epoch_order(samples: int, seed: int, epoch: int, device: torch.device | None = None) -> Tensor:
@@ -29,6 +30,34 @@ def epoch_order(samples: int, seed: int, epoch: int, device: torch.device | None
     """
     indices = torch.arange(samples, device=device)
     return torch.argsort(counter.hashes(counter.key(seed, _STREAM, epoch), indices))
+
+
+def shard_order(shards: int, seed: int, epoch: int, device: torch.device | None = None) -> Tensor:
+    """The shards in the order in which `windowed_order` begins with them: (shards,) int64, a permutation."""
+    return torch.argsort(counter.hashes(counter.key(seed, _SHARDS_STREAM, epoch), torch.arange(shards, device=device)))
+
+
+def windowed_order(
+    shard_samples: Sequence[int], window: int, seed: int, epoch: int, device: torch.device | None = None
+) -> Tensor:
+    """A permutation of the samples that needs few shards at a time. Shards are shuffled, and samples over a window of them.
+
+    Shard number n of the shuffled ones begins at time n, and each of its samples comes at a random time of the ``window`` that
+    follow. So at each time that many shards are read, and the first batch needs only the first ones: it is the order in which
+    a shuffle buffer of that many shards gives its samples, as a pure function.
+
+    Args:
+        shard_samples: of each shard, in stored order.
+        window: in shards.
+
+    Returns:
+        (samples,) int64, equal on every device.
+    """
+    begins = torch.argsort(shard_order(len(shard_samples), seed, epoch, device))
+    of_samples = begins.repeat_interleave(torch.tensor(shard_samples, device=device))
+    hashes = counter.hashes(counter.key(seed, _STREAM, epoch), torch.arange(len(of_samples), device=device))
+    # In units of 2**-32 shards; a stable sort, since so few bits of the hash can tie.
+    return torch.argsort((of_samples << 32) + window * (hashes >> 32 & 0xFFFFFFFF), stable=True)
 
 
 def num_steps(samples: int, batch_size: int, world_size: int, *, train: bool) -> int:

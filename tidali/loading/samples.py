@@ -9,11 +9,10 @@ import mmap
 import os
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import accumulate
-from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from tidali.dataset.contract import Dataset, read_record
 from tidali.errors import DatasetError
 from tidali.hardware.limits import free_memory, rank_threads, way_out
 from tidali.loading import native
+from tidali.loading.window import ShardNeeds
 
 _FIELDS = ("label", "offset", "size_bytes", "crc32", "height", "width")  # the integers of a record's sample, in its order
 _SAMPLES = b'"samples":['
@@ -42,10 +42,17 @@ class Place(NamedTuple):
     crc32: int
 
 
+class Places(list[Place]):
+    """Of a batch. Where not all shards are in the folder, those that it reads stay as long as this list exists."""
+
+    tars: tuple[_Mapped, ...] = ()
+
+
 class SampleTable:
     """All samples of one split, by their position in its stored order; 36 bytes of memory each.
 
-    The tars are mapped, not read: a batch touches the pages of its own samples alone.
+    The tars are mapped, not read: a batch touches the pages of its own samples alone. Where the local copy is limited, a batch
+    waits for its shards in `expect`, and a shard that no batch reads any more is unmapped and may be dropped.
     """
 
     def __init__(self, dataset: Dataset, split: str) -> None:
@@ -58,7 +65,8 @@ class SampleTable:
         self.dataset, self.split, self.info = dataset, split, info
         self.shards = [shard for shard in info.shards if shard.samples]
         self._starts = np.array([0, *accumulate(shard.samples for shard in self.shards)])
-        self._tars: dict[int, _Mapped] = {}
+        self._tars: MutableMapping[int, _Mapped] = {} if dataset.copy is None else weakref.WeakValueDictionary()
+        self.needs = ShardNeeds(self.shards)
         self._mapping = Lock()
         # numpy arrays, because other threads may not write to tensors that were created in torch's inference mode.
         self._labels, self._image_sizes = np.empty(info.samples, np.int64), np.empty((info.samples, 2), np.int32)
@@ -96,17 +104,24 @@ class SampleTable:
         self._labels[part], self._image_sizes[part] = values[:, 0], values[:, 4:]
         self._offsets[part], self._sizes_bytes[part], self._crc32s[part] = values[:, 1:4].T
 
-    def places(self, positions: Sequence[int] | NDArray[np.int64]) -> list[Place]:
+    def places(self, positions: Sequence[int] | NDArray[np.int64]) -> Places:
         index = np.asarray(positions, np.int64)
         shards = np.searchsorted(self._starts, index, "right") - 1
         columns = (index, shards, self._offsets[index], self._sizes_bytes[index], self._crc32s[index])
-        return list(map(Place._make, zip(*(column.tolist() for column in columns), strict=True)))
+        return Places(map(Place._make, zip(*(column.tolist() for column in columns), strict=True)))
 
     def expect(self, places: Sequence[Place]) -> None:
         """Tell the kernel that these samples are read next: it fetches those that are not in memory, many at a time.
 
         Only as long as there may be any: at 64 px it takes a twentieth of a stream's time.
+
+        Raises:
+            DatasetError, TidaliError: a shard had to be fetched, and cannot be.
         """
+        if self.dataset.copy is not None and isinstance(places, Places) and places:
+            shards = np.unique([place.shard for place in places])
+            self.dataset.copy.expect(self.split, self.needs.at(shards))
+            places.tars = tuple(map(self._tar, shards.tolist()))
         library = native.load()
         if library is not None and places and (self._expected < len(self) or not self._fits_memory):
             self._expected += len(places)
@@ -136,33 +151,39 @@ class SampleTable:
             if shard not in self._tars:
                 path = self.dataset.root / self.shards[shard].name
                 try:
-                    self._tars[shard] = _Mapped(path)
+                    tar = _Mapped(self.dataset.open_tar(self.shards[shard]), keep_open=self.dataset.copy is not None)
                 except OSError as error:
                     fix = way_out(error) or self.dataset.fix
                     raise DatasetError(f"{path}: cannot be mapped ({os.strerror(error.errno or 0)}); {fix}") from None
+                self._tars[shard] = tar
             return self._tars[shard]
 
 
 class _Mapped:
     """A file as memory, to read alone. Not Python's `mmap`, which keeps each file open: 1,000 shards are too many."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, descriptor: int, *, keep_open: bool) -> None:
         """
+        Args:
+            descriptor: of the file; closed at once, or when nothing refers to the memory any more.
+
         Raises:
-            OSError: it cannot be opened or mapped.
+            OSError: it cannot be mapped.
         """
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            length = os.fstat(descriptor).st_size
-            address = _libc().mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-        finally:
+        length = os.fstat(descriptor).st_size
+        address = _libc().mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        failed = address == ctypes.c_void_p(-1).value
+        if failed or not keep_open:
             os.close(descriptor)
-        if address == ctypes.c_void_p(-1).value:
+        if failed:
             raise OSError(ctypes.get_errno(), "mmap")
         self.address: int = address
-        end = weakref.finalize(self, _libc().munmap, address, length)
-        end.atexit = False  # at exit the kernel unmaps it, after whoever still reads it
-        self.view = memoryview((ctypes.c_ubyte * length).from_address(address)).cast("B").toreadonly()
+        content = (ctypes.c_ubyte * length).from_address(address)
+        # Every view of a part refers to it, so none outlives the mapping. At exit the kernel unmaps it, after whoever reads it.
+        weakref.finalize(content, _libc().munmap, address, length).atexit = False
+        if keep_open:
+            weakref.finalize(content, os.close, descriptor).atexit = False
+        self.view = memoryview(content).cast("B").toreadonly()
 
 
 @cache

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import signal
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from tidali.config import CacheChoice, TrainSettings
 from tidali.console import progress_bar, say
 from tidali.dataset.contract import Dataset
-from tidali.errors import Interrupted, TidaliError, UsageError
+from tidali.errors import DataLost, Interrupted, TidaliError, UsageError
 from tidali.hardware.cpu_memory import keep_freed_memory
 from tidali.hardware.device import DevicePlan, explain_out_of_memory, numerics, plan_device
 from tidali.hardware.ranks import Ranks, joined_ranks
@@ -151,16 +151,12 @@ class Run:
                 stop, save = self.agree(self.stop.requested, due)
                 if stop:
                     self.save_state()
-                    raise Interrupted(
-                        f"stopped at step {self.state.step}; resume with 'tidali train --resume {self.out}'",
-                        self.stop.signal_number or signal.SIGTERM,
-                    )
+                    raise Interrupted(self.how_to_resume(), self.stop.signal_number or signal.SIGTERM)
                 if save:
                     self.save_state()
 
-            trained = train_epoch(
-                self.state, self.train_batches, self.meter, ranks=self.ranks, mix=self.mixer(), on_step=on_step
-            )
+            batches = self.train_batches if self.dataset.copy is None else self.fetched_batches()
+            trained = train_epoch(self.state, batches, self.meter, ranks=self.ranks, mix=self.mixer(), on_step=on_step)
         # On a GPU, on_step may not have seen the last steps' loss.
         self.require(math.isfinite(trained.score.loss_sum), "the loss is")
 
@@ -184,9 +180,38 @@ class Run:
 
     def evaluate(self, *, flip: bool = False) -> Score:
         batches = self.setup.eval_batches
-        return evaluate(
-            self.state.evaluated, batches, self.plan, expected_samples=batches.samples_given, flip=flip, ranks=self.ranks
-        )
+        try:
+            return evaluate(
+                self.state.evaluated, batches, self.plan, expected_samples=batches.samples_given, flip=flip, ranks=self.ranks
+            )
+        except TidaliError as error:
+            if self.dataset.copy is None:
+                raise
+            raise TidaliError(f"{error}; {self.how_to_resume()}") from None
+
+    def fetched_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rest of an epoch, where shards are fetched meanwhile. When a rank cannot get its batch all of them save and stop
+        before that step: none waits for its gradients. The state is also saved before the evaluation, which fetches shards too.
+        That ranks ask each other before each step makes a GPU's host wait for it (not measured)."""
+        batches = iter(self.train_batches)
+        while True:
+            position, batch, error = self.train_batches.state_dict(), None, ""
+            try:
+                batch = next(batches, None)
+            except TidaliError as caught:
+                error = str(caught)
+            if self.ranks.all_reduce_max([bool(error)], self.plan.device)[0]:
+                self.save_state(position)
+                error = next(filter(None, self.ranks.gather(error)))
+                raise DataLost(f"{error}; {self.how_to_resume()}")
+            if batch is None:
+                self.save_state(position)
+                return
+            yield batch
+            del batch
+
+    def how_to_resume(self) -> str:
+        return f"stopped at step {self.state.step}; resume with 'tidali train --resume {self.out}'"
 
     def mixer(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
         """A function that applies MixUp or CutMix to a batch, where the recipe has them."""
@@ -248,17 +273,18 @@ class Run:
             f"waiting for data {100 * trained.data_wait_share:.1f} %{compiling}"
         )
 
-    def save_state(self, *, beside_training: bool = False) -> None:
+    def save_state(self, position: Mapping[str, Any] | None = None, *, beside_training: bool = False) -> None:
         """Save the weights of the epochs since the last save, and everything that a resume needs, on rank 0, with every rank's
         position in the data. Fails where the weights or the loss are not finite; both are checked, as a step's loss is that of
         the weights before it.
 
         Args:
+            position: this rank's in the data; by default that of its next batch.
             beside_training: write while training goes on.
         """
         self.require(math.isfinite(self.meter.read().loss_sum), "the loss is")
         self.require(all_finite(self.state.model), "the weights are")
-        loaders = self.ranks.gather(self.train_batches.state_dict())
+        loaders = self.ranks.gather(position or self.train_batches.state_dict())
         if self.ranks.is_main:
             progress = replace(self.progress, seconds=self.progress.seconds + self.watch.elapsed_s())
             state = copy_state(self.state, progress, self.meter, loaders, self.setup.card)

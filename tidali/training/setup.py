@@ -199,6 +199,8 @@ def announce(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks:
     fact("device", f"{plan.device}: {plan.name}, {counted(cpu_count(), 'core')}{in_ranks}")
     for name, batches in (("train", setup.train_batches), (setup.select_on, setup.eval_batches)):
         fact("pixels", f"{name}: {batches.route.describe()}")
+    if dataset.copy is not None and setup.train_batches.shuffle is not None:
+        fact("order", f"{setup.train_batches.shuffle.describe()}, as {dataset.copy.url} is larger than TIDALI_CACHE_LIMIT")
     fact("amp", f"{plan.dtype_name}: {plan.amp_reason}")
     fact("compile", f"{plan.compile_mode if plan.compile else 'off'}: {plan.compile_reason}")
     if plan.device.type == "cuda":
