@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shards.images import Inspected
@@ -19,7 +21,6 @@ from tidali.errors import DatasetError, TidaliError
 from tidali.hardware.ranks import Ranks
 from tidali.images.read import read_picture
 from tidali.loading import dali as dali_module
-from tidali.loading import samples as samples_module
 from tidali.loading.batches import Batches, Training
 from tidali.loading.corrupt import CorruptSamples
 from tidali.loading.data import Data
@@ -79,7 +80,7 @@ def test_one_changed_byte_is_found_named_once_and_left_out(
     last = len(table) - 1
     keys = []
     for position in (0, 5, last):
-        data = bytes(table.read(table.places([position])[0]) or b"")
+        data = bytes(next(table.read(np.array([position]))) or b"")
         at = len(data) // 2  # amid the pixels: it still decodes
         keys.append(replace_bytes(folder, "val", position, at, bytes([data[at] ^ 1])))
     capsys.readouterr()
@@ -139,9 +140,9 @@ def test_a_sample_that_is_met_in_a_later_epoch(folder: Path, cache: CacheChoice,
 def replace_in_place(folder: Path, split: str, position: int) -> None:
     """In the file that is mapped, not a new one of its name."""
     table = SampleTable(open_dataset(folder), split)
-    place = table.places([position])[0]
-    with (folder / table.shards[place.shard].name).open("r+b") as file:
-        file.seek(place.offset + place.size_bytes // 2)
+    place = table.places(np.array([position]))
+    with (folder / table.shards[place.shards[0]].name).open("r+b") as file:
+        file.seek((place.begins[0] + place.ends[0]) // 2)
         file.write(bytes(8))
 
 
@@ -153,10 +154,10 @@ def test_a_truncated_tar_loses_its_last_samples_alone(folder: Path, cache: Cache
     whole = collect(batches_of(open_data(folder, cache)))
     last = dataset.split("val").samples - 1
     table = SampleTable(dataset, "val")
-    place = table.places([last])[0]
+    place = table.places(np.array([last]))
     data = open_data(folder, cache)
-    with (folder / table.shards[place.shard].name).open("r+b") as file:
-        file.truncate(place.offset + place.size_bytes - 10)
+    with (folder / table.shards[place.shards[0]].name).open("r+b") as file:
+        file.truncate(place.ends[0] - 10)
     assert equal(collect(batches_of(data)), without(whole, {last}))
     assert data.corrupt("val") == {last}
     assert len(named(capsys)) == 1
@@ -188,16 +189,15 @@ def test_a_jpeg_that_dali_fails_on_is_found_by_threads(photographs: Dataset, mon
     whole = collect(batches_of(Data(photographs, CPU, cache="off")))
     read = SampleTable.read
 
-    def broken(table: SampleTable, place: samples_module.Place) -> memoryview | None:
-        data = read(table, place)
-        if place.position not in (1, 2, 17) or data is None:
-            return data
-        return memoryview(bytes(data[:20]) + bytes(len(data) - 20))
+    def broken(table: SampleTable, positions: NDArray[np.int64]) -> Iterator[memoryview | None]:
+        for position, data in zip(positions.tolist(), read(table, positions), strict=True):
+            broken_here = position in (1, 2, 17) and data is not None
+            yield memoryview(bytes(data[:20]) + bytes(len(data) - 20)) if broken_here else data
 
     monkeypatch.setattr(SampleTable, "read", broken)
     by_threads: list[int] = []
     start = ThreadDecoder.start
-    monkeypatch.setattr(ThreadDecoder, "start", lambda self, job: by_threads.append(len(job.places)) or start(self, job))
+    monkeypatch.setattr(ThreadDecoder, "start", lambda self, job: by_threads.append(len(job.positions)) or start(self, job))
     data = Data(photographs, CPU, cache="off", max_bad=3)
     batches = batches_of(data)
     for _ in range(2):

@@ -8,6 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,7 +104,7 @@ def decoder(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> tuple[DaliDeco
 
 
 def jobs(table: SampleTable, count: int) -> list[Job]:
-    return [Job(table.places(range(4 * number, 4 * number + 4)), None, 64) for number in range(count)]
+    return [Job(np.arange(4 * number, 4 * number + 4), None, 64) for number in range(count)]
 
 
 def test_dali_is_given_torchs_stream(decoder: tuple[DaliDecoder, FakePipe, SampleTable]) -> None:

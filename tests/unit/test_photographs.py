@@ -70,7 +70,7 @@ def pil_square(pixels: np.ndarray, box: list[float], side: int) -> np.ndarray:
 
 
 def decoded_by(decoder: Any, table: SampleTable, boxes: Tensor, side: int) -> Tensor:
-    job = Job(table.places(range(len(table))), boxes.numpy(), side)
+    job = Job(np.arange(len(table)), boxes.numpy(), side)
     squares, bad = decoder.finish(job, decoder.start(job))
     assert not bad
     assert squares.shape == (len(table), side, side, 3)
@@ -165,8 +165,9 @@ def test_random_crops_in_batches_are_pils_of_the_same_boxes(
 def test_decoded_images_are_pils_upright(photographs: Dataset, table: SampleTable, upright) -> None:
     """Grey, CMYK, every EXIF orientation, PNG and WebP, to the bit."""
     decoder = ThreadDecoder(table, "pil", 2)
-    for place, (pixels, _, key) in zip(table.places(range(len(table))), upright(photographs, "train"), strict=True):
-        image = decoder.decode(place)
+    encoded = table.read(np.arange(len(table)))
+    for data, (pixels, _, key) in zip(encoded, upright(photographs, "train"), strict=True):
+        image = decoder.decode(data)
         assert not isinstance(image, str)
         np.testing.assert_array_equal(image, pixels, err_msg=key)
 
@@ -210,7 +211,7 @@ def test_the_gpus_graph_makes_the_same_squares_on_a_cpu(table: SampleTable, kind
     boxes = boxes_of(table, kind, side).numpy()
     pipe = define_graph(Placement(device_id=None), "resize boxes", batch_size=len(table), num_threads=2)
     pipe.build()
-    encoded = [np.frombuffer(table.read(place) or b"", np.uint8) for place in table.places(range(len(table)))]
+    encoded = [np.frombuffer(data or b"", np.uint8) for data in table.read(np.arange(len(table)))]
     ends = boxes[:, :2] + boxes[:, 2:]
     for _ in range(3):  # as many as its queue is long
         for name, values in (
@@ -235,9 +236,9 @@ def test_pixels_do_not_depend_on_the_batch(table: SampleTable, batch_size: int) 
     dali = DaliDecoder(threads, CPU, batch_size=len(table), num_threads=2)
     boxes = boxes_of(table, "crops", 48)
     whole = decoded_by(dali, table, boxes, 48)
-    places = table.places(range(len(table)))
+    positions = np.arange(len(table))
     for first in range(0, len(table), batch_size):
-        job = Job(places[first : first + batch_size], boxes[first : first + batch_size].numpy(), 48)
+        job = Job(positions[first : first + batch_size], boxes[first : first + batch_size].numpy(), 48)
         part, bad = dali.finish(job, dali.start(job))
         assert not bad
         assert torch.equal(part, whole[first : first + batch_size])

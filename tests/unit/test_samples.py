@@ -9,7 +9,6 @@ import resource
 import subprocess
 import sys
 import tarfile
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -49,27 +48,27 @@ def test_places_labels_and_sizes_are_the_records_and_bytes_are_tarfiles(photogra
     assert table.labels.tolist() == [record.label for record in records] == [label for _, label, _ in expected]
     assert table.sizes.tolist() == [[record.height, record.width] for record in records]
     assert table.sizes.tolist() == [list(pixels.shape[:2]) for pixels, _, _ in expected]  # as displayed
-    places = table.places(range(len(table)))
-    assert [place.position for place in places] == list(range(len(table)))
+    places = table.places(np.arange(len(table)))
     members = []
     for path in photographs.tar_paths("train"):
         with tarfile.open(path) as tar:
             members += [(m, tar.extractfile(m).read()) for m in tar if not m.name.endswith(".cls")]  # type: ignore[union-attr]
-    for place, (member, data) in zip(places, members, strict=True):
-        assert (place.offset, place.size_bytes, place.crc32) == (member.offset_data, member.size, zlib.crc32(data))
-        assert table.read(place) == data
-        assert member.name.startswith(table.describe(place.position).partition(": ")[2].partition(" ")[0] + ".")
-        assert str(member.offset_data) in table.describe(place.position)
-    assert {place.shard for place in places} == set(range(3))
+    assert list(table.read(np.arange(len(table)))) == [data for _, data in members]
+    assert places.begins.tolist() == [member.offset_data for member, _ in members]
+    assert places.ends.tolist() == [member.offset_data + member.size for member, _ in members]
+    for position, (member, _) in enumerate(members):
+        assert member.name.startswith(table.describe(position).partition(": ")[2].partition(" ")[0] + ".")
+        assert str(member.offset_data) in table.describe(position)
+    assert set(places.shards.tolist()) == set(range(3))
 
 
 @given(st.data())
 def test_places_of_any_positions_are_those_of_all(photographs: Dataset, data: st.DataObject) -> None:
     table = SampleTable(photographs, "val")
-    picked = data.draw(st.lists(st.integers(0, len(table) - 1)))
-    everything = table.places(range(len(table)))
-    assert table.places(picked) == [everything[position] for position in picked]
-    table.expect(table.places(picked))  # nothing to see, but that it takes any
+    picked = np.array(data.draw(st.lists(st.integers(0, len(table) - 1))), np.int64)
+    everything = table.places(np.arange(len(table)))
+    assert all(np.array_equal(some, every[picked]) for some, every in zip(table.places(picked), everything, strict=True))
+    table.expect(picked)  # nothing to see, but that it takes any
 
 
 # ---------------------------------------------------------------------------------------------------------------------- records
@@ -119,7 +118,7 @@ def test_names_of_every_kind_do_not_disturb_a_table(pack_files: Callable[..., Da
     dataset = pack_files({f"train/{name}/{name}.jpg": image for name in names}, shard_samples=3)
     table = SampleTable(dataset, "train")
     assert sorted(table.labels.tolist()) == list(range(len(names)))
-    assert all(table.read(place) == image for place in table.places(range(len(table))))
+    assert all(read == image for read in table.read(np.arange(len(table))))
 
 
 # ----------------------------------------------------------------------------------------------------------------------- damage
@@ -156,7 +155,7 @@ def test_a_tar_that_cannot_be_mapped_is_one_line_that_names_it(demo_copy: Path, 
         (demo_copy / "train-000000.tar").unlink()
     else:
         (demo_copy / "train-000000.tar").write_bytes(b"")
-    for use in (lambda: table.read(table.places([0])[0]), lambda: table.expect(table.places([0]))):
+    for use in (lambda: list(table.read(np.array([0]))), lambda: table.expect(np.array([0]))):
         with pytest.raises(DatasetError, match=r"train-000000\.tar.*pack the source again") as refused:
             use()
         assert "\n" not in str(refused.value)
@@ -201,7 +200,7 @@ def test_more_shards_than_files_may_be_open(pack_files: Callable[..., Dataset], 
         assert sum(len(labels) for _ in range(2) for _, labels in batches) == 4800
         resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
         with pytest.raises(DatasetError, match=r"train-\d+\.tar: cannot be mapped \(Too many open files\); .* 1 .*ulimit -n"):
-            table.read(table.places([0])[0])
+            list(table.read(np.array([0])))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -209,11 +208,12 @@ def test_more_shards_than_files_may_be_open(pack_files: Callable[..., Dataset], 
 HELD = """
 import sys
 from pathlib import Path
+import numpy as np
 from tidali.dataset.contract import open_dataset
 from tidali.loading.samples import SampleTable
 
 table = SampleTable(open_dataset(Path(sys.argv[1])), "train")
-assert table.read(table.places([0])[0]) is not None
+assert None not in table.read(np.array([0]))
 sys.held = table  # what an executor's thread or a reference cycle may do: it goes after the modules have gone
 """
 
@@ -233,15 +233,16 @@ THREADS = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+import numpy as np
 from tidali.dataset.contract import open_dataset
 from tidali.loading.samples import SampleTable
 
 table = SampleTable(open_dataset(Path(sys.argv[1])), "train")
-places = table.places(range(len(table)))
 with ThreadPoolExecutor(8) as pool:
     for _ in range(500):
         table._tars.clear()
-        assert None not in pool.map(table.read, places)
+        found = pool.map(lambda position: list(table.read(np.array([position]))), range(len(table)))
+        assert [None] not in found
 table._tars.clear()
 """
 

@@ -170,7 +170,7 @@ def test_the_next_epoch_begins_while_the_last_one_is_used(dataset, monkeypatch: 
     batches = stream(dataset, "train", batch_size=32, train=True)
     started: list[int] = []
     start = batches.source._decoder.start
-    monkeypatch.setattr(batches.source._decoder, "start", lambda job: started.append(len(job.places)) or start(job))
+    monkeypatch.setattr(batches.source._decoder, "start", lambda job: started.append(len(job.positions)) or start(job))
     steps = len(batches)
     first = seen(batches)
     ahead = len(started) - steps

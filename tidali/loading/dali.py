@@ -138,7 +138,7 @@ class DaliDecoder:
         """Run as many batches of one pixel as DALI's queue is long: its first run takes that many, and needs all of them."""
         file = io.BytesIO()
         Image.new("RGB", (1, 1)).save(file, "PNG")
-        box = Job([], np.array([[0, 0, 1, 1]], np.float32), 1)
+        box = Job(np.empty(0, np.int64), np.array([[0, 0, 1, 1]], np.float32), 1)
         for _ in range(QUEUE_DEPTH):
             self._feed([memoryview(file.getvalue())], box, np.array([[1, 1]]))
         self._pipe.schedule_run()
@@ -166,20 +166,19 @@ class DaliDecoder:
         data: dict[int, memoryview] = {}
 
         def check(chunk: range) -> dict[int, str]:
-            found = {number: self._threads.table.read(job.places[number]) for number in chunk}
+            found = dict(zip(chunk, self._threads.table.read(job.positions[chunk.start : chunk.stop]), strict=True))
             data.update((number, read) for number, read in found.items() if read is not None)
             return {number: WRONG_CRC for number, read in found.items() if read is None}
 
-        checked = self._threads.in_chunks(len(job.places), check)
+        checked = self._threads.in_chunks(len(job.positions), check)
         bad = {number: why for chunk in checked for number, why in chunk.result().items()}
         sound = sorted(data)
-        part = Job([job.places[number] for number in sound], None if job.boxes is None else job.boxes[sound], job.side)
+        part = Job(job.positions[sound], None if job.boxes is None else job.boxes[sound], job.side)
         queued = Queued(part, bad)
         if sound:
             if len(self._queue) == QUEUE_DEPTH:
                 self._take_oldest()
-            sizes = self._sizes[[place.position for place in part.places]]
-            queued.starts = self._feed([data[number] for number in sound], part, sizes)
+            queued.starts = self._feed([data[number] for number in sound], part, self._sizes[part.positions])
             self._pipe.schedule_run()
             self._queue.append(queued)
         return queued
@@ -218,17 +217,16 @@ class DaliDecoder:
         part, bad, starts, pixels = queued.part, queued.bad, queued.starts, queued.pixels
         if pixels is None:  # DALI failed: the threads find out which samples cannot be decoded, if any
             decoded, worse = self._threads.finish(part, self._threads.start(part))
-            if not worse and self._named.isdisjoint(place.position for place in part.places):
+            if not worse and self._named.isdisjoint(part.positions.tolist()):
                 self._name_failing(part)
-            number_of = {place.position: number for number, place in enumerate(job.places)}
-            return decoded.to(self._device, non_blocking=True), bad | {
-                number_of[part.places[n].position]: why for n, why in worse.items()
-            }
+            number_of = {position: number for number, position in enumerate(job.positions.tolist())}
+            worse = {number_of[part.positions[number]]: why for number, why in worse.items()}
+            return decoded.to(self._device, non_blocking=True), bad | worse
         if self._device.type == "cuda":
             return self._copied(queued), bad
         if self._work != "decode boxes":
             return torch.from_dlpack(pixels.as_tensor()), bad  # a view, valid as long as it is held
-        out = self._threads.empty(len(part.places), job.side, job.side)
+        out = self._threads.empty(len(part.positions), job.side, job.side)
         assert part.boxes is not None
         assert starts is not None
         boxes = part.boxes - np.pad(starts, ((0, 0), (0, 2)))  # of the decoded part of each image
@@ -245,14 +243,14 @@ class DaliDecoder:
     def _name_failing(self, part: Job) -> None:
         """Print the samples of a batch that DALI alone fails on. The batch was decoded without it, which is slower."""
         table = self._threads.table
-        for place in part.places:
-            data = bytes(table.read(place) or b"")
+        for position, read in zip(part.positions.tolist(), table.read(part.positions), strict=True):
+            data = bytes(read or b"")
             picture = read_picture(data, max_pixels=sys.maxsize)
             fault = dali_fault(data, picture.upright) if picture.kept else "not every decoder reads its bytes alike"
             if fault is not None:
-                self._named.add(place.position)
+                self._named.add(position)
                 text = "DALI fails on its batch, which is decoded without it; 'tidali verify --decode' says how to fix it"
-                warn(f"{table.describe(place.position)}: {fault}. {text}", every_rank=True)
+                warn(f"{table.describe(position)}: {fault}. {text}", every_rank=True)
 
     def close(self) -> None:
         """End decoding. DALI keeps freed memory for later pipelines, until it is asked to return it."""

@@ -120,7 +120,7 @@ def colour(library: Any, images: Chosen, *, colours: Tensor, lowest: Tensor, hig
     """As `resample`, of images that are res x res already."""
     res = out.shape[1]
     assert images.stored.shape[1:] == out.shape[1:]
-    _map_colours(library.tidali_colour, images, (ctypes.c_int64(res),), colours, (lowest, highest), 3 * res + 1, out)
+    _map_colours(library.tidali_colour, images, (ctypes.c_int64(res),), colours, (lowest, highest), 4 * res + 4, out)
 
 
 def _map_colours(

@@ -76,18 +76,19 @@ static struct colour colour_of(const float *colours, int64_t shared, int64_t sam
   return c;
 }
 
-/* Pixel `number` of four. A shuffle spreads its bytes: GCC 12 converts bytes to integers one by one. */
-static inline pixel pixel_of(bytes four, int number) {
-  bytes zero = {0};
 #ifdef __clang__
-#define PIXEL(i) __builtin_shufflevector(four, zero, i, 16, 16, 16, i + 1, 16, 16, 16, i + 2, 16, 16, 16, 16, 16, 16, 16)
-  bytes one = number == 0 ? PIXEL(0) : number == 1 ? PIXEL(3) : number == 2 ? PIXEL(6) : PIXEL(9);
-#undef PIXEL
+#define SHUFFLED(b, ...) __builtin_shufflevector(b, (bytes){0}, __VA_ARGS__)
 #else
-  uint8_t i = (uint8_t)(3 * number);
-  bytes one = __builtin_shuffle(four, zero, (bytes){i, 16, 16, 16, i + 1, 16, 16, 16, i + 2, 16, 16, 16, 16, 16, 16, 16});
+#define SHUFFLED(b, ...) __builtin_shuffle(b, (bytes){0}, (bytes){__VA_ARGS__})
 #endif
-  return __builtin_convertvector((integers)one, pixel);
+
+/* Four bytes from number `i` on. A shuffle spreads them: GCC 12 converts bytes to integers one by one. */
+#define FOUR(b, i) SHUFFLED(b, i, 16, 16, 16, i + 1, 16, 16, 16, i + 2, 16, 16, 16, i + 3, 16, 16, 16)
+#define FOUR_FLOATS(b, i) __builtin_convertvector((integers)FOUR(b, i), pixel)
+
+/* Pixel `number` of four, and any fourth element. */
+static inline pixel pixel_of(bytes b, int number) {
+  return number == 0 ? FOUR_FLOATS(b, 0) : number == 1 ? FOUR_FLOATS(b, 3) : number == 2 ? FOUR_FLOATS(b, 6) : FOUR_FLOATS(b, 9);
 }
 
 static inline void store_pixel(pixel p, const struct colour *c, enum map map, float *out) {
@@ -131,15 +132,77 @@ static inline const uint8_t *image_of(struct images i, int64_t n, int64_t bytes)
   return i.pixels + (i.samples ? i.samples[n] : n) * bytes;
 }
 
-/* Images begin..end - 1, res x res, with their colours mapped. `scratch`: 3 * res + 1 floats. */
+/* The pixels of a row from its last one to its first, five at a time. 16 bytes from `flipped` + 3 * width on are overwritten. */
+static void flip_row(const uint8_t *source, int64_t width, uint8_t *flipped) {
+  int64_t x = 0;
+  for (; x < width - 5; x += 5) {
+    bytes b;
+    memcpy(&b, source + 3 * (width - 5 - x) - 1, 16);
+    b = SHUFFLED(b, 13, 14, 15, 10, 11, 12, 7, 8, 9, 4, 5, 6, 1, 2, 3, 0);
+    memcpy(flipped + 3 * x, &b, 16);
+  }
+  for (; x < width; x++) memcpy(flipped + 3 * x, source + 3 * (width - 1 - x), 3);
+}
+
+/* What the twelve elements of four pixels are times, plus and clamped to, where no channel depends on another. */
+struct scaling {
+  pixel scale[3], offset[3], lowest[3], highest[3];
+};
+
+static struct scaling scaling_of(const struct colour *c, struct output o) {
+  struct scaling s;
+  pixel scale = c->red + c->green + c->blue;
+  for (int k = 0; k < 12; k++) {
+    s.scale[k / 4][k % 4] = scale[k % 3], s.offset[k / 4][k % 4] = c->offset[k % 3];
+    s.lowest[k / 4][k % 4] = o.lowest[k % 3], s.highest[k / 4][k % 4] = o.highest[k % 3];
+  }
+  return s;
+}
+
+static inline void scale_four(pixel p, const struct scaling *s, int k, float *out) {
+  p = p * s->scale[k] + s->offset[k];
+  for (int j = 0; j < 4; j++) out[j] = clamped(p[j], s->lowest[k][j], s->highest[k][j]);
+}
+
+static inline void scale_twelve(const uint8_t *source, const struct scaling *s, float *out) {
+  bytes b;
+  memcpy(&b, source, 16);
+  scale_four(FOUR_FLOATS(b, 0), s, 0, out);
+  scale_four(FOUR_FLOATS(b, 4), s, 1, out + 4);
+  scale_four(FOUR_FLOATS(b, 8), s, 2, out + 8);
+}
+
+static void scale_row(const uint8_t *source, int64_t length, const struct scaling *s, float *out) {
+  for (; length >= 16; source += 12, out += 12, length -= 12) scale_twelve(source, s, out);
+  for (; length > 0; source += 12, out += 12, length -= 12) { /* here 16 bytes may be more than there are */
+    uint8_t rest[16] = {0};
+    float scaled[12];
+    int64_t count = length < 12 ? length : 12;
+    memcpy(rest, source, count);
+    scale_twelve(rest, s, scaled);
+    memcpy(out, scaled, count * sizeof *out);
+  }
+}
+
+/* Images begin..end - 1, res x res, with their colours mapped. `scratch`: 4 * res + 4 floats. */
 void tidali_colour(struct images i, int64_t begin, int64_t end, int64_t res, const float *colours, int64_t one_colour,
                    float *scratch, struct output o) {
+  int64_t length = 3 * res;
+  uint8_t *flipped = (uint8_t *)(scratch + length);
   for (int64_t n = begin; n < end; n++) {
-    const uint8_t *source = image_of(i, n, 3 * res * res);
+    const uint8_t *source = image_of(i, n, length * res);
+    int flip = i.flips && i.flips[n];
     struct colour c = colour_of(colours, one_colour, n);
-    for (int64_t y = 0; y < res; y++) {
-      load_row(source + 3 * y * res, res, &c, i.flips && i.flips[n], 3, scratch);
-      store_row(scratch, n * res + y, 3 * res, o);
+    struct scaling s = scaling_of(&c, o);
+    for (int64_t row = n * res; row < (n + 1) * res; row++, source += length) {
+      if (flip) flip_row(source, res, flipped);
+      const uint8_t *pixels = flip ? flipped : source;
+      float *out = o.bfloat16 || c.map == MIXING ? scratch : (float *)o.values + row * length;
+      if (c.map == MIXING)
+        load_row(pixels, res, &c, 0, 3, out);
+      else
+        scale_row(pixels, length, &s, out);
+      if (out == scratch) store_row(out, row, length, o);
     }
   }
 }

@@ -9,7 +9,7 @@ import mmap
 import os
 import weakref
 import zlib
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import accumulate
@@ -30,22 +30,14 @@ _FIELDS = ("label", "offset", "size_bytes", "crc32", "height", "width")  # the i
 _SAMPLES = b'"samples":['
 
 
-class Place(NamedTuple):
-    """Where a sample's encoded bytes are."""
+class Places(NamedTuple):
+    """Where samples' encoded bytes are."""
 
-    position: int
-    """Of the sample in its split's stored order."""
-    shard: int
-    offset: int
-    """In the shard's tar, in bytes."""
-    size_bytes: int
-    crc32: int
-
-
-class Places(list[Place]):
-    """Of a batch. Where not all shards are in the folder, those that it reads stay as long as this list exists."""
-
-    tars: tuple[_Mapped, ...] = ()
+    shards: NDArray[np.int64]
+    """(n,)."""
+    begins: NDArray[np.int64]
+    """(n,): in the shard's tar, in bytes."""
+    ends: NDArray[np.int64]
 
 
 class SampleTable:
@@ -104,42 +96,47 @@ class SampleTable:
         self._labels[part], self._image_sizes[part] = values[:, 0], values[:, 4:]
         self._offsets[part], self._sizes_bytes[part], self._crc32s[part] = values[:, 1:4].T
 
-    def places(self, positions: Sequence[int] | NDArray[np.int64]) -> Places:
-        index = np.asarray(positions, np.int64)
-        shards = np.searchsorted(self._starts, index, "right") - 1
-        columns = (index, shards, self._offsets[index], self._sizes_bytes[index], self._crc32s[index])
-        return Places(map(Place._make, zip(*(column.tolist() for column in columns), strict=True)))
+    def places(self, positions: NDArray[np.int64]) -> Places:
+        begins = self._offsets[positions]
+        return Places(np.searchsorted(self._starts, positions, "right") - 1, begins, begins + self._sizes_bytes[positions])
 
-    def expect(self, places: Sequence[Place]) -> None:
+    def expect(self, positions: NDArray[np.int64]) -> tuple[_Mapped, ...]:
         """Tell the kernel that these samples are read next: it fetches those that are not in memory, many at a time.
 
         Only as long as there may be any: at 64 px it takes a twentieth of a stream's time.
 
+        Returns:
+            Where the local copy is limited, the shards of these samples: they stay in it as long as something refers to this.
+
         Raises:
             DatasetError, TidaliError: a shard had to be fetched, and cannot be.
         """
-        if self.dataset.copy is not None and isinstance(places, Places) and places:
-            shards = np.unique([place.shard for place in places])
-            self.dataset.copy.expect(self.split, self.needs.at(shards))
-            places.tars = tuple(map(self._tar, shards.tolist()))
+        held: tuple[_Mapped, ...] = ()
+        if self.dataset.copy is not None and len(positions):
+            needed = np.unique(self.places(positions).shards)
+            self.dataset.copy.expect(self.split, self.needs.at(needed))
+            held = tuple(map(self._tar, needed.tolist()))
         library = native.load()
-        if library is not None and places and (self._expected < len(self) or not self._fits_memory):
-            self._expected += len(places)
-            begins = np.array([self._tar(place.shard).address + place.offset for place in places], np.uint64)
-            ends = begins + np.array([place.size_bytes for place in places], np.uint64)
-            begins -= begins % np.uint64(mmap.PAGESIZE)
-            native.expect(library, begins, ends - begins)
+        if library is not None and len(positions) and (self._expected < len(self) or not self._fits_memory):
+            self._expected += len(positions)
+            shards, begins, ends = self.places(positions)
+            addresses = np.array([self._tar(shard).address for shard in shards.tolist()], np.uint64)
+            begin_pages = (addresses + begins.astype(np.uint64)) // mmap.PAGESIZE * mmap.PAGESIZE
+            native.expect(library, begin_pages, addresses + ends.astype(np.uint64) - begin_pages)
+        return held
 
-    def read(self, place: Place) -> memoryview | None:
-        """A sample's encoded bytes; None where they are not those that were packed, by their CRC-32."""
-        data = self._tar(place.shard).view[place.offset : place.offset + place.size_bytes]
-        return data if zlib.crc32(data) == place.crc32 else None
+    def read(self, positions: NDArray[np.int64]) -> Iterator[memoryview | None]:
+        """Samples' encoded bytes; None where they are not those that were packed, by their CRC-32."""
+        columns = (*self.places(positions), self._crc32s[positions])
+        for shard, begin, end, crc32 in zip(*(column.tolist() for column in columns), strict=True):
+            data = self._tar(shard).view[begin:end]
+            yield data if zlib.crc32(data) == crc32 else None
 
     def describe(self, position: int) -> str:
         """Shard, key and offset of a sample."""
-        (place,) = self.places([position])
-        shard = self.shards[place.shard]
-        record = read_record(self.dataset.root, shard)[position - int(self._starts[place.shard])]
+        number = int(np.searchsorted(self._starts, position, "right")) - 1
+        shard = self.shards[number]
+        record = read_record(self.dataset.root, shard)[position - int(self._starts[number])]
         return f"{shard.name}: {record.key} at offset {record.offset}"
 
     def _tar(self, shard: int) -> _Mapped:

@@ -166,18 +166,15 @@ class ShardSource:
         if self.corrupt.positions:
             kept = np.isin(samples, sorted(self.corrupt.positions), invert=True)
             samples, boxes = samples[kept], None if boxes is None else boxes[kept]
-        job = Job(self.table.places(samples), boxes, request.side)
-        self.table.expect(job.places)
-        return job
+        return Job(samples, boxes, request.side, self.table.expect(samples))
 
     def _finish(self, request: Request, job: Job, decoding: Any) -> tuple[Request, Pixels]:
         stored, bad = self._decoder.finish(job, decoding)
         for number, reason in sorted(bad.items()):
-            self.corrupt.add(job.places[number].position, reason, every_rank=not self.reads_all)
+            self.corrupt.add(int(job.positions[number]), reason, every_rank=not self.reads_all)
         samples = request.samples
         if len(stored) < len(samples):
-            sound = [place.position for number, place in enumerate(job.places) if number not in bad]
-            samples = torch.tensor(sound, dtype=torch.int64)
+            samples = torch.from_numpy(np.delete(job.positions, list(bad)))
         return request, Pixels(samples, stored.to(self.device, non_blocking=True), None)
 
 

@@ -16,7 +16,7 @@ from tidali.errors import first_line
 from tidali.hardware.cpu_memory import ReusedMemory
 from tidali.loading.decode import decode_rgb
 from tidali.loading.resample import squares_of
-from tidali.loading.samples import Place, SampleTable
+from tidali.loading.samples import SampleTable
 
 WRONG_CRC = "its CRC-32 is not its record's"
 
@@ -24,10 +24,13 @@ WRONG_CRC = "its CRC-32 is not its record's"
 class Job(NamedTuple):
     """One batch that is to be decoded."""
 
-    places: list[Place]
+    positions: NDArray[np.int64]
+    """(n,): of the samples in the split's stored order."""
     boxes: NDArray[np.float32] | None
     """(n, 4): see `Request`."""
     side: int
+    shards: Any = ()
+    """What `SampleTable.expect` returned: it is referred to until the batch is decoded."""
 
 
 class ThreadDecoder:
@@ -48,9 +51,9 @@ class ThreadDecoder:
     def start(self, job: Job) -> Any:
         """The batch's pixels (n, H, W, 3) uint8, not yet written, and the work that writes them."""
         height, width = self.table.info.single_image_size or (job.side, job.side)
-        out = self.empty(len(job.places), height, width)
+        out = self.empty(len(job.positions), height, width)
         decode = self._whole if job.boxes is None else self._squares
-        return out, self.in_chunks(len(job.places), lambda chunk: decode(job, chunk, out))
+        return out, self.in_chunks(len(job.positions), lambda chunk: decode(job, chunk, out))
 
     def empty(self, count: int, height: int, width: int) -> Tensor:
         """(count, height, width, 3) uint8, uninitialised. torch keeps pinned memory until a copy from it is done."""
@@ -77,9 +80,8 @@ class ThreadDecoder:
     def close(self) -> None:
         self._pool.shutdown()
 
-    def decode(self, place: Place, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8] | str:
-        """(H, W, 3) uint8, or why the sample has no pixels."""
-        data = self.table.read(place)
+    def decode(self, data: memoryview | None, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8] | str:
+        """(H, W, 3) uint8 of a sample's bytes, or why it has no pixels."""
         if data is None:
             return WRONG_CRC
         try:
@@ -89,8 +91,8 @@ class ThreadDecoder:
 
     def _whole(self, job: Job, chunk: range, out: Tensor) -> dict[int, str]:
         arrays, bad = out.numpy(), {}
-        for number in chunk:
-            image = self.decode(job.places[number], arrays[number])
+        for number, data in zip(chunk, self.table.read(job.positions[chunk.start : chunk.stop]), strict=True):
+            image = self.decode(data, arrays[number])
             if isinstance(image, str):
                 bad[number] = image
         return bad
@@ -98,8 +100,8 @@ class ThreadDecoder:
     def _squares(self, job: Job, chunk: range, out: Tensor) -> dict[int, str]:
         assert job.boxes is not None
         bad = {}
-        for number in chunk:
-            image = self.decode(job.places[number])
+        for number, data in zip(chunk, self.table.read(job.positions[chunk.start : chunk.stop]), strict=True):
+            image = self.decode(data)
             if isinstance(image, str):
                 bad[number] = image
             else:
