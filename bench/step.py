@@ -25,7 +25,7 @@ from tidali.config import AmpChoice, CompileChoice, DeviceChoice, Stem
 from tidali.console import say
 from tidali.errors import TidaliError
 from tidali.hardware.device import plan_device
-from tidali.model.resnet import resnet18_gmacs
+from tidali.model.resnet import resnet_gmacs
 
 ORIGINAL, TIDALI = "original study's loop", "tidali"
 CLASSES = 200
@@ -65,7 +65,7 @@ def bench_step(
         except CaseFailed as error:
             hint = "; give a smaller --batch-size" if "out of memory" in str(error) else ""
             raise TidaliError(f"bench step: {batch_size} images of {res} px: {error}{hint}") from None
-        gmacs = resnet18_gmacs(CLASSES, stem, res)
+        gmacs = resnet_gmacs("resnet18", CLASSES, stem, res)
         for case, dtype in ((ORIGINAL, torch.float32), (TIDALI, plan.amp_dtype or torch.float32)):
             rows.append(
                 make_row(
@@ -116,4 +116,4 @@ def step_cost(dtype: torch.dtype | None, *, res: int, stem: Stem) -> dict[str, f
     """
     side, kernel = (res // 2, 7) if stem == "imagenet" else (res, 3)
     first_gmacs = 64 * 3 * kernel**2 * side**2 / 1e9
-    return {matrix_product(dtype): 2e9 * (3 * resnet18_gmacs(CLASSES, stem, res) - first_gmacs)}
+    return {matrix_product(dtype): 2e9 * (3 * resnet_gmacs("resnet18", CLASSES, stem, res) - first_gmacs)}

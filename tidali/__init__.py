@@ -1,4 +1,4 @@
-"""tidali: from a folder of labelled images to a trained, measured ResNet-18.
+"""tidali: from a folder of labelled images to a trained, measured ResNet.
 
 The commands' work from Python, in ten names. The examples run as they stand after ``tidali demo data/demo --classes 4
 --per-class 40``.

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tidali.errors import UsageError
 
+Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnext50_32x4d"]
+"""torchvision's names of its ResNets (`tidali.model.resnet.ARCHITECTURES`)."""
 Stem = Literal["imagenet", "small"]
 AmpChoice = Literal["auto", "bf16", "fp16", "off"]
 CompileChoice = Literal["auto", "on", "max-autotune", "off"]
@@ -327,6 +329,7 @@ class TrainSettings:
     """Run folder; it is made, and must be empty if it exists."""
     res: int = 224
     """Input side in pixels."""
+    arch: Arch = "resnet18"
     stem: Stem = "imagenet"
     """``imagenet``: 7x7/2 and max-pool; ``small``: 3x3/1 and none, for small images."""
     init: str = "none"
@@ -391,4 +394,4 @@ def check_res(res: int) -> None:
         UsageError: the resolution is below what the network can take.
     """
     if res < MIN_RES_PX:
-        raise UsageError(f"--res {res}: at least {MIN_RES_PX} pixels, the stock ResNet-18 divides its input by 32")
+        raise UsageError(f"--res {res}: at least {MIN_RES_PX} pixels, the stock network divides its input by 32")

@@ -173,3 +173,21 @@ def test_demo_then_default_resolution_and_folder(tidali, monkeypatch, tmp_path: 
     runs = list((tmp_path / "runs").iterdir())
     assert [run.name.rsplit("-", 2)[0] for run in runs] == ["own-64-modern"]  # the images' own size
     assert {path.name for path in runs[0].iterdir()} == FOLDER
+
+
+def test_another_architecture_is_in_its_checkpoint(tidali, demo_data: Path, tmp_path: Path) -> None:
+    """Trained, evaluated, predicted and served without a word about it; ResNet-18's weights are not taken for it."""
+    common = ["--data", demo_data, "--device", "cpu"]
+    options = ["--arch", "resnet50", "--res", 32, "--epochs", 1, "--batch-size", 160, "--set", "eval_flip=false"]
+    ended = tidali("train", *common, *options, "--out", tmp_path / "run")
+    assert ended.code == 0, ended.stderr
+    assert "ResNet-50, imagenet stem" in ended.stderr
+    ended = tidali("eval", tmp_path / "run" / "last", *common, "--json")
+    assert ended.code == 0, ended.stderr
+    (score,) = json.loads(ended.stdout)["scores"]
+    last = json.loads((tmp_path / "run" / "summary.json").read_text())["last"]
+    assert score["top1_percent"] == last["top1_percent"]
+    assert score["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    ended = tidali("train", *common, "--init", tmp_path / "run", "--res", 32, "--out", tmp_path / "other")
+    assert ended.code == 2
+    assert "the weights are those of a ResNet-50; give --arch resnet50" in ended.stderr

@@ -110,7 +110,7 @@ def _card(**changes: object) -> dict[str, str]:
         (lambda path: _with_metadata(path, {}), "no tidali metadata .* --init only"),
         (lambda path: _with_metadata(path, {"tidali": "{"}), "metadata is damaged"),
         (lambda path: _with_metadata(path, {"tidali": "3"}), "metadata is damaged"),
-        (lambda path: _with_metadata(path, _card(version=2)), "written by a newer tidali"),
+        (lambda path: _with_metadata(path, _card(version=3)), "written by a newer tidali"),
         (lambda path: _with_metadata(path, _card(surprise=1)), "metadata is damaged .*surprise"),
         (lambda path: _with_metadata(path, _card(classes=[3])), "metadata is damaged"),
         (lambda path: _with_metadata(path, _card()), "the weights do not fit the model"),

@@ -119,7 +119,7 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(num_classes: int) -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, num_classes))
 
-    monkeypatch.setattr("tidali.training.setup.build_resnet18", lambda num_classes, stem, stem_bias: build(num_classes))
+    monkeypatch.setattr("tidali.training.setup.build_resnet", lambda arch, num_classes, stem, stem_bias: build(num_classes))
     monkeypatch.setattr(ModelCard, "build_model", lambda card: build(len(card.classes)))
 
 

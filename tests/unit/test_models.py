@@ -2,14 +2,89 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import get_args
+
 import pytest
 import torch
 import torchvision
+from torch import nn
 
-from tidali.config import Stem
+from tidali.config import IMAGENET_MEAN, IMAGENET_STD, Arch, Stem
 from tidali.errors import UsageError
 from tidali.hardware.cpu_pooling import pool_before_relu
-from tidali.model.resnet import build_resnet18, load_matching, resnet18_activations, shrink_kernels
+from tidali.model.resnet import (
+    ARCHITECTURES,
+    build_resnet,
+    build_resnet18,
+    forward_gmacs,
+    load_matching,
+    shrink_kernels,
+    training_activations,
+)
+
+ARCHS = get_args(Arch)
+
+
+def drawn_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Random weights for a model on the device ``meta``; torchvision's own initialisation of 60 million takes seconds."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, tensor in model.state_dict().items():
+        fan_in = tensor[0].numel() if tensor.ndim else 1
+        uniform = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if tensor.ndim == 4:
+            uniform.uniform_(-((6 / fan_in) ** 0.5), (6 / fan_in) ** 0.5, generator=generator)
+        else:
+            uniform.fill_(1 if name.endswith(("weight", "var")) and tensor.ndim == 1 else 0)
+        state[name] = uniform
+    state["fc.weight"].uniform_(-0.1, 0.1, generator=generator)
+    return state
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_architecture_is_torchvisions(arch: Arch) -> None:
+    """What it computes, on the same weights; its parameters and counted multiply-adds against torchvision's documentation; and
+    the file, the hash and the normalisation of its ImageNet weights."""
+    with torch.device("meta"):
+        ours, theirs = build_resnet(arch, 1000, "imagenet"), torchvision.models.get_model(arch)
+    one, weights = ARCHITECTURES[arch], torchvision.models.get_model_weights(arch).IMAGENET1K_V1
+    gmacs, count = forward_gmacs(ours, (1, 3, 224, 224)), sum(parameter.numel() for parameter in ours.parameters())
+    assert gmacs == pytest.approx(weights.meta["_ops"], abs=0.0005)  # it has three digits
+    assert count == weights.meta["num_params"]
+    documented = f"| `{arch}` | {one.title} | `{one.weights_file}` | {count / 1e6:.1f} | {gmacs:.3f} |\n"
+    assert documented in (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert weights.url.endswith(f"/{arch}-{one.weights_sha256}.pth")
+    assert one.weights_file == f"{arch}-{one.weights_sha256}.pth"
+    assert len(one.weights_sha256) == 8
+    assert one.normalisation == (IMAGENET_MEAN, IMAGENET_STD)
+    computes_the_same(ours, theirs, drawn_state(theirs))
+
+
+@pytest.mark.parametrize("arch", ["resnet34", "resnet50", "resnext50_32x4d"])
+def test_the_small_stem_is_torchvisions_network_with_another_first_layer(arch: Arch) -> None:
+    with torch.device("meta"):
+        ours, theirs = build_resnet(arch, 5, "small"), torchvision.models.get_model(arch, num_classes=5)
+        theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    computes_the_same(ours, theirs, drawn_state(theirs))
+
+
+def computes_the_same(ours: nn.Module, theirs: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for model in (ours, theirs):
+        model.load_state_dict(state, assign=True)
+    with torch.inference_mode():
+        logits, expected = ours.eval()(images), theirs.eval()(images)
+    assert torch.equal(logits, expected)
+    assert logits.std() > 1e-3
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("resnet34", "resnet18"), ("resnet18", "resnet34")])
+def test_weights_of_another_architecture_are_recognised(given: Arch, wanted: Arch) -> None:
+    with torch.device("meta"):
+        source, model = (build_resnet(arch, 5, "imagenet") for arch in (given, wanted))
+    weights = {name: torch.zeros((), dtype=one.dtype).expand(one.shape) for name, one in source.state_dict().items()}
+    with pytest.raises(UsageError, match=rf"^file: the weights are those of a {ARCHITECTURES[given].title}; .*--arch {given}"):
+        load_matching(model, weights, "file", arch=wanted)
 
 
 @pytest.mark.parametrize("res", [32, 64])
@@ -142,19 +217,16 @@ def test_the_stem_is_resampled_where_that_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(("stem", "res"), [("imagenet", 64), ("imagenet", 224), ("small", 64)])
-def test_activations_are_what_autograd_keeps(stem: Stem, res: int) -> None:
-    """Counted by the tensors that a training step saves, each memory once, without weights."""
-    model = build_resnet18(10, stem).train()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in (*model.parameters(), *model.buffers())}
-    images, kept = torch.randn(2, 3, res, res), {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if tensor.is_floating_point() and storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes() // 4, tensor  # alive, so that no other takes its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(images).sum()
-    found = sum(elements for elements, _ in kept.values()) / len(images)
-    assert found == pytest.approx(resnet18_activations(stem, res), rel=0.1)  # the estimate counts the shortcuts' sums twice
+def test_activations_are_the_outputs_of_the_layers(stem: Stem, res: int) -> None:
+    """Counted by hand from ResNet-18's table: the output of each convolution, and of each batch norm or ReLU after it."""
+    stages = [(64, 4 * 2), (128, 5 * 2), (256, 5 * 2), (512, 5 * 2)]  # channels; convolutions, the shortcut's too, times two
+    side = res // 4 if stem == "imagenet" else res
+    expected = 2 * 64 * (res // 2) ** 2 + 64 * side**2 if stem == "imagenet" else 2 * 64 * side**2
+    expected += sum(maps * channels * (side >> stage) ** 2 for stage, (channels, maps) in enumerate(stages))
+    model = build_resnet18(10, stem).eval()
+    found = training_activations(model, res)
+    assert found == pytest.approx(expected, rel=0.1)  # this counts the shortcuts' sums twice, and leaves out the input
+    model.requires_grad_(False)
+    assert training_activations(model, res) == 0
+    assert not model.training
+    assert model.bn1.num_batches_tracked == 0

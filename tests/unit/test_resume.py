@@ -111,10 +111,10 @@ def test_a_loss_that_a_display_saw_too_late_names_the_state_before_it(
 def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of a ResNet: what is saved when does not depend on the network."""
 
-    def build(num_classes: int, stem: str, *, stem_bias: bool) -> nn.Module:
+    def build(arch: str, num_classes: int, stem: str, *, stem_bias: bool) -> nn.Module:
         return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, num_classes))
 
-    monkeypatch.setattr("tidali.training.setup.build_resnet18", build)
+    monkeypatch.setattr("tidali.training.setup.build_resnet", build)
 
 
 @pytest.mark.usefixtures("small_network")

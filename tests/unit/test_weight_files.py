@@ -190,9 +190,9 @@ def refused(model: nn.Module, path: Path, document: object, **options: Any) -> s
 @pytest.mark.parametrize(
     ("document", "names"),
     [
-        (DEEPER, "layer1.2.conv1.weight"),
-        ({"state_dict": under("module.", DEEPER)}, "layer1.2.conv1.weight"),
-        (WIDER, "layer1.0.conv1.weight"),
+        (DEEPER, "a ResNet-34; give --arch resnet34"),
+        ({"state_dict": under("module.", DEEPER)}, "a ResNet-34; give --arch resnet34"),
+        (WIDER, "a ResNet-50; give --arch resnet50"),
         ({name: tensor for name, tensor in STATE.items() if name != "layer2.0.bn1.weight"}, "layer2.0.bn1.weight"),
         ({name: tensor for name, tensor in STATE.items() if name != "conv1.weight"}, "conv1.weight"),
         ({**STATE, "conv1.weight": torch.zeros(64, 1, 7, 7)}, "(64, 1, 7, 7)"),

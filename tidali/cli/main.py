@@ -29,7 +29,7 @@ from tidali.hardware.limits import raise_open_files_limit
 
 app = typer.Typer(
     name="tidali",
-    help="From a folder of labelled images to a trained, measured ResNet-18.",
+    help="From a folder of labelled images to a trained, measured ResNet.",
     cls=ProgramWithExamples,
     invoke_without_command=True,
     pretty_exceptions_enable=False,

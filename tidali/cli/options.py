@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tidali.config import AmpChoice, CacheChoice, CompileChoice, DecoderChoice, DeviceChoice, check_res
+from tidali.config import AmpChoice, Arch, CacheChoice, CompileChoice, DecoderChoice, DeviceChoice, check_res
 from tidali.errors import UsageError
 
 RecipeName = Literal["seed", "modern", "photos"]
@@ -31,6 +31,7 @@ MaxBadOption = Annotated[
     int | None,
     data_option(min=0, help="How many corrupt images of a split to skip before the run fails.", show_default="0.1 % of it"),
 ]
+ArchOption = Annotated[Arch, model_option(help="The network, one of torchvision's ResNets.")]
 DeviceOption = Annotated[DeviceChoice, machine_option(help="Where to run; auto uses a GPU if there is one.")]
 AmpOption = Annotated[AmpChoice, machine_option(help="Mixed precision; auto chooses by device and prints why.")]
 CompileOption = Annotated[CompileChoice, machine_option(help="torch.compile; auto chooses by device and prints why.")]

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from tidali.cli.options import AmpOption, CacheOption, CompileOption, DataOption, DeviceOption
+from tidali.cli.options import AmpOption, ArchOption, CacheOption, CompileOption, DataOption, DeviceOption
 from tidali.errors import UsageError
 
 
@@ -24,6 +24,7 @@ def study(
     epochs_scale: Annotated[
         float, typer.Option(help="Multiply the number of epochs of every row by this; 0.2 gives a quick look.")
     ] = 1.0,
+    arch: ArchOption = "resnet18",
     imagenet_weights: Annotated[
         str | None,
         typer.Option(
@@ -58,6 +59,7 @@ def study(
         rows=tuple(name.strip() for name in rows.split(",") if name.strip()) if rows is not None else (),
         seeds=seeds,
         epochs_scale=epochs_scale,
+        arch=arch,
         imagenet_weights=imagenet_weights,
         device=device,
         amp=amp,

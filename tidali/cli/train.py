@@ -13,6 +13,7 @@ import typer
 
 from tidali.cli.options import (
     AmpOption,
+    ArchOption,
     CacheOption,
     CompileOption,
     DecoderOption,
@@ -40,6 +41,7 @@ def train(
         int | None,
         data_option(help="Input side in pixels.", show_default="the images' own side if all have the same, else 224"),
     ] = None,
+    arch: ArchOption = "resnet18",
     stem: Annotated[
         Stem, model_option(help="imagenet: 7x7/2 convolution and max-pool; small: 3x3/1 without pooling, for small images.")
     ] = "imagenet",
@@ -103,7 +105,7 @@ def train(
         run_option(metavar="RUN", help="Resume a stopped or killed run, with its own settings; no other option may be given."),
     ] = None,
 ) -> None:
-    """Train a ResNet-18 and evaluate it after each epoch.
+    """Train a ResNet and evaluate it after each epoch.
 
     Writes a run folder: config.json, metrics.jsonl, best.safetensors, last.safetensors (weights with class names inside) and
     summary.json.
@@ -140,6 +142,7 @@ def train(
         data=folder,
         out=out or "",
         res=res,
+        arch=arch,
         stem=stem,
         init=init,
         stem_init=stem_init,

@@ -19,6 +19,7 @@ from tidali.hardware.timing import Stopwatch
 from tidali.loading.data import free_memory_bytes
 from tidali.loading.route import choose_route
 from tidali.model.checkpoint import check_classes, find_checkpoint, load_model
+from tidali.model.resnet import title_of
 
 MIN_FREE_DISK_MIB = 1024
 """For a run folder: two sets of weights of 45 MB and a state of 134 MB. A new file is written before the old one is removed."""
@@ -96,4 +97,6 @@ def checkpoint(given: str, dataset: Dataset | None, plan: DevicePlan) -> Finding
     top1 = {name.removesuffix("_top1_percent"): value for name, value in card.metrics.items() if name.endswith("_top1_percent")}
     scores = "".join(f", {value:.2f} % top-1 on {split} when it was saved" for split, value in top1.items() if split != "train")
     fits = "" if dataset is None else "; its classes are the data set's"
-    return ok(f"{path}: ResNet-18, {card.stem} stem, {counted(len(card.classes), 'class')}, {card.res} px{scores}{fits}")
+    return ok(
+        f"{path}: {title_of(card.arch)}, {card.stem} stem, {counted(len(card.classes), 'class')}, {card.res} px{scores}{fits}"
+    )

@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tidali.config import AmpChoice, DeviceChoice, Kernel, Preprocess, Stem
+from tidali.config import AmpChoice, Arch, DeviceChoice, Kernel, Preprocess, Stem
 from tidali.dataset.contract import ClassName, Dataset
 from tidali.errors import UsageError
 from tidali.files import write_atomically
 from tidali.hardware.device import DevicePlan, plan_device
-from tidali.model.resnet import build_resnet18, load_matching
+from tidali.model.resnet import ARCHITECTURES, build_resnet, load_matching
 from tidali.model.weight_files import TORCH, is_safetensors, what_is
 
 SUFFIX = ".safetensors"
@@ -28,7 +28,8 @@ EVAL_BATCH_SIZE = 256
 METADATA_KEY = "tidali"  # safetensors metadata maps strings to strings: under this key, a JSON document
 STATE_KEY = "tidali-state"
 """In place of `METADATA_KEY` in the state of a run (`tidali.training.resume`)."""
-_METADATA_VERSION = 1
+_METADATA_VERSION = 2
+"""1: before `ModelCard.arch`, always ResNet-18's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class ModelCard:
     """Bicubic kernel that its images were resized with."""
     crop_fraction: float = 1.0
     """Share of the shorter side that its evaluation kept."""
+    arch: Arch = "resnet18"
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Of the evaluation after which the checkpoint was saved."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +64,7 @@ class ModelCard:
 
     def build_model(self) -> nn.Module:
         """The model that the weights belong to, with random weights."""
-        return build_resnet18(len(self.classes), self.stem, stem_bias=self.stem_bias)
+        return build_resnet(self.arch, len(self.classes), self.stem, stem_bias=self.stem_bias)
 
 
 def save_checkpoint(path: Path, weights: nn.Module | Mapping[str, Tensor], card: ModelCard) -> None:
@@ -118,8 +120,10 @@ def load_model(path: Path) -> tuple[nn.Module, ModelCard]:
         UsageError: not a tidali checkpoint, or its weights do not fit the model that its card describes, or are not finite.
     """
     card, weights = load_checkpoint(path)
+    if card.arch not in ARCHITECTURES:
+        raise UsageError(f"{path}: the weights of a network that this tidali does not know, {card.arch!r}")
     model = card.build_model()
-    report = load_matching(model, weights, str(path))
+    report = load_matching(model, weights, str(path), arch=card.arch)
     if report.fresh or report.unused:
         different = ", ".join([*report.fresh, *report.unused][:3])
         raise UsageError(f"{path}: the weights do not fit the model that its metadata describes ({different})")

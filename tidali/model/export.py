@@ -106,6 +106,7 @@ def describe(card: ModelCard, size: tuple[int, int]) -> dict[str, Any]:
         "crop_fraction": card.crop_fraction,
         "mean": list(card.mean),
         "std": list(card.std),
+        "arch": card.arch,
         "stem": card.stem,
         "metrics": dict(card.metrics),
     }

@@ -9,14 +9,13 @@ from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet18_Weights
 
-from tidali.config import IMAGENET_MEAN, IMAGENET_STD, StemInit
+from tidali.config import IMAGENET_MEAN, IMAGENET_STD, Arch, StemInit
 from tidali.dataset.contract import ClassName, Dataset
 from tidali.errors import TidaliError, UsageError, first_line
 from tidali.files import file_digest
 from tidali.model.checkpoint import METADATA_KEY, STATE_KEY, find_checkpoint, load_checkpoint, read_metadata, read_safetensors
-from tidali.model.resnet import LoadReport, load_matching
+from tidali.model.resnet import ARCHITECTURES, LoadReport, load_matching
 from tidali.model.weight_files import find_state_dict, is_safetensors, read_torch
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -27,26 +26,22 @@ IMAGENET_NAME = "torchvision IMAGENET1K_V1"
 NO_NORMALISATION: Normalisation = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-def imagenet_weights_path() -> Path:
+def imagenet_weights_path(arch: Arch = "resnet18") -> Path:
     """The file in torch's cache folder where torchvision stores the weights."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
+    return Path(torch.hub.get_dir()) / "checkpoints" / ARCHITECTURES[arch].weights_file
 
 
-def imagenet_sha256() -> str:
-    """How the hash of these weights begins: torchvision has it in the name of the file, resnet18-f37072fd.pth."""
-    return imagenet_weights_path().stem.rpartition("-")[2]
-
-
-def imagenet_weights() -> dict[str, Tensor]:
-    """torchvision's ``ResNet18_Weights.IMAGENET1K_V1``, from the cache or downloaded, with the hash checked.
+def imagenet_weights(arch: Arch = "resnet18") -> dict[str, Tensor]:
+    """torchvision's ``IMAGENET1K_V1`` weights, from the cache or downloaded, with the hash checked.
 
     Raises:
         TidaliError: not in the cache and not downloadable, or the cached file is a different one.
     """
-    weights, path = ResNet18_Weights.IMAGENET1K_V1, imagenet_weights_path()
+    architecture, path = ARCHITECTURES[arch], imagenet_weights_path(arch)
+    weights = architecture.weights
     try:
         # torch checks the hash of its own downloads only.
-        if path.exists() and not file_digest(path).startswith(imagenet_sha256()):
+        if path.exists() and not file_digest(path).startswith(architecture.weights_sha256):
             raise TidaliError(
                 f"--init imagenet: {path} is damaged or a different file (its SHA-256 is not the one in its name); remove it"
             )
@@ -60,7 +55,7 @@ def imagenet_weights() -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class InitialWeights:
-    """A ResNet-18's weights, and what is known of how they were trained."""
+    """A ResNet's weights, and what is known of how they were trained."""
 
     where: str
     tensors: Mapping[str, Tensor]
@@ -79,7 +74,7 @@ def file_weights(given: str) -> InitialWeights:
     The normalisation is in a tidali checkpoint; a head of 1,000 classes is taken to be ImageNet's.
 
     Raises:
-        UsageError: no such file, or it does not hold the weights of a ResNet-18.
+        UsageError: no such file, or it does not hold the weights of a ResNet.
     """
     try:
         path = find_checkpoint(given)
@@ -104,11 +99,17 @@ def file_weights(given: str) -> InitialWeights:
 
 
 def apply_init(
-    model: nn.Module, init: str, stem_init: StemInit = "fresh", classes: Sequence[ClassName] = ()
+    model: nn.Module,
+    init: str,
+    stem_init: StemInit = "fresh",
+    classes: Sequence[ClassName] = (),
+    *,
+    arch: Arch = "resnet18",
 ) -> tuple[LoadReport | None, Normalisation | None]:
     """Load the starting weights into the model.
 
     Args:
+        arch: the model's.
         classes: the model's, in label order: the report says where a head was loaded that may be for others.
 
     Returns:
@@ -117,11 +118,10 @@ def apply_init(
     if init == "none":
         return None, None
     if init == "imagenet":
-        normalisation = (IMAGENET_MEAN, IMAGENET_STD)
-        given = InitialWeights(where=init, tensors=imagenet_weights(), normalisation=normalisation)
+        given = InitialWeights(where=init, tensors=imagenet_weights(arch), normalisation=ARCHITECTURES[arch].normalisation)
     else:
         given = file_weights(init)
-    report = load_matching(model, given.tensors, f"--init {given.where}", stem_init=stem_init)
+    report = load_matching(model, given.tensors, f"--init {given.where}", arch=arch, stem_init=stem_init)
     notes = (note,) if "fc.weight" in report.loaded and (note := _other_head(given.classes, classes)) else ()
     return replace(report, unused=(*report.unused, *given.others), notes=notes), given.normalisation
 

@@ -1,39 +1,93 @@
-"""torchvision's ResNet-18 with either stem, its logits, and weights loaded into it."""
+"""torchvision's ResNets with either stem, their logits and cost, and weights loaded into them."""
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import resnet18
+from torchvision import models
+from torchvision.models import WeightsEnum
 
-from tidali.config import Stem, StemInit
+from tidali.config import Arch, Stem, StemInit
 from tidali.errors import UsageError, some_of
 from tidali.hardware.device import DevicePlan
 
 
-def build_resnet18(num_classes: int, stem: Stem, *, stem_bias: bool = False) -> nn.Module:
-    """A randomly initialised ResNet-18.
+@dataclass(frozen=True)
+class Architecture:
+    """One of torchvision's ResNets."""
+
+    title: str
+    build: Callable[..., nn.Module]
+    weights: WeightsEnum
+    """torchvision's ImageNet weights: their URL, and the normalisation of their images. The URL ends in the name of the file,
+    which has the beginning of its SHA-256."""
+
+    @property
+    def weights_file(self) -> str:
+        """Such as ``resnet18-f37072fd.pth``."""
+        return str(self.weights.url).rsplit("/", 1)[-1]
+
+    @property
+    def weights_sha256(self) -> str:
+        """How the SHA-256 of the file begins."""
+        return self.weights_file.removesuffix(".pth").rpartition("-")[2]
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and standard deviation per RGB channel on a 0..1 scale, with which the weights were trained."""
+        transforms = self.weights.transforms()
+        return tuple(transforms.mean), tuple(transforms.std)
+
+
+# The first version of each network's weights: torchvision trained all of these alike, as it did ResNet-18's only ones.
+ARCHITECTURES: Mapping[Arch, Architecture] = {
+    "resnet18": Architecture("ResNet-18", models.resnet18, models.ResNet18_Weights.IMAGENET1K_V1),
+    "resnet34": Architecture("ResNet-34", models.resnet34, models.ResNet34_Weights.IMAGENET1K_V1),
+    "resnet50": Architecture("ResNet-50", models.resnet50, models.ResNet50_Weights.IMAGENET1K_V1),
+    "resnet101": Architecture("ResNet-101", models.resnet101, models.ResNet101_Weights.IMAGENET1K_V1),
+    "resnet152": Architecture("ResNet-152", models.resnet152, models.ResNet152_Weights.IMAGENET1K_V1),
+    "wide_resnet50_2": Architecture("Wide ResNet-50-2", models.wide_resnet50_2, models.Wide_ResNet50_2_Weights.IMAGENET1K_V1),
+    "resnext50_32x4d": Architecture("ResNeXt-50 32x4d", models.resnext50_32x4d, models.ResNeXt50_32X4D_Weights.IMAGENET1K_V1),
+}
+WEIGHTS_LICENCE = "BSD-3-Clause, torchvision's; the terms of ImageNet, which they were trained on, may bind their use too"
+"""Of all weights in `ARCHITECTURES`: torchvision names no other, and says so of the data that its weights were trained on."""
+
+
+def title_of(arch: str) -> str:
+    """The title of an architecture; an unknown one's own name."""
+    return next((one.title for name, one in ARCHITECTURES.items() if name == arch), arch)
+
+
+def build_resnet(arch: Arch, num_classes: int, stem: Stem, *, stem_bias: bool = False) -> nn.Module:
+    """A randomly initialised ResNet.
 
     Its input is images (N, 3, H, W) float, any memory layout, H and W at least 32; its output logits (N, num_classes).
 
     Args:
         stem: ``imagenet`` is torchvision's 7x7/2 convolution and 3x3/2 max-pool; ``small`` is a 3x3/1 convolution and no
-            pooling: four times the side of every feature map for 15 times the work (2.222 against 0.148 GMAC at 64 px).
+            pooling: four times the side of every feature map for about 16 times the work (2.222 against 0.148 GMAC for
+            ResNet-18 at 64 px).
         stem_bias: give the small stem's convolution a bias, as the original study's fifth row has.
     """
-    model = resnet18(weights=None, num_classes=num_classes)
+    model = ARCHITECTURES[arch].build(weights=None, num_classes=num_classes)
     if stem == "small":
         model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=stem_bias)
         # As torchvision initialises the stock one.
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
     return model
+
+
+def build_resnet18(num_classes: int, stem: Stem, *, stem_bias: bool = False) -> nn.Module:
+    """`build_resnet` of ResNet-18."""
+    return build_resnet("resnet18", num_classes, stem, stem_bias=stem_bias)
 
 
 @torch.inference_mode()
@@ -64,20 +118,33 @@ def forward_gmacs(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype =
     return counter.get_total_flops() / 2e9
 
 
-def resnet18_gmacs(num_classes: int, stem: Stem, res: int) -> float:
+def resnet_gmacs(arch: Arch, num_classes: int, stem: Stem, res: int) -> float:
     """`forward_gmacs` of an image of ``res`` x ``res`` pixels."""
     with torch.device("meta"):
-        model = build_resnet18(num_classes, stem)
+        model = build_resnet(arch, num_classes, stem)
     return forward_gmacs(model, (1, 3, res, res))
 
 
-def resnet18_activations(stem: Stem, res: int) -> int:
-    """Elements of feature maps that a training step keeps of an image for the backward pass: each convolution's output, and
-    that of each batch norm or ReLU after it."""
-    stages = [(64, 4 * 2), (128, 5 * 2), (256, 5 * 2), (512, 5 * 2)]  # channels; convolutions, the shortcut's too, times two
-    side = res // 4 if stem == "imagenet" else res
-    kept = 2 * 64 * (res // 2) ** 2 + 64 * side**2 if stem == "imagenet" else 2 * 64 * side**2
-    return kept + sum(maps * channels * (side >> stage) ** 2 for stage, (channels, maps) in enumerate(stages))
+def training_activations(model: nn.Module, res: int) -> int:
+    """Elements of feature maps that a training step keeps of an image of ``res`` x ``res`` pixels for the backward pass: what
+    autograd saves, each memory once, without weights. Nothing is computed, and the model is not changed."""
+    on_meta, count = copy.deepcopy(model).to("meta").train(), 2
+    weights = {_memory(tensor) for tensor in (*on_meta.parameters(), *on_meta.buffers())}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and _memory(tensor) not in weights:
+            # The tensor stays alive, so that no other takes its memory.
+            kept[_memory(tensor)] = tensor.untyped_storage().nbytes() // tensor.itemsize, tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        on_meta(torch.zeros(count, 3, res, res, device="meta"))
+    return sum(elements for elements, _ in kept.values()) // count
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,17 +178,25 @@ _BODY = re.compile(r"(conv|bn|layer|stage|block)\d")
 """How the names of the tensors of a network's body begin."""
 
 
-def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str, *, stem_init: StemInit = "fresh") -> LoadReport:
-    """Copy weights into a ResNet-18. All of its body must be in them and nothing of another body, so that weights of another
+def load_matching(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    where: str,
+    *,
+    arch: Arch = "resnet18",
+    stem_init: StemInit = "fresh",
+) -> LoadReport:
+    """Copy weights into a ResNet. All of its body must be in them and nothing of another body, so that weights of another
     network are never taken for part of this one's. The head may be for other classes, the stem of the other kind.
 
     Args:
         weights: by torchvision's names.
         where: the weights' source, for the error messages.
+        arch: the model's.
         stem_init: ``resample`` resamples the first convolution's kernels to the model's size where that is smaller.
 
     Raises:
-        UsageError: these are not weights of a ResNet-18, or not finite.
+        UsageError: these are not weights of such a ResNet, or not finite.
     """
     own, weights = model.state_dict(), dict(weights)
     resampled: tuple[str, ...] = ()
@@ -145,8 +220,11 @@ def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str, *
         if not name.startswith(_HEAD) and name != _STEM_BIAS and not (name == _STEM and other_stem)
     ]
     unused = tuple(name for name in weights if name not in own)
+    title = title_of(arch)
+    if (wrong or any(map(_BODY.match, unused))) and (other := _recognise(weights)) is not None and other != arch:
+        raise UsageError(f"{where}: the weights are those of a {title_of(other)}; give --arch {other} for it")
     if wrong:
-        raise UsageError(f"{where}: the weights do not fit the model, a ResNet-18: {some_of(wrong, _NAMED)}")
+        raise UsageError(f"{where}: the weights do not fit the model, a {title}: {some_of(wrong, _NAMED)}")
     twice = [
         f"{known} is in it twice, also as {name}"
         for name in unused
@@ -157,13 +235,29 @@ def load_matching(model: nn.Module, weights: Mapping[str, Tensor], where: str, *
         raise UsageError(f"{where}: {some_of(twice, _NAMED)}; save one model alone")
     foreign = [name for name in unused if name != _STEM_BIAS and _of_a_body(name, weights[name])]
     if foreign:
-        raise UsageError(f"{where}: the weights are of another network: a ResNet-18 has no {some_of(foreign, _NAMED)}")
+        raise UsageError(f"{where}: the weights are of another network: a {title} has no {some_of(foreign, _NAMED)}")
     broken = [name for name in loaded if weights[name].is_floating_point() and not weights[name].float().isfinite().all()]
     if broken:
         fix = "take an earlier checkpoint, or train it again with a lower learning rate"
         raise UsageError(f"{where}: {len(broken)} tensors are not finite, {broken[0]} is the first; {fix}")
     model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
     return LoadReport(loaded=loaded, fresh=fresh, unused=unused, resampled=resampled)
+
+
+def _recognise(weights: Mapping[str, Tensor]) -> Arch | None:
+    """The architecture whose stages these are, whatever the stem and the head."""
+    for arch in ARCHITECTURES:
+        with torch.device("meta"):
+            own = build_resnet(arch, 1, "imagenet").state_dict()
+        stages = {name: tensor for name, tensor in own.items() if _of_a_stage(name)}
+        given = {name for name in weights if _of_a_stage(name)}
+        if given == stages.keys() and not any(_misfit(weights[name], tensor) for name, tensor in stages.items()):
+            return arch
+    return None
+
+
+def _of_a_stage(name: str) -> bool:
+    return name.startswith("layer") and not name.endswith("num_batches_tracked")
 
 
 def _misfit(given: Tensor | None, own: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Weights in a file of any program: what kind of file it is, and the ResNet-18 in it, under torchvision's names.
+"""Weights in a file of any program: what kind of file it is, and the ResNet in it, under torchvision's names.
 
 Nothing is decided by a file's name, and no pickled code is run."""
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from tidali.errors import UsageError, some_of
 
 _ANCHOR = "layer1.0.conv1.weight"
-"""A tensor that every ResNet-18 has, by which its state dict is found in a file, and what stands before its names."""
+"""A tensor that every ResNet has, by which its state dict is found in a file, and what stands before its names."""
 _USUAL_ENTRIES = ("state_dict", "model_state_dict", "model")
 """Of a checkpoint: where its weights are if it has averaged ones, or others, too."""
 _SHOWN = 6  # names in a message
@@ -41,7 +41,7 @@ class StateDict(NamedTuple):
     """What was found in a file."""
 
     tensors: dict[str, Tensor]
-    """Under the names that a ResNet-18 has if nothing is left over."""
+    """Under the names that a ResNet has if nothing is left over."""
     others: tuple[str, ...]
     """What else is in the file, by name."""
 
@@ -108,7 +108,7 @@ def _harmless() -> list[Any]:
 
 
 def find_state_dict(document: object, where: str) -> StateDict:
-    """The state dict of a ResNet-18 in what a file holds, wherever it is in it and whatever wrapper its names begin with.
+    """The state dict of a ResNet in what a file holds, wherever it is in it and whatever wrapper its names begin with.
 
     Args:
         where: the file, for messages.
@@ -125,7 +125,7 @@ def find_state_dict(document: object, where: str) -> StateDict:
             raise UsageError(f"{where}: holds a value of type {type(document).__name__}, not a state dict")
         fullest = max(mappings.values(), key=lambda one: sum(isinstance(value, Tensor) for value in one.values()))
         raise UsageError(
-            f"{where}: no ResNet-18 is in it, {_ANCHOR} is missing; its keys are {_listed(map(str, fullest)) or 'none'}"
+            f"{where}: no ResNet is in it, {_ANCHOR} is missing; its keys are {_listed(map(str, fullest)) or 'none'}"
         )
     if len(found) > 1:
         raise UsageError(f"{where}: {len(found)} models are in it, {_listed(found)}; save one of them alone")

@@ -13,6 +13,7 @@ from tidali.dataset.source import open_data
 from tidali.errors import TidaliError, UsageError
 from tidali.files import write_atomically
 from tidali.model.checkpoint import SUFFIX
+from tidali.model.resnet import title_of
 from tidali.report.drawing import legend_entries
 from tidali.report.figures import accuracy, by_epoch, loss, throughput, waiting
 from tidali.report.insight import inspect_checkpoint
@@ -121,7 +122,8 @@ def _figure(epoch: Mapping[str, Any], field: str, digits: int = 2) -> str:
 def _made_of(run: Run) -> str:
     stem, init, res, recipe, data = (run.settings.get(name, "?") for name in ("stem", "init", "res", "recipe", "data"))
     start = "random weights" if init == "none" else init
-    return f"ResNet-18, {stem} stem, from {start}, {res} px, recipe {recipe}, on {data}"
+    arch = title_of(run.settings.get("arch", "resnet18"))  # settings before there was a choice
+    return f"{arch}, {stem} stem, from {start}, {res} px, recipe {recipe}, on {data}"
 
 
 def _versions(runs: Sequence[Run]) -> str:

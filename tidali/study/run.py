@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tidali.config import AmpChoice, CacheChoice, CompileChoice, DeviceChoice, Recipe, Stem, TrainSettings
+from tidali.config import AmpChoice, Arch, CacheChoice, CompileChoice, DeviceChoice, Recipe, Stem, TrainSettings
 from tidali.console import say
 from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError, UsageError
@@ -27,7 +27,7 @@ from tidali.hardware.device import plan_device
 from tidali.hardware.versions import versions
 from tidali.model.checkpoint import SUFFIX, load_model
 from tidali.model.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, imagenet_weights_path
-from tidali.model.resnet import forward_gmacs, resnet18_gmacs
+from tidali.model.resnet import forward_gmacs, resnet_gmacs
 from tidali.model.served import ServedModel
 from tidali.study.inputs import content_hash, read_json, record_inputs, refuse_other_inputs
 from tidali.study.page import write_study_page
@@ -56,6 +56,8 @@ class StudySettings:
     """Runs of each row, with seeds 0, 1, ...; a run starts from the weights of the run with the same seed."""
     epochs_scale: float = 1.0
     """Factor on the number of epochs of every row, for a quick look."""
+    arch: Arch = "resnet18"
+    """The network of every row."""
     imagenet_weights: str | None = None
     """A file to use instead of torchvision's ImageNet weights."""
     device: DeviceChoice = "auto"
@@ -124,12 +126,16 @@ class Study:
             self.weights = {"name": given, "path": path, "sha256": file_digest(Path(path))}
             return
         try:
-            imagenet_weights()
+            imagenet_weights(self.settings.arch)
         except TidaliError as error:
             self.why_no_weights = f"needs ImageNet weights, or --imagenet-weights PATH ({error})"
             say(f"rows that start from ImageNet weights are skipped: {error}; or give --imagenet-weights PATH")
             return
-        self.weights = {"name": IMAGENET_NAME, "path": IMAGENET, "sha256": file_digest(imagenet_weights_path())}
+        self.weights = {
+            "name": IMAGENET_NAME,
+            "path": IMAGENET,
+            "sha256": file_digest(imagenet_weights_path(self.settings.arch)),
+        }
 
     def document(self, command: str) -> dict[str, Any]:
         """The content of study.json, without rows."""
@@ -144,6 +150,7 @@ class Study:
                 "evaluated_on": self.split,
                 "eval_samples": self.dataset.split(self.split).samples,
             },
+            "arch": self.settings.arch,
             "epochs_scale": self.settings.epochs_scale,
             "seeds": list(self.seeds),
             "initial_weights": self.weights and {name: self.weights[name] for name in ("name", "sha256")},
@@ -251,6 +258,7 @@ class Study:
             data=self.settings.data,
             out=str(folder),
             res=row.res,
+            arch=self.settings.arch,
             stem=row.stem,
             init=start,
             stem_init=row.stem_init,
@@ -295,7 +303,7 @@ class Study:
         return float(known[key])
 
     def gmacs(self, stem: Stem, res: int) -> float:
-        return resnet18_gmacs(len(self.dataset.manifest.classes), stem, res)
+        return resnet_gmacs(self.settings.arch, len(self.dataset.manifest.classes), stem, res)
 
     def served_gmacs(self, row: Row) -> float:
         """Of the network and of the resize inside it."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from tidali.config import Recipe
 from tidali.errors import counted
-from tidali.model.pretrained import IMAGENET_NAME, imagenet_sha256
+from tidali.model.pretrained import IMAGENET_NAME
+from tidali.model.resnet import ARCHITECTURES, title_of
 from tidali.report.page import BEST_IS_BIASED
 from tidali.study.rows import IMAGENET, Row
 
@@ -82,13 +83,16 @@ def measured_on(study: Mapping[str, Any]) -> str:
 def notes(study: Mapping[str, Any]) -> list[str]:
     """What a reader must know to understand the table, in a sentence or two each."""
     data, weights = study["data"], study["initial_weights"]
-    out = ["Published: the original study on Tiny-ImageNet, best epoch."]
+    arch = study.get("arch", "resnet18")  # studies before there was a choice
+    out = ["Published: the original study of ResNet-18 on Tiny-ImageNet, best epoch."]
+    if arch != "resnet18":
+        out[0] += f" These rows are a {title_of(arch)}'s."
     if data["classes"] != 200 or data["train_samples"] != 100_000:
         out[0] += " These are other data: compare the order of the rows, not the values."
     out.append(BEST_IS_BIASED if data["evaluated_on"] == "val" else f"“Best” is the best epoch on {data['evaluated_on']}.")
     if weights is not None:
         name = f"{weights['name']} (SHA-256 {weights['sha256'][:16]}…)"
-        if weights["name"] == IMAGENET_NAME or weights["sha256"].startswith(imagenet_sha256()):
+        if weights["name"] == IMAGENET_NAME or weights["sha256"].startswith(ARCHITECTURES[arch].weights_sha256):
             out.append(
                 f"“ImageNet” is {name}. If the classes are among ImageNet's, as Tiny-ImageNet's are, the accuracy says little "
                 f"about other data."

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from tidali.config import RECIPES, CacheChoice, Preprocess, Stem, TrainSettings
+from tidali.config import RECIPES, CacheChoice, Preprocess, TrainSettings
 from tidali.console import say
 from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError, counted
@@ -20,7 +20,7 @@ from tidali.loading.data import Data
 from tidali.loading.sizes import SizePlan
 from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard
 from tidali.model.pretrained import apply_init, choose_normalisation
-from tidali.model.resnet import LoadReport, build_resnet18, resnet18_activations
+from tidali.model.resnet import LoadReport, build_resnet, title_of, training_activations
 from tidali.training.engine import TrainState, make_train_state
 from tidali.training.schedule import make_schedule
 
@@ -60,8 +60,10 @@ def set_up(
     sizes = SizePlan.of(settings.res, recipe.train_sizes, recipe.size_order, epochs=recipe.epochs, seed=settings.seed)
     torch.manual_seed(settings.seed)
     stem_bias = recipe.stem_bias and settings.stem == "small"
-    model = build_resnet18(len(dataset.manifest.classes), settings.stem, stem_bias=stem_bias)
-    load_report, init_normalisation = apply_init(model, settings.init, settings.stem_init, dataset.manifest.classes)
+    model = build_resnet(settings.arch, len(dataset.manifest.classes), settings.stem, stem_bias=stem_bias)
+    load_report, init_normalisation = apply_init(
+        model, settings.init, settings.stem_init, dataset.manifest.classes, arch=settings.arch
+    )
     mean, std = choose_normalisation(recipe.normalise, init_normalisation, dataset)
     data = Data(
         dataset,
@@ -70,7 +72,7 @@ def set_up(
         decoder=settings.decoder,
         max_bad=settings.max_bad,
         ranks=ranks,
-        training_bytes=training_bytes(plan, settings.stem, max(sizes.sides), -(-batch_size // recipe.accumulate)),
+        training_bytes=training_bytes(plan, model, max(sizes.sides), -(-batch_size // recipe.accumulate)),
     )
     preprocess = Preprocess(res=settings.res, mean=mean, std=std, kernel=recipe.kernel, crop_fraction=recipe.crop_fraction)
     training = Training(augment=recipe.augment, seed=settings.seed, sizes=sizes)
@@ -87,6 +89,7 @@ def set_up(
     state = make_train_state(model, plan, make_schedule(recipe, len(train_batches)), recipe, ranks=ranks)
     card = ModelCard(
         classes=dataset.manifest.classes,
+        arch=settings.arch,
         stem=settings.stem,
         stem_bias=stem_bias,
         res=settings.res,
@@ -108,7 +111,7 @@ def set_up(
     )
 
 
-def training_bytes(plan: DevicePlan, stem: Stem, res: int, batch_size: int) -> int:
+def training_bytes(plan: DevicePlan, model: nn.Module, res: int, batch_size: int) -> int:
     """The memory that training takes besides the pixels, by an estimate (not measured on a GPU): the activations of a batch,
     and weights, gradients, momentum, averages and the libraries' work space.
 
@@ -116,7 +119,7 @@ def training_bytes(plan: DevicePlan, stem: Stem, res: int, batch_size: int) -> i
         res: the largest input side in pixels.
         batch_size: of one forward pass on one rank.
     """
-    return batch_size * resnet18_activations(stem, res) * plan.images_dtype.itemsize + _FIXED_BYTES
+    return batch_size * training_activations(model, res) * plan.images_dtype.itemsize + _FIXED_BYTES
 
 
 def refuse_graphs_beside_dali(plan: DevicePlan, *given: Batches) -> None:
@@ -182,7 +185,7 @@ def announce(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks:
 
     train_images = counted(dataset.split("train").samples, "train image")
     fact("data", f"{dataset.root}: {train_images}, {counted(len(dataset.manifest.classes), 'class')}")
-    fact("model", f"ResNet-18, {settings.stem} stem, init {settings.init}, {settings.res} x {settings.res} px")
+    fact("model", f"{title_of(settings.arch)}, {settings.stem} stem, init {settings.init}, {settings.res} x {settings.res} px")
     for line in setup.load_report.lines() if setup.load_report else ():
         fact("", line)
     epochs = f"{counted(recipe.epochs, 'epoch')} of {counted(len(setup.train_batches), 'step')}"
