@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import zlib
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from shards.duplicates import Contents, read_contents
+from shards.duplicates import Contents
+from shards.hashed_file import HashedFile
 from shards.record import ShardSummary, summarise, unseal
 from tidali.dataset.contract import Shard
 from tidali.dataset.shard_bytes import (
@@ -66,7 +67,7 @@ class ShardCheck:
     faults: list[Fault] = field(default_factory=list)
     summary: ShardSummary | None = None
     """From the record, if it is intact."""
-    ordinals: list[int] = field(default_factory=list)
+    ordinals: array[int] = field(default_factory=lambda: array("q"))
     """Of the samples and of the quarantined files."""
     contents: Contents = field(default_factory=Contents)
     """Of an intact shard; empty otherwise."""
@@ -91,18 +92,24 @@ def check_shard(
     check = ShardCheck()
     record = _check_record(root, shard, file_of, check)
     digits = 0 if split in unlabelled else label_digits(num_classes)
-    tar_fault = _hash_fault(root, shard.name, shard.sha256, shard.size_bytes, file_of)
     index_fault = _hash_fault(root, shard.index_name, shard.index_sha256, None, file_of)
     if record is not None and record["sha256"] != shard.sha256:
         record = None  # the record of another tar: checking this tar against it would report a thousand false faults
+    expected = [] if record is None else list(_expected_members(record, digits))
+    found: list[Fault] = []
+    contents = Contents()
+
+    def read_tar(path: Path) -> str:
+        with HashedFile(path) as tar:
+            if record is not None:
+                found.extend(_check_members(shard.name, tar, expected, contents, decode, second_decoder))
+            return tar.sha256()
+
+    tar_fault = _hash_fault(root, shard.name, shard.sha256, shard.size_bytes, file_of, read_tar)
     if record is not None:
-        expected = list(_expected_members(record, digits))
         index_fault = index_fault and _which_line(root, shard, record, digits, index_fault)
-        found = (
-            []
-            if tar_fault and "is that of" in tar_fault.text
-            else list(_check_members(root, shard, expected, decode, second_decoder))
-        )
+        if tar_fault and "is that of" in tar_fault.text:
+            found.clear()
         found += _check_labels(shard, record, num_classes, digits)
         check.faults += found[:_MOST_FAULTS_A_FILE]
         if len(found) > _MOST_FAULTS_A_FILE:
@@ -111,7 +118,7 @@ def check_shard(
             tar_fault = None  # the members' faults are more precise
         check.faults += _check_quarantine(root, record)
         if not tar_fault and not found:
-            check.contents = read_contents(root / shard.name, record["samples"])
+            check.contents = contents
     check.faults += [fault for fault in (tar_fault, index_fault) if fault]
     return check
 
@@ -119,12 +126,20 @@ def check_shard(
 # ---------------------------------------------------------------------------------------------------------------------- files
 
 
-def _hash_fault(root: Path, name: str, sha256: str, size_bytes: int | None, file_of: Mapping[str, str]) -> Fault | None:
+def _hash_fault(
+    root: Path,
+    name: str,
+    sha256: str,
+    size_bytes: int | None,
+    file_of: Mapping[str, str],
+    read: Callable[[Path], str] = file_digest,
+) -> Fault | None:
+    """``read`` returns the SHA-256 of a file."""
     try:
         size_there = (root / name).stat().st_size
         if size_there == 0:
             return Fault(name, "is empty")
-        there = file_digest(root / name)
+        there = read(root / name)
     except FileNotFoundError:
         return Fault(name, "is missing")
     except OSError as error:
@@ -149,7 +164,8 @@ def _check_record(root: Path, shard: Shard, file_of: Mapping[str, str], check: S
         if fault and "is that of" in fault.text:
             return None
         check.summary = summarise(shard.record_name.removesuffix(".json"), sealed, record)
-        check.ordinals = [int(entry["key"].partition("_")[0]) for part in ("samples", "quarantined") for entry in record[part]]
+        entries = [*record["samples"], *record["quarantined"]]
+        check.ordinals = array("q", [int(entry["key"].partition("_")[0]) for entry in entries])
     except (OSError, ValueError, KeyError, TypeError) as error:
         if not fault:
             check.faults.append(Fault(shard.record_name, f"is not a record of a shard ({error})"))
@@ -178,48 +194,54 @@ class _Member:
     display_size: tuple[int, int] | None
     """Height and width of an image, None of a label."""
     source: str
+    label: int | None
 
 
 def _expected_members(record: dict[str, Any], digits: int) -> Iterator[_Member]:
     for sample in record["samples"]:
         key, offset, size_bytes = sample["key"], sample["offset"], sample["size_bytes"]
         image = Component(sample["extension"], offset, size_bytes, f"{key}.{sample['extension']}")
-        yield _Member(key, image, sample["crc32"], (sample["height"], sample["width"]), sample["source"])
+        yield _Member(key, image, sample["crc32"], (sample["height"], sample["width"]), sample["source"], sample["label"])
         if digits and sample["label"] is not None:
             offset += size_bytes + len(padding(size_bytes)) + BLOCK_BYTES
             label = label_bytes(sample["label"], digits)
             component = Component(LABEL_EXTENSION, offset, len(label), f"{key}.{LABEL_EXTENSION}")
-            yield _Member(key, component, zlib.crc32(label), None, sample["source"])
+            yield _Member(key, component, zlib.crc32(label), None, sample["source"], sample["label"])
 
 
 def _check_members(
-    root: Path, shard: Shard, expected: list[_Member], decode: bool, second_decoder: SecondDecoder | None
+    name: str,
+    tar: HashedFile,
+    expected: list[_Member],
+    contents: Contents,
+    decode: bool,
+    second_decoder: SecondDecoder | None,
 ) -> Iterator[Fault]:
-    try:
-        with open(root / shard.name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
-            end = 0
-            for member in expected:
-                yield from _check_member(shard.name, tar, member, end, decode, second_decoder)
-                end = member.component.offset + member.component.size_bytes + len(padding(member.component.size_bytes))
-            if tar[end:] != END_OF_ARCHIVE and len(tar) > end:
-                yield Fault(shard.name, "does not end as a tar does after its last sample", offset=end)
-    except (OSError, ValueError):
-        return  # missing or empty: already reported
+    end = 0
+    for member in expected:
+        part = member.component
+        if part.offset + part.size_bytes > len(tar):
+            yield Fault(name, f"ends before the end of {part.name}", key=member.key, offset=part.offset)
+        else:
+            if part.offset != end + BLOCK_BYTES:
+                yield Fault(name, f"{part.name} does not follow the member before it", key=member.key, offset=part.offset)
+            header = tar.read(part.offset - BLOCK_BYTES, part.offset)
+            data = tar.read(part.offset, part.offset + part.size_bytes)
+            yield from _check_member(name, header, data, member, decode, second_decoder)
+            if member.display_size is not None:
+                contents.add(data, member.label)
+        end = part.offset + part.size_bytes + len(padding(part.size_bytes))
+    if tar.read(end, len(tar)) != END_OF_ARCHIVE and len(tar) > end:
+        yield Fault(name, "does not end as a tar does after its last sample", offset=end)
 
 
 def _check_member(
-    name: str, tar: mmap.mmap, member: _Member, end: int, decode: bool, second_decoder: SecondDecoder | None
+    name: str, header: bytes, data: bytes, member: _Member, decode: bool, second_decoder: SecondDecoder | None
 ) -> Iterator[Fault]:
     part = member.component
-    if part.offset + part.size_bytes > len(tar):
-        yield Fault(name, f"ends before the end of {part.name}", key=member.key, offset=part.offset)
-        return
-    if part.offset != end + BLOCK_BYTES:
-        yield Fault(name, f"{part.name} does not follow the member before it", key=member.key, offset=part.offset)
-    if tar[part.offset - BLOCK_BYTES : part.offset] != member_header(part.name, part.size_bytes):
+    if header != member_header(part.name, part.size_bytes):
         text = f"no header of {part.name} with {part.size_bytes} bytes"
         yield Fault(name, text, key=member.key, offset=part.offset - BLOCK_BYTES)
-    data = tar[part.offset : part.offset + part.size_bytes]
     if zlib.crc32(data) != member.crc32:
         what = "the image's bytes are not those that were packed (CRC-32)"
         if member.display_size is None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from shards.check import Fault, SecondDecoder, ShardCheck, check_shard
 from shards.duplicates import find_repeated, name_repeated
@@ -122,11 +123,9 @@ def _ordinals(shards: list[tuple[str, Shard]], checks: list[ShardCheck]) -> Iter
     """Each key begins with the sample's position in the split's listing, which must be unique."""
     for split in dict.fromkeys(name for name, _ in shards):
         mine = [(shard.name, check) for (name, shard), check in zip(shards, checks, strict=True) if name == split]
-        counts = Counter(ordinal for _, check in mine for ordinal in check.ordinals)
-        if len(counts) == sum(len(check.ordinals) for _, check in mine):
-            continue
-        for ordinal in sorted(ordinal for ordinal, count in counts.items() if count > 1):
-            names = [name for name, check in mine for other in check.ordinals if other == ordinal]
+        ordinals = np.sort(np.concatenate([np.frombuffer(check.ordinals, np.int64) for _, check in mine]))
+        for ordinal in np.unique(ordinals[1:][ordinals[1:] == ordinals[:-1]]).tolist():
+            names = [name for name, check in mine for _ in range(check.ordinals.count(ordinal))]
             yield Fault(names[-1], f"key {ordinal:08d}_... is in {' and in '.join(names)}: a sample twice", _REPACK)
 
 

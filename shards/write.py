@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shards.duplicates import Contents, read_contents
+from shards.hashed_file import HashedFile
 from shards.images import Inspected, Unusable, inspect
 from shards.items import Item
 from shards.pixels import ChannelSums
@@ -200,12 +201,13 @@ def _finished(task: ShardTask, sealed: bytes, store: Store, folder: Path, plan_i
         summary = summarise(task.stem, sealed, record)  # refuses names that lead out of the folder, before any is used
         tar_name, index_name, _ = task.file_names
         store.fetch(folder, [index_name, tar_name, *(entry["file"] for entry in record["quarantined"])])
-        right = (
-            file_digest(folder / index_name) == record["index_sha256"]
-            and all(file_digest(folder / entry["file"]) == entry["sha256"] for entry in record["quarantined"])
-            and file_digest(folder / tar_name) == record["sha256"]
-        )
-        return (summary, read_contents(folder / tar_name, record["samples"])) if right else None
+        if file_digest(folder / index_name) != record["index_sha256"] or any(
+            file_digest(folder / entry["file"]) != entry["sha256"] for entry in record["quarantined"]
+        ):
+            return None
+        with HashedFile(folder / tar_name) as tar:
+            contents = read_contents(tar, record["samples"])
+            return (summary, contents) if tar.sha256() == record["sha256"] else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from shards.duplicates import Repeated, find_repeated, read_contents
+from shards.hashed_file import HashedFile
 from shards.verify import verify
 from tidali.dataset.contract import MANIFEST_NAME
 from tidali.errors import TidaliError, UsageError
@@ -114,9 +115,11 @@ def test_equal_crc_and_size_are_not_enough(tmp_path: Path) -> None:
     assert (zlib.crc32(one), len(one)) == (zlib.crc32(other), len(other))
     (tmp_path / "a.tar").write_bytes(one + other)
     samples = [{"offset": start, "size_bytes": len(one), "label": n} for n, start in enumerate((0, len(one)))]
-    assert find_repeated([("train", read_contents(tmp_path / "a.tar", samples))]) == Repeated()
+    with HashedFile(tmp_path / "a.tar") as tar:
+        assert find_repeated([("train", read_contents(tar, samples))]) == Repeated()
     (tmp_path / "a.tar").write_bytes(one + one)
-    found = find_repeated([("train", read_contents(tmp_path / "a.tar", samples))])
+    with HashedFile(tmp_path / "a.tar") as tar:
+        found = find_repeated([("train", read_contents(tar, samples))])
     assert (len(found.in_splits), len(found.in_classes)) == (0, 1)
 
 
