@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tidali import console
+from tidali.config import Preprocess
+from tidali.dataset.contract import open_dataset
 from tidali.errors import Interrupted, TidaliError
 from tidali.hardware import ranks as distributed_module
-from tidali.hardware.ranks import joined_ranks
+from tidali.hardware.ranks import Ranks, joined_ranks
+from tidali.loading.cache import ANY_SIDE, PixelCache
+from tidali.loading.data import Data
+from tidali.loading.samples import SampleTable
+from tidali.loading.sharing import Sharing
 from tidali.model.resnet import build_resnet18
 from tidali.training.run import steps_between_agreements
 
@@ -39,9 +50,10 @@ from tidali.hardware.device import plan_device
 from tidali.hardware.ranks import joined_ranks
 from tidali.training.engine import make_train_state, train_step
 from tidali.model.resnet import build_resnet18
-from tests.unit.test_distributed import DECAY, HALVES, LR, STEPS, global_batch
+from tests.unit.test_distributed import DECAY, HALVES, LR, STEPS, global_batch, save_shared_cache
 
 with joined_ranks("cpu") as ranks:
+    save_shared_cache(ranks, sys.argv[1])
     assert ranks.gather({"rank": ranks.rank}) == [{"rank": 0}, {"rank": 1}]
     for dtype, (half, _) in HALVES.items():
         torch.manual_seed(ranks.rank)  # other weights on each rank: rank 0's must win
@@ -61,6 +73,27 @@ with joined_ranks("cpu") as ranks:
 """
 
 
+def save_shared_cache(ranks: Ranks, folder: str) -> None:
+    """What this rank decodes for the cache and finds in it. Then rank 0 changes a byte, which both have to see."""
+    asked, places = [], SampleTable.places
+    with mock.patch.object(SampleTable, "places", lambda table, samples: asked.extend(samples) or places(table, samples)):
+        data = Data(open_dataset(Path(folder) / "data"), torch.device("cpu"), cache="device", max_bad=1, ranks=ranks)
+        cache = data.batches("val", Preprocess(res=64), 8).source
+    assert isinstance(cache, PixelCache)
+    pixels = cache.pixels[ANY_SIDE]
+    found = {"pixels": pixels.clone(), "asked": torch.tensor(asked), "corrupt": torch.tensor(sorted(data.corrupt("val")))}
+    ranks.gather(None)
+    if ranks.is_main:
+        pixels[-1, -1, -1, -1] ^= 255
+    ranks.gather(None)
+    found["changed"] = pixels.clone()
+    found["sent"] = torch.zeros(5, dtype=torch.uint8)  # as it is between GPUs
+    sharing = Sharing.of(ranks)
+    found["sent"][sharing.part(5)] = 1 + ranks.rank
+    sharing.broadcast(found["sent"])
+    save_file(found, f"{folder}/cache-{ranks.rank}")
+
+
 def global_batch(step: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1000 + step)
     half, side = HALVES[dtype]
@@ -70,8 +103,12 @@ def global_batch(step: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
 
 
 @pytest.mark.slow
-def test_two_ranks_are_a_loop_that_averages_the_halves_gradients(tmp_path: Path, one_thread: None) -> None:
+def test_two_ranks_fill_one_cache_and_are_a_loop_that_averages_the_halves_gradients(
+    tmp_path: Path, demo_data: Path, replace_bytes: Callable[..., str], upright: Callable[..., Any], one_thread: None
+) -> None:
     (tmp_path / "rank.py").write_text(RANK)
+    shutil.copytree(demo_data, tmp_path / "data")
+    replace_bytes(tmp_path / "data", "val", 20, 100, b"tidali")  # in the second rank's half
     root = Path(__file__).resolve().parents[2]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launcher = subprocess.Popen(
@@ -83,6 +120,17 @@ def test_two_ranks_are_a_loop_that_averages_the_halves_gradients(tmp_path: Path,
     plain = {dtype: plain_loop(dtype) for dtype in HALVES}
     _, said = launcher.communicate()
     assert launcher.returncode == 0, said[-2000:]
+    assert said.count("left out, corrupt") == 1
+    expected = torch.tensor(np.array([pixels for pixels, _, _ in upright(open_dataset(demo_data), "val")]))
+    expected[20] = 0
+    caches = [load_file(tmp_path / f"cache-{rank}") for rank in range(2)]
+    for rank, cache in enumerate(caches):
+        assert torch.equal(cache["pixels"], expected)
+        assert set(cache["asked"].tolist()) == set(range(16 * rank, 16 * rank + 16))
+        assert cache["corrupt"].tolist() == [20]
+        assert cache["sent"].tolist() == [1, 1, 2, 2, 2]
+        assert torch.equal(cache["changed"], caches[0]["changed"])
+        assert not torch.equal(cache["changed"], expected)
     for dtype, (start, model) in plain.items():
         found = [load_file(tmp_path / f"{dtype}-{rank}") for rank in range(2)]
         for name, parameter in model.named_parameters():

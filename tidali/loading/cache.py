@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tidali.hardware.ranks import Ranks
 from tidali.loading.corrupt import CorruptSamples
 from tidali.loading.order import centre_boxes
+from tidali.loading.sharing import Sharing
 from tidali.loading.stream import Pixels, Request, ShardSource
 
 FILL_BATCH = 256
@@ -55,35 +57,48 @@ class PixelCache:
 
 
 def fill_cache(
-    source: ShardSource, sides: Sequence[int], crop_fraction: float, *, on_batch: Callable[[int], None] | None = None
+    source: ShardSource,
+    sides: Sequence[int],
+    crop_fraction: float,
+    *,
+    sharing: Sharing | None = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> PixelCache:
-    """Decode a whole split into the memory of the source's device.
+    """Decode a whole split into the memory of the source's device, together with the other ranks on the machine, which all have
+    to call this.
 
     Args:
         sides: of the input, in pixels.
         crop_fraction: share of the shorter side that the square of an image keeps, where images are of unequal size.
-        on_batch: called with the images stored so far, to show progress.
+        on_batch: called with the images that this rank has stored so far, to show progress.
 
     Raises:
         DatasetError: more samples are corrupt than may be left out.
     """
-    count, source.reads_all = len(source.labels), True
-    pixels = {}
-    for done, side in enumerate(sides if source.size is None else (ANY_SIDE,)):
-        pixels[side] = torch.zeros(count, *(source.size or (side, side)), 3, dtype=torch.uint8, device=source.device)
-        for request, found in source.read(stored_order(source, side, crop_fraction, FILL_BATCH)):
+    sharing = sharing or Sharing.of(Ranks())
+    source.names_corrupt = sharing.names_corrupt
+    pixels, stored = {}, 0
+    for side in sides if source.size is None else (ANY_SIDE,):
+        pixels[side] = sharing.zeros((len(source.labels), *(source.size or (side, side)), 3), source.device)
+        part = sharing.part(len(source.labels))
+        for request, found in source.read(stored_order(source, side, crop_fraction, FILL_BATCH, part)):
             first, last = int(request.samples[0]), int(request.samples[-1])
             if len(found.samples) == len(request.samples):
                 pixels[side][first : last + 1].copy_(found.stored)
             else:
                 pixels[side].index_copy_(0, found.samples.to(source.device), found.stored)
+            stored += len(request.samples)
             if on_batch is not None:
-                on_batch(done * count + last + 1)
+                on_batch(stored)
+        sharing.exchange(pixels[side])
+    source.corrupt.merge(sharing.ranks.gather(sorted(source.corrupt.positions)))  # and until then wait for all shares
     return PixelCache(pixels=pixels, labels=source.labels, identity=source.identity, size=source.size, corrupt=source.corrupt)
 
 
-def stored_order(source: ShardSource, side: int, crop_fraction: float, batch_size: int) -> Iterator[Request]:
-    """A split in stored order, each image's centre."""
+def stored_order(
+    source: ShardSource, side: int, crop_fraction: float, batch_size: int, part: slice = slice(None)
+) -> Iterator[Request]:
+    """A split, or a part of it, in stored order, each image's centre."""
     sizes = source.table.sizes
-    for samples in torch.arange(len(sizes)).split(batch_size):
+    for samples in torch.arange(len(sizes))[part].split(batch_size):
         yield Request(samples, side, centre_boxes(sizes[samples], side, crop_fraction) if source.takes_boxes else None)

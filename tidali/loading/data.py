@@ -19,6 +19,7 @@ from tidali.loading.corrupt import CorruptSamples
 from tidali.loading.order import refuse_partial_batch
 from tidali.loading.route import choose_route
 from tidali.loading.samples import SampleTable
+from tidali.loading.sharing import Sharing
 from tidali.loading.sizes import SizePlan
 from tidali.loading.stream import ShardSource, Source
 from tidali.loading.window import Room, Shuffle
@@ -81,13 +82,15 @@ class Data:
             refuse_partial_batch(split, len(table), batch_size, self.ranks.world_size)
         room = Room.of(self.dataset, split, batch_size, self.ranks.world_size, trains=training is not None)
         sizes = (training.sizes if training is not None else None) or SizePlan.of(preprocess.res)
+        # On a CPU the ranks of a machine keep one cache, in what is free for all of them.
+        sharers = ranks_on_machine() if self.ranks.joined and self.device.type == "cpu" else 1
         route = choose_route(
             self._cache_choice,
             table.info,
             sides=sizes.sides,
             crops=training is not None and training.augment.crop_scale is not None,
-            free_bytes=self._least_free_bytes(),
-            training_bytes=self._training_bytes + self._decoding_bytes(table, batch_size),
+            free_bytes=sharers * self._least_free_bytes(),
+            training_bytes=sharers * (self._training_bytes + self._decoding_bytes(table, batch_size)),
         )
         source: Source
         if route.cached:
@@ -141,12 +144,16 @@ class Data:
         one_size = table.info.single_image_size is not None
         key = (split,) if one_size else (split, tuple(sides), preprocess.crop_fraction, preprocess.kernel)
         if key not in self._caches:
-            source = self.streamed(split, preprocess, FILL_BATCH)
+            source, sharing = self.streamed(split, preprocess, FILL_BATCH), Sharing.of(self.ranks)
+            share = sharing.part(len(table))
             with progress_bar() as bar:
-                task = bar.add_task(f"decoding {split}", total=len(table) * (1 if one_size else len(sides)))
-                self._caches[key] = fill_cache(
-                    source, sides, preprocess.crop_fraction, on_batch=lambda done: bar.update(task, completed=done)
-                )
+                total = (share.stop - share.start) * (1 if one_size else len(sides))
+                task = bar.add_task(f"decoding {split}", total=total)
+
+                def show(done: int) -> None:
+                    bar.update(task, completed=done)
+
+                self._caches[key] = fill_cache(source, sides, preprocess.crop_fraction, sharing=sharing, on_batch=show)
             source.close()
         return self._caches[key]
 

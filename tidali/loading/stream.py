@@ -130,8 +130,8 @@ class ShardSource:
         self.size = table.info.single_image_size
         self.identity = table.identity
         self.takes_boxes = self.size is None
-        self.reads_all = False
-        """Every rank reads every sample, so only the main rank prints which are corrupt."""
+        self.names_corrupt = True
+        """Whether this rank prints which samples are corrupt even if it is not the main one: no other reads them."""
         threads = num_threads or decoding_threads(device)
         self.decodes_on_gpu = False
         self._decoder: Any = ThreadDecoder(table, kernel, threads, pinned=device.type == "cuda")
@@ -171,7 +171,7 @@ class ShardSource:
     def _finish(self, request: Request, job: Job, decoding: Any) -> tuple[Request, Pixels]:
         stored, bad = self._decoder.finish(job, decoding)
         for number, reason in sorted(bad.items()):
-            self.corrupt.add(int(job.positions[number]), reason, every_rank=not self.reads_all)
+            self.corrupt.add(int(job.positions[number]), reason, every_rank=self.names_corrupt)
         samples = request.samples
         if len(stored) < len(samples):
             samples = torch.from_numpy(np.delete(job.positions, list(bad)))
