@@ -33,6 +33,10 @@ class ShardSummary:
     square_sums: tuple[int, ...]
     quarantined: tuple[Quarantined, ...]
 
+    def tally(self, name: str) -> dict[str, int]:
+        """Of 'labels', 'image_sizes' or 'extensions'."""
+        return dict(json.loads(self.tallies)[name])
+
 
 def seal(record: Mapping[str, Any]) -> bytes:
     """The record's file: one JSON object whose last entry is the SHA-256 of everything before it."""
@@ -113,7 +117,7 @@ def build_manifest(
 
 def _split(name: str, labelled: bool, num_classes: int, summaries: Sequence[ShardSummary]) -> Split:
     def tally(name: str) -> dict[str, int]:
-        return _total(json.loads(summary.tallies)[name] for summary in summaries)
+        return _total(summary.tally(name) for summary in summaries)
 
     per_class = tally("labels")
     return Split(

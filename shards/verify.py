@@ -148,7 +148,7 @@ def _differences(manifest: Manifest, checks: list[ShardCheck]) -> Iterator[str]:
     too_large = (
         []
         if limit_px is None
-        else [size for summary in summaries for size in summary.image_sizes if min(parse_image_size(size)) > limit_px]
+        else [size for summary in summaries for size in summary.tally("image_sizes") if min(parse_image_size(size)) > limit_px]
     )
     if too_large:
         yield f"its shorter_side_px is {limit_px}, and an image of {too_large[0]} pixels is in a shard"

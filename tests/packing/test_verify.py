@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -43,6 +44,13 @@ def test_a_good_data_set_has_no_faults(pristine: Path, decode: bool) -> None:
     report = verify(pristine, decode=decode)
     assert found(report) == ""
     assert (report.shards, report.samples) == (8, 64)
+
+
+def test_each_tar_is_opened_once(pristine: Path) -> None:
+    with mock.patch("builtins.open", wraps=open) as opened:
+        verify(pristine, workers=1)
+    names = [Path(call.args[0]).name for call in opened.call_args_list]
+    assert sorted(name for name in names if name.endswith(".tar")) == sorted(path.name for path in pristine.glob("*.tar"))
 
 
 SHARD = "train-000002"

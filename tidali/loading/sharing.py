@@ -6,6 +6,7 @@ import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -86,7 +87,7 @@ class Sharing:
 
     def broadcast(self, pixels: Tensor) -> None:
         """From each rank on the machine its part to the others."""
-        groups = [distributed.new_group(members) if len(self.machines) > 1 else None for members in self.machines]
+        groups: list[Any] = [distributed.new_group(m) if len(self.machines) > 1 else None for m in self.machines]
         for rank in self.members:
             part = pixels[self.part(len(pixels), rank)]
             if len(part):
