@@ -75,8 +75,8 @@ with joined_ranks("cpu") as ranks:
 
 def save_shared_cache(ranks: Ranks, folder: str) -> None:
     """What this rank decodes for the cache and finds in it. Then rank 0 changes a byte, which both have to see."""
-    asked, places = [], SampleTable.places
-    with mock.patch.object(SampleTable, "places", lambda table, samples: asked.extend(samples) or places(table, samples)):
+    asked, expect = [], SampleTable.expect
+    with mock.patch.object(SampleTable, "expect", lambda table, samples: asked.extend(samples) or expect(table, samples)):
         data = Data(open_dataset(Path(folder) / "data"), torch.device("cpu"), cache="device", max_bad=1, ranks=ranks)
         cache = data.batches("val", Preprocess(res=64), 8).source
     assert isinstance(cache, PixelCache)
