@@ -36,7 +36,7 @@ Use the loader in a training loop of your own:
 
 Resize on any device, as the network's input is made:
 
->>> resample = tidali.Resample((48, 64), 224, mean=card.mean, std=card.std)
+>>> resample = tidali.Resample((48, 64), card.preprocess(224))
 >>> resample(torch.zeros(2, 48, 64, 3, dtype=torch.uint8)).shape
 torch.Size([2, 3, 224, 224])
 

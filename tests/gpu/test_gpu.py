@@ -90,8 +90,8 @@ def test_augmented_images_are_the_cpus(dataset: Dataset, cache: CacheChoice, dty
 def test_the_public_resampler_is_the_cpus(dtype: torch.dtype) -> None:
     pixels = torch.randint(0, 256, (4, 50, 71, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     settings: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
-    expected = Resample((50, 71), 64, **settings)(pixels)
-    images = Resample((50, 71), 64, dtype=dtype, device=CUDA, **settings)(pixels.to(CUDA))
+    expected = Resample((50, 71), Preprocess(res=64, **settings))(pixels)
+    images = Resample((50, 71), Preprocess(res=64, **settings), dtype=dtype, device=CUDA)(pixels.to(CUDA))
     assert (images.float().cpu() - expected).abs().max() <= {torch.float32: 0.05, torch.float16: 0.5, torch.bfloat16: 1.0}[
         dtype
     ]

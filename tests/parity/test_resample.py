@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from tidali.config import IMAGENET_MEAN, IMAGENET_STD
+from tidali.config import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from tidali.doctor.parity import COMPARISONS, RESOLUTIONS, Row, matrix, parity_table, photographs, torch_bicubic
 from tidali.loading import native
 from tidali.loading.bicubic import CUBIC_A, centre_crop
@@ -77,14 +77,16 @@ def test_the_antialiased_pil_kernel_is_torchs_away_from_the_border(size: int, re
 def test_one_colour_stays_that_colour(height: int, width: int, res: int, level: int):
     pixels = torch.full((1, height, width, 3), level, dtype=torch.uint8)
     assert_within(
-        Resample((height, width), res, **GREY_LEVELS)(pixels), torch.full((1, 3, res, res), float(level)), FLOAT32_LEVELS
+        Resample((height, width), Preprocess(res=res, **GREY_LEVELS))(pixels),
+        torch.full((1, 3, res, res), float(level)),
+        FLOAT32_LEVELS,
     )
 
 
 def test_normalisation_and_clamping():
     pixels = photographs(4)
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    images = Resample((64, 64), 128, mean=IMAGENET_MEAN, std=IMAGENET_STD)(pixels)
+    images = Resample((64, 64), Preprocess(res=128, mean=IMAGENET_MEAN, std=IMAGENET_STD))(pixels)
     expected = functional.interpolate(pixels.permute(0, 3, 1, 2).float(), (128, 128), mode="bicubic", antialias=True)
     overshoot = (expected < 0) | (expected > 255)
     assert overshoot.any()  # else the clamp would not be seen
@@ -96,20 +98,20 @@ def test_normalisation_and_clamping():
 def test_boxes_of_the_whole_image_are_the_default():
     pixels = photographs(3)
     boxes = torch.tensor([[0.0, 0.0, 64.0, 64.0]]).expand(3, -1)
-    resample = Resample((64, 64), 96, **GREY_LEVELS)
+    resample = Resample((64, 64), Preprocess(res=96, **GREY_LEVELS))
     assert_within(resample(pixels, boxes), resample(pixels), FLOAT32_LEVELS)
 
 
 def test_an_unscaled_box_is_a_crop():
     pixels, boxes = noise(3, 20, 30), torch.tensor([[0.0, 0, 16, 16], [4, 14, 16, 16], [3, 5, 16, 16]])
-    crops = Resample((20, 30), 16, **GREY_LEVELS)(pixels, boxes)
+    crops = Resample((20, 30), Preprocess(res=16, **GREY_LEVELS))(pixels, boxes)
     for crop, image, (top, left, *_) in zip(crops, pixels, boxes.int().tolist(), strict=True):
         assert_within(crop, image[top : top + 16, left : left + 16].permute(2, 0, 1), FLOAT32_LEVELS)
 
 
 def test_a_box_is_resized_as_torch_resizes_the_crop_away_from_its_border():
     pixels, boxes = noise(2, 40, 50), torch.tensor([[3.0, 7, 20, 33], [0, 0, 38, 50]])
-    images = Resample((40, 50), 48, **GREY_LEVELS)(pixels, boxes)
+    images = Resample((40, 50), Preprocess(res=48, **GREY_LEVELS))(pixels, boxes)
     for image, source, (top, left, height, width) in zip(images, pixels, boxes.int().tolist(), strict=True):
         crop = source[None, top : top + height, left : left + width].permute(0, 3, 1, 2).float()
         expected = functional.interpolate(crop, (48, 48), mode="bicubic", antialias=True).clamp(0, 255)[0]
@@ -126,9 +128,9 @@ def test_a_box_is_resized_as_torch_resizes_the_crop_away_from_its_border():
 )
 def test_half_precision_costs_less_than_a_grey_level(dtype: torch.dtype, largest: float):
     pixels = photographs(4)
-    normalisation = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    exact = Resample((64, 64), 224, **normalisation)(pixels)
-    images = Resample((64, 64), 224, dtype=dtype, **normalisation)(pixels)
+    normalisation: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    exact = Resample((64, 64), Preprocess(res=224, **normalisation))(pixels)
+    images = Resample((64, 64), Preprocess(res=224, **normalisation), dtype=dtype)(pixels)
     assert images.dtype == dtype
     scale = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
     assert_within(images.float() * scale, exact * scale, largest)
@@ -136,7 +138,7 @@ def test_half_precision_costs_less_than_a_grey_level(dtype: torch.dtype, largest
 
 def test_an_autocast_around_it_changes_nothing():
     pixels = photographs(1)
-    resample = Resample((64, 64), 96, **GREY_LEVELS)
+    resample = Resample((64, 64), Preprocess(res=96, **GREY_LEVELS))
     expected = resample(pixels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(resample(pixels), expected)
@@ -144,7 +146,7 @@ def test_an_autocast_around_it_changes_nothing():
 
 def test_pixels_of_another_size_are_refused():
     with pytest.raises(ValueError, match="made for"):
-        Resample((64, 64), 96, **GREY_LEVELS)(noise(1, 32, 64))
+        Resample((64, 64), Preprocess(res=96, **GREY_LEVELS))(noise(1, 32, 64))
 
 
 # ------------------------------------------------------------------------------------------------------------------------ DALI
@@ -191,7 +193,7 @@ def test_the_centre_crop_is_dalis(size: tuple[int, int], res: int):
         return dali.fn.crop(resized, crop=(res, res))
 
     # 0.5 for DALI's rounding to uint8, the rest for its kernel, which it interpolates in a table: at most 0.24 on noise.
-    assert_within(Resample(size, res, **GREY_LEVELS)(pixels), run_dali(pixels, graph), 0.8, 0.3)
+    assert_within(Resample(size, Preprocess(res=res, **GREY_LEVELS))(pixels), run_dali(pixels, graph), 0.8, 0.3)
 
 
 @pytest.mark.parametrize("res", [24, 64, 96])
@@ -206,7 +208,7 @@ def test_boxes_are_dalis_regions(res: int):
 
     start, end = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     expected = run_dali(pixels, graph, start.numpy(), end.numpy())
-    assert_within(Resample((40, 56), res, **GREY_LEVELS)(pixels, boxes), expected, 0.8, 0.3)
+    assert_within(Resample((40, 56), Preprocess(res=res, **GREY_LEVELS))(pixels, boxes), expected, 0.8, 0.3)
 
 
 # ------------------------------------------------------------------------------------------------------- squares of any images
@@ -232,7 +234,7 @@ def test_squares_are_what_resampling_makes_of_boxes(height: int, width: int, res
     box = [place[0] * (height - 1), place[1] * (width - 1)]
     box += [max(place[2] * (height - box[0]), 0.5), max(place[3] * (width - box[1]), 0.5)]
     pixels = noise(1, height, width)
-    exact = Resample((height, width), res, kernel=kernel, **GREY_LEVELS)(pixels, torch.tensor([box]))
+    exact = Resample((height, width), Preprocess(res=res, kernel=kernel, **GREY_LEVELS))(pixels, torch.tensor([box]))
     # Rounded to uint8, and of sums in another order; a tap more or less where a float32 edge is a whole number has no weight.
     assert_within(squares(pixels, [box], res, kernel), exact, 0.5 + 2 * FLOAT32_LEVELS)
 
@@ -273,13 +275,13 @@ def test_the_crop_fraction_is_a_box_around_the_centre(size: tuple[int, int], cro
     pixels, res = noise(2, *size), 56
     axes = [centre_crop(size, res, axis, crop_fraction) for axis in (0, 1)]
     boxes = torch.tensor([[axes[0][0], axes[1][0], res * axes[0][1], res * axes[1][1]]]).expand(2, -1)
-    inside = Resample(size, res, crop_fraction=crop_fraction, **GREY_LEVELS)(pixels)
-    assert_within(inside, Resample(size, res, **GREY_LEVELS)(pixels, boxes), FLOAT32_LEVELS)
+    inside = Resample(size, Preprocess(res=res, crop_fraction=crop_fraction, **GREY_LEVELS))(pixels)
+    assert_within(inside, Resample(size, Preprocess(res=res, **GREY_LEVELS))(pixels, boxes), FLOAT32_LEVELS)
     # And what resizing to res / crop_fraction and cropping the centre gives, where that is a whole number of pixels.
     resized = res / crop_fraction
     if size[0] == size[1] and resized == int(resized) and (int(resized) - res) % 2 == 0:
         margin = (int(resized) - res) // 2
-        whole = Resample(size, int(resized), **GREY_LEVELS)(pixels)
+        whole = Resample(size, Preprocess(res=int(resized), **GREY_LEVELS))(pixels)
         assert_within(inside, whole[:, :, margin : margin + res, margin : margin + res], FLOAT32_LEVELS)
 
 
@@ -292,7 +294,7 @@ def test_the_crop_fraction_is_dalis_resize_and_crop(res: int):
         return dali.fn.crop(shorter, crop=(res, res))
 
     pixels = noise(2, *size)
-    inside = Resample(size, res, crop_fraction=res / resized, **GREY_LEVELS)(pixels)
+    inside = Resample(size, Preprocess(res=res, crop_fraction=res / resized, **GREY_LEVELS))(pixels)
     # As for the whole centre: rounding to uint8 and DALI's table. Its crop may begin half a pixel of the output elsewhere.
     assert_within(inside, run_dali(pixels, graph), 0.8, 0.3)
 
@@ -311,11 +313,11 @@ def test_colour_is_each_samples_matrix_in_float64(dtype: torch.dtype, boxed: boo
     boxes = torch.tensor([[1.0, 2, 17, 15], [0, 0, 20, 20], [5, 5, 8, 8], [3, 0, 12, 20], [0, 9, 20, 11]]) if boxed else None
     mean, std = torch.tensor(IMAGENET_MEAN).double(), torch.tensor(IMAGENET_STD).double()
     # Without a clamp in between: the cubic's overshoot is coloured too. A scale that keeps it inside, taken back.
-    squeezed = Resample((20, 20), res, mean=(0.0,) * 3, std=(1.0,) * 3)
+    squeezed = Resample((20, 20), Preprocess(res=res, mean=(0.0,) * 3, std=(1.0,) * 3))
     plain = unclamped(squeezed, pixels, boxes).double() / 255
     changed = torch.einsum("nij,njhw->nihw", colour[:, :, :3].double(), plain) + colour[:, :, 3, None, None].double()
     expected = (changed.clamp(0, 1) - mean[:, None, None]) / std[:, None, None]
-    images = Resample((20, 20), res, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype)(pixels, boxes, colour)
+    images = Resample((20, 20), Preprocess(res=res, mean=IMAGENET_MEAN, std=IMAGENET_STD), dtype=dtype)(pixels, boxes, colour)
     assert images.dtype == dtype
     # float32: hundreds of terms up to 10, in another order. Half precision: half a unit in the last place of numbers up to 2.7.
     bound = {torch.float32: 1e-4, torch.bfloat16: 2**-7 + 1e-4, torch.float16: 2**-10 + 1e-4}[dtype]
@@ -333,7 +335,7 @@ def unclamped(resample: Resample, pixels: torch.Tensor, boxes: torch.Tensor | No
 def test_one_matrix_for_all_is_that_of_each(dtype: torch.dtype, res: int):
     """The matrix that changes nothing, given for each sample: the shared normalisation's pixels."""
     pixels = noise(5, 20, 20)
-    resample = Resample((20, 20), res, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=dtype)
+    resample = Resample((20, 20), Preprocess(res=res, mean=IMAGENET_MEAN, std=IMAGENET_STD), dtype=dtype)
     same = torch.eye(3, 4).expand(5, 3, 4)
     difference = (resample(pixels, None, same).float() - resample(pixels).float()).abs().max()
     assert difference <= (1e-5 if dtype == torch.float32 else 2**-7)

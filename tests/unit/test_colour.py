@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import functional
 
-from tidali.config import Augment
+from tidali.config import Augment, Preprocess
 from tidali.errors import UsageError
 from tidali.loading import native
 from tidali.loading.augment import colour_matrices
@@ -115,11 +115,11 @@ def test_resampling_applies_it_before_the_normalisation(
     pixels = torch.randint(0, 256, (64, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.25])
     matrices = colour_matrices(Augment(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1), SAMPLES, seed=0, epoch=0)
-    plain = Resample((16, 16), res, mean=(0.0,) * 3, std=(1.0,) * 3)
+    plain = Resample((16, 16), Preprocess(res=res, mean=(0.0,) * 3, std=(1.0,) * 3))
     # Linear as the resize is, it may come after it; the cubic's overshoot is clamped at the end alone, so not before.
     smooth = (pixels // 8 + 112).contiguous()
     expected = ((apply(matrices, plain(smooth)).clamp(0, 1).float() - mean[:, None, None]) / std[:, None, None]).to(dtype)
-    images = Resample((16, 16), res, mean=mean.tolist(), std=std.tolist(), dtype=dtype)(smooth, None, matrices)
+    images = Resample((16, 16), Preprocess(res=res, mean=mean.tolist(), std=std.tolist()), dtype=dtype)(smooth, None, matrices)
     assert images.dtype == dtype
     assert images.is_contiguous(memory_format=torch.channels_last)
     # Of float32 some roundings of values up to 5; bfloat16 has 8 bits.
@@ -129,7 +129,7 @@ def test_resampling_applies_it_before_the_normalisation(
 def test_colours_stay_within_what_0_and_255_become() -> None:
     pixels = torch.randint(0, 256, (64, 8, 8, 3), dtype=torch.uint8)
     matrices = colour_matrices(Augment(brightness=1.0, contrast=1.0), SAMPLES, seed=0, epoch=0)
-    images = Resample((8, 8), 8, mean=(0.5,) * 3, std=(0.25,) * 3)(pixels, None, matrices)
+    images = Resample((8, 8), Preprocess(res=8, mean=(0.5,) * 3, std=(0.25,) * 3))(pixels, None, matrices)
     assert -2 <= images.min() < -1.9
     assert 1.9 < images.max() <= 2
 

@@ -125,7 +125,7 @@ def test_the_products_factors_are_half_precision() -> None:
 def test_the_public_resampler_is_the_same_on_cuda() -> None:
     with FakeTensorMode():
         pixels = torch.empty(4, 50, 71, 3, dtype=torch.uint8, device=CUDA)
-        resample = Resample((50, 71), 64, dtype=torch.bfloat16, device=CUDA, **NORMALISED)
+        resample = Resample((50, 71), Preprocess(res=64, **NORMALISED), dtype=torch.bfloat16, device=CUDA)
         boxes, flips = torch.ones(2, 4, device=CUDA), torch.zeros(2, dtype=torch.bool, device=CUDA)
         for images in (resample(pixels[:2]), resample(pixels, boxes, rows=torch.arange(2, device=CUDA), flips=flips)):
             assert (images.shape, images.dtype, images.device) == ((2, 3, 64, 64), torch.bfloat16, CUDA)
@@ -154,8 +154,9 @@ def cache_of(size: tuple[int, int], samples: int = 40) -> PixelCache:
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA is given, computed on a CPU, for three steps at once."""
 
-    def make(size: tuple[int, int], side: int, batch_size: int, dtype: torch.dtype, device: torch.device, **rest: Any) -> Any:
-        made = changes.CudaChanges(DenseResample(size, side, dtype=dtype, **rest), size, side, batch_size)
+    def make(size: tuple[int, int], preprocess: Preprocess, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:
+        resample = DenseResample(size, preprocess, dtype=dtype)
+        made = changes.CudaChanges(resample, size, preprocess.res, batch_size)
         made.draw_steps, made.prepare_steps = 5, 3
         return made
 
@@ -252,7 +253,7 @@ def test_dense_resampling_is_the_banded(size: tuple[int, int], dtype: torch.dtyp
     pixels = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for res in (32, 65):
         for boxes in (None, torch.tensor([[0.0, 0.0, *size], [size[0] / 3, size[1] / 4, size[0] / 2, size[1] / 2]])):
-            expected = Resample(size, res, **NORMALISED)(pixels, boxes)
-            dense = DenseResample(size, res, dtype=dtype, **NORMALISED)
+            expected = Resample(size, Preprocess(res=res, **NORMALISED))(pixels, boxes)
+            dense = DenseResample(size, Preprocess(res=res, **NORMALISED), dtype=dtype)
             images = dense.apply(pixels, dense.prepare(boxes))
             assert ((images.float() - expected) * LEVELS).abs().max() <= largest

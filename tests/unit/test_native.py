@@ -6,6 +6,7 @@ import mmap
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tidali.config import Preprocess
 from tidali.errors import TidaliError
 from tidali.loading import native
 from tidali.loading.resample import CompiledProducts, Resample, TorchProducts, choose_products, take
@@ -96,19 +98,19 @@ def test_it_is_used_on_a_cpu_for_what_it_can(has_library: bool, monkeypatch: pyt
 def test_every_thread_does_its_part(count: int, threads: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     pixels = torch.randint(0, 256, (count, 12, 10, 3), dtype=torch.uint8)
-    settings = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
+    settings: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
     boxes = torch.tensor([[1.0, 2, 10, 8]]).expand(count, -1)
-    images = Resample((12, 10), 17, **settings)(pixels, boxes)
-    expected = Resample((12, 10), 17, **settings, products=TorchProducts(17))(pixels, boxes)
+    images = Resample((12, 10), Preprocess(res=17, **settings))(pixels, boxes)
+    expected = Resample((12, 10), Preprocess(res=17, **settings), products=TorchProducts(17))(pixels, boxes)
     torch.testing.assert_close(images, expected)
     square = pixels[:, :10].contiguous()
-    images = Resample((10, 10), 10, **settings)(square)
-    expected = Resample((10, 10), 10, **settings, products=TorchProducts(10))(square)
+    images = Resample((10, 10), Preprocess(res=10, **settings))(square)
+    expected = Resample((10, 10), Preprocess(res=10, **settings), products=TorchProducts(10))(square)
     torch.testing.assert_close(images, expected)
 
 
 def _resample_twice(results: multiprocessing.Queue[float]) -> None:
-    resample = Resample((8, 8), 16, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    resample = Resample((8, 8), Preprocess(res=16, mean=(0.0,) * 3, std=(1 / 255,) * 3))
     pixels = torch.full((4, 8, 8, 3), 7, dtype=torch.uint8)
     results.put(resample(pixels).mean().item())
 
@@ -149,7 +151,7 @@ def test_rows_and_flips_are_those_of_the_pixels_selected_and_flipped(
     expected[flips] = expected[flips].flip(2)
     assert torch.equal(take(native.Chosen(pixels, rows, flips)), expected)
     assert torch.equal(take(native.Chosen(pixels, rows, None)), pixels[rows])
-    resample = Resample(size, res, mean=(0.1, 0.2, 0.3), std=(0.2, 0.3, 0.4), dtype=dtype)
+    resample = Resample(size, Preprocess(res=res, mean=(0.1, 0.2, 0.3), std=(0.2, 0.3, 0.4)), dtype=dtype)
     assert torch.equal(resample(pixels, rows=rows, flips=flips), resample(expected))
     colour = torch.rand(len(flags), 3, 4, generator=generator)
     assert torch.equal(resample(pixels, None, colour, rows=rows, flips=flips), resample(expected, None, colour))

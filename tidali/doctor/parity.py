@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from tidali.config import IMAGENET_MEAN, IMAGENET_STD, Kernel
+from tidali.config import IMAGENET_MEAN, IMAGENET_STD, Kernel, Preprocess
 from tidali.loading.resample import Resample
 
 RESOLUTIONS = (32, 64, 128, 224)
@@ -85,15 +85,15 @@ def torch_bicubic(pixels: Tensor, res: int, *, antialias: bool) -> Tensor:
 
 
 def matrix(pixels: Tensor, res: int, *, kernel: Kernel = "pil", antialias: bool = True) -> Tensor:
-    resample = Resample((pixels.shape[1], pixels.shape[2]), res, kernel=kernel, antialias=antialias, **_GREY_LEVELS)
-    return resample(pixels)
+    preprocess = Preprocess(res=res, kernel=kernel, **_GREY_LEVELS)
+    return Resample((pixels.shape[1], pixels.shape[2]), preprocess, antialias=antialias)(pixels)
 
 
 def matrix_bfloat16(pixels: Tensor, res: int) -> Tensor:
     """As a network sees it: normalised with ImageNet's constants, then rounded to bfloat16."""
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
     size = (pixels.shape[1], pixels.shape[2])
-    images = Resample(size, res, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.bfloat16)(pixels)
+    images = Resample(size, Preprocess(res=res, mean=IMAGENET_MEAN, std=IMAGENET_STD), dtype=torch.bfloat16)(pixels)
     return 255 * (images.float() * std + mean)
 
 

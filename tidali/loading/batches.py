@@ -7,7 +7,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -93,14 +93,10 @@ class Batches:
         self._changes = {
             side: make_changes(
                 source.size or (side, side),
-                side,
+                replace(preprocess, res=side, crop_fraction=crop_fraction),
                 batch_size,
                 dtype,
                 source.device,
-                mean=preprocess.mean,
-                std=preprocess.std,
-                kernel=preprocess.kernel,
-                crop_fraction=crop_fraction,
             )
             for side in self._sizes.sides
         }

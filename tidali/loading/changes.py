@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tidali.config import Augment
+from tidali.config import Augment, Preprocess
 from tidali.loading.augment import (
     colour_matrices,
     crop_boxes,
@@ -211,16 +211,14 @@ class DrawnSteps:
 
 
 def make_changes(
-    size: tuple[int, int], side: int, batch_size: int, dtype: torch.dtype, device: torch.device, **normalised: Any
+    size: tuple[int, int], preprocess: Preprocess, batch_size: int, dtype: torch.dtype, device: torch.device
 ) -> Changes | CudaChanges:
     """
     Args:
         size: of the stored pixels.
-        side: of the images.
         batch_size: the most samples of a batch.
-        normalised: the other arguments of `Resample`.
     """
     if device.type == "cpu":
-        return Changes(Resample(size, side, dtype=dtype, device=device, **normalised), batch_size)
-    resample = DenseResample(size, side, dtype=dtype, device=device, **normalised)
-    return CudaChanges(resample, size, side, batch_size)
+        return Changes(Resample(size, preprocess, dtype=dtype), batch_size)
+    resample = DenseResample(size, preprocess, dtype=dtype, device=device)
+    return CudaChanges(resample, size, preprocess.res, batch_size)

@@ -8,13 +8,12 @@ matrix, is multiplied into the horizontal matrix: ``Y = A_y X (A_x x M)^T + b``,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tidali.config import Kernel
+from tidali.config import Preprocess
 from tidali.loading.bicubic import Affine, Taps, bicubic_taps, centre_crop, make_affine
 
 _ALIGNMENT = 8
@@ -104,14 +103,10 @@ class DenseResample:
     def __init__(
         self,
         size: tuple[int, int],
-        res: int,
+        preprocess: Preprocess,
         *,
-        mean: Sequence[float],
-        std: Sequence[float],
         dtype: torch.dtype = torch.float32,
-        kernel: Kernel = "pil",
         antialias: bool = True,
-        crop_fraction: float = 1.0,
         device: torch.device | None = None,
     ) -> None:
         """The arguments of `Resample`.
@@ -119,11 +114,12 @@ class DenseResample:
         Half-precision images are made of float16 factors, also bfloat16 ones: float16's 11 bits are eight times finer than
         bfloat16's 8, at the same speed, and normalised pixels fit its range.
         """
+        res, crop_fraction = preprocess.res, preprocess.crop_fraction
         self._size, self._res, self._dtype = size, res, dtype
         self._factors = torch.float32 if dtype == torch.float32 else torch.float16
-        self._kernel: Kernel = kernel
+        self._kernel = preprocess.kernel
         self._antialias = antialias
-        self._affine = make_affine(mean, std, device)
+        self._affine = make_affine(preprocess.mean, preprocess.std, device)
         matrices = None
         if size != (res, res) or crop_fraction != 1:
             start, scale = zip(*(centre_crop(size, res, axis, crop_fraction) for axis in (0, 1)), strict=True)

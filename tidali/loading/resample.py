@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tidali.config import Kernel
+from tidali.config import Kernel, Preprocess
 from tidali.hardware.cpu_memory import ReusedMemory
 from tidali.loading import native
 from tidali.loading.bicubic import CUBIC_A, Affine, Taps, bicubic_taps, centre_crop, make_affine
@@ -191,36 +191,29 @@ class Resample:
     def __init__(
         self,
         size: tuple[int, int],
-        res: int,
+        preprocess: Preprocess,
         *,
-        mean: Sequence[float],
-        std: Sequence[float],
         dtype: torch.dtype = torch.float32,
-        kernel: Kernel = "pil",
         antialias: bool = True,
-        crop_fraction: float = 1.0,
         device: torch.device | None = None,
         products: Products | None = None,
     ) -> None:
         """
         Args:
             size: height and width of the pixels that will be given.
-            mean, std: per RGB channel on a 0..1 scale.
             dtype: of the images.
-            kernel: ``pil`` (a = -0.5) or ``opencv`` (a = -0.75).
-            crop_fraction: share of the shorter side that the centre crop keeps.
             products: on a CPU; `choose_products`'s by default.
         """
+        res, crop_fraction = preprocess.res, preprocess.crop_fraction
         self._size, self._res, self._dtype = size, res, dtype
         self._dense: DenseResample | None = None
         if device is not None and device.type != "cpu":
-            options: dict[str, Any] = {"kernel": kernel, "antialias": antialias, "crop_fraction": crop_fraction}
-            self._dense = DenseResample(size, res, mean=mean, std=std, dtype=dtype, device=device, **options)
+            self._dense = DenseResample(size, preprocess, dtype=dtype, antialias=antialias, device=device)
             return
-        self._kernel: Kernel = kernel
+        self._kernel = preprocess.kernel
         self._antialias, self._crop_fraction = antialias, crop_fraction
         self._memory = ReusedMemory()
-        self._affine = make_affine(mean, std, None)
+        self._affine = make_affine(preprocess.mean, preprocess.std, None)
         self._products = products or choose_products(res, dtype)
         self._centre = None if size == (res, res) and crop_fraction == 1 else (self._centre_matrix(0), self._centre_matrix(1))
 

@@ -55,11 +55,7 @@ class Classifier:
         """
         self.model = model.to(plan.device).eval()
         self.card, self.plan, self.flip = card, plan, flip
-        self._resample_from = functools.lru_cache(_SIZES_KEPT)(
-            lambda size: Resample(
-                size, card.res, mean=card.mean, std=card.std, kernel=card.kernel, crop_fraction=card.crop_fraction
-            )
-        )
+        self._resample_from = functools.lru_cache(_SIZES_KEPT)(lambda size: Resample(size, card.preprocess()))
 
     @property
     def classes(self) -> tuple[str, ...]:
