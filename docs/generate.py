@@ -86,7 +86,7 @@ def _tables(function: Callable[..., Any]) -> list[str]:
         groups.setdefault(group, []).append(parameter)
     lines = []
     for title, members in groups.items():
-        lines += [f"| {title} | default | |", "|---|---|---|"]
+        lines += [f"| {title} | default | what it does |", "|---|---|---|"]
         for parameter in members:
             shown = _option_cell(parameter) if parameter.is_option else f"`{_argument_name(parameter)}`"
             shown = shown.replace("|", "\\|")  # the end of a cell, in code too
@@ -131,7 +131,9 @@ def _default(parameter: Parameter) -> str:
 
 
 def _cell(text: str | None) -> str:
-    return _text(text).replace("|", "\\|").replace("\n", " ")
+    """One line, in which options are code, so that a browser does not break them at their dashes."""
+    line = _text(text).replace("|", "\\|").replace("\n", " ")
+    return re.sub(r"(?<![\w`-])--[a-z][a-z-]*", r"`\g<0>`", line)
 
 
 def _text(text: str | None) -> str:
@@ -144,7 +146,7 @@ def _text(text: str | None) -> str:
 
 def recipe_table() -> str:
     recipes = {name: asdict(recipe) for name, recipe in config.RECIPES.items()}
-    lines = [f"| `--set` | {' | '.join(recipes)} | |", f"|---|{'---|' * len(recipes)}---|"]
+    lines = [f"| `--set` | {' | '.join(recipes)} | what it does |", f"|---|{'---|' * len(recipes)}---|"]
     for prefix, settings in (("", config.Recipe), ("augment.", config.Augment)):
         what = _docstrings(settings)
         for field in fields(settings):
@@ -186,7 +188,7 @@ def python_names() -> str:
     parts = []
     for paragraph in (inspect.getdoc(tidali) or "").split("\n\n")[1:]:
         text = re.sub(r"``([^`]+)``", r"`\1`", paragraph)
-        parts.append(f"```python\n{paragraph}\n```" if paragraph.startswith(">>>") else text)
+        parts.append(f"```pycon\n{paragraph}\n```" if paragraph.startswith(">>>") else text)
     names = [f"{tidali._HOMES[name]}.{name}" for name in tidali.__all__]  # without importing torch for it
     lines = ["# Python", "", *("\n\n".join(parts)).splitlines(), ""]
     for title, members in (("The ten names", names), ("Their arguments and results", BESIDES)):

@@ -60,14 +60,17 @@ def make_loader(
         train: shuffle, augment, and drop an incomplete last batch; otherwise the loader returns every image exactly once, in
             stored order. By default where the split is ``train``.
         augment: of training images; by default none.
-        mean, std: per RGB channel on a 0..1 scale; by default those of the data set's train split.
+        mean: per RGB channel on a 0..1 scale; by default that of the data set's train split.
+        std: per RGB channel on a 0..1 scale; by default that of the data set's train split.
         device: where the batches are; ``auto`` takes a GPU where there is one.
         cache: ``device`` decodes once into the device's memory, ``off`` streams; ``auto`` caches what takes less than half of
             what is free.
         crop_fraction: fraction of the shorter side that the centre crop keeps, where no random crop is asked for.
         seed: of the order and the augmentation.
-        rank, world_size: both or neither. By default those of torch.distributed where it is initialised; every rank must then
-            make the loader, as the one with the least memory decides whether all cache. Otherwise one rank loads everything.
+        rank: of this process, from 0; given together with ``world_size`` or not at all. By default torch.distributed's where it
+            is initialised; every rank must then make the loader, as the one with the least memory decides whether all cache.
+            Otherwise one rank loads everything.
+        world_size: the number of ranks.
 
     Raises:
         UsageError: wrong arguments, such as a batch larger than the split.
