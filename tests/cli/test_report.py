@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -85,19 +87,60 @@ def test_report_is_well_formed_and_needs_nothing_else(one, read_page) -> None:
     assert page.svgs == 4 + 2  # training; classes and matrix
 
 
+def table(page, corner: str) -> list[list[str]]:
+    """The first table whose first cell has this text."""
+    return next(rows for rows in page.tables if rows[0][0] == corner)
+
+
+def error_percent(score: dict[str, Any]) -> float:
+    """One standard error of a proportion."""
+    share = score["top1_percent"] / 100
+    return 100 * math.sqrt(share * (1 - share) / score["samples"])
+
+
+def test_a_report_begins_with_a_summary_and_has_every_value(one, trained, read_page) -> None:
+    page, summary = read_page(one[0]), json.loads((trained[0] / "summary.json").read_text())
+    epochs = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
+    beginning = page.text.partition(" Training ")[0]
+    best, last = ((summary[which]["top1_percent"], error_percent(summary[which])) for which in ("best", "last"))
+    assert f"best top-1 {best[0]:.2f} ± {best[1]:.2f} % epoch {summary['best_epoch']} " in beginning
+    assert f"last top-1 {last[0]:.2f} ± {last[1]:.2f} % chance 25.0 %" in beginning
+    assert "data demo 32 of val, 4 classes" in beginning
+    assert f"time {summary['minutes']:.1f} min 2 of 2 epochs" in beginning
+    assert "chance, 25.0 %" in page.text  # the dotted line
+    rows = table(page, "epoch")[1:]
+    assert [row[1] for row in rows] == [f"{epoch['val_top1_percent']:.2f}" for epoch in epochs]
+    assert [row[4] for row in rows] == [f"{epoch['train_loss']:.4f}" for epoch in epochs]
+    tip = f"<title>x, epoch 2: {epochs[1]['val_top1_percent']:.4g}</title>"  # shown by the browser at the point
+    assert tip in one[0].read_text()
+
+
+def test_hard_samples_name_their_file_and_classes(one, demo_data: Path, tidali) -> None:
+    """For a reader who cannot see the pictures, and to find the file."""
+    from tidali.dataset.contract import iter_records, open_dataset
+
+    dataset = open_dataset(demo_data)
+    sources = {record.source: dataset.manifest.classes[record.label].name for _, record in iter_records(dataset, "val")}
+    alts = re.findall(r'<img [^>]*alt="(.*?): true class (.*?); predicted (.*?), [0-9]+.%"', one[0].read_text())
+    assert len(alts) >= 12
+    assert all(sources[file] == true for file, true, _ in alts)
+    assert alts[-1][0] in one[0].read_text().partition("Hardest samples")[2]
+
+
 def test_report_has_the_results_of_the_run(one, trained, read_page) -> None:
     page, summary = read_page(one[0]), json.loads((trained[0] / "summary.json").read_text())
-    results = {row[0]: row[1] for row in page.tables[0]}
-    assert results["last: top-1, %"] == f"{summary['last']['top1_percent']:.2f}"
+    results = {row[0]: row[1] for row in table(page, "result")}
+    assert results["last: top-1, %"] == f"{summary['last']['top1_percent']:.2f} ± {error_percent(summary['last']):.2f}"
     assert results["last: top-5, %"] == "100.00"
     assert results["last: loss"] == f"{summary['last']['loss']:.4f}"
-    assert results["best: top-1, %"] == f"{summary['best']['top1_percent']:.2f}"
+    assert results["best: top-1, %"].startswith(f"{summary['best']['top1_percent']:.2f} ± ")
     assert results["best: epoch"] == f"{summary['best_epoch']}"
     assert results["evaluated on"] == "val, 32 samples"
-    assert results["images/s in training"] == f"{summary['images_per_s']:.0f}"
+    rate = summary["images_per_s"]
+    assert results["images/s in training"] == (f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}")
     assert results["minutes"] == f"{summary['minutes']:.1f}"
     assert summary["device"]["name"] in results["device"]
-    settings = {row[0]: row[1] for row in page.tables[1]}
+    settings = {row[0]: row[1] for row in next(rows for rows in page.tables if ["res", "32"] in rows)}
     assert (settings["res"], settings["recipe"], settings["augment.flip"]) == ("32", "modern", "random")
     right = round(summary["last"]["top1_percent"] * 32 / 100)
     assert f"{right} of 32 samples of val are predicted correctly at 32 px" in page.text
@@ -125,12 +168,17 @@ def test_several_side_by_side(tidali, trained, other_run: Path, nasty_data: Path
     assert ended.code == 0, ended.stderr
     page = read_page(out)
     assert page.unclosed == []
-    results, differing, shared = page.tables
-    assert [cell.split()[-1] for cell in results[0][1:]] == ["x", NASTY]
+    results, differing = table(page, "result"), table(page, "setting")
+    assert [cell.split(" ", 1)[1] for cell in results[0][1:]] == ["x (lr 0.05)", f"{NASTY} (lr 0.125)"]
+    assert [row[0].split(" ", 1)[-1] for row in table(page, "run")[1:]] == ["x (lr 0.05)", f"{NASTY} (lr 0.125)"]
     assert differing[1:] == [["lr", "0.05", "0.125"]]
+    shared = next(rows for rows in page.tables if ["res", "32"] in rows)
     assert ["momentum", "0.9"] in shared
     assert "lr" not in {row[0] for row in shared}
-    assert f"{NASTY}: not finished, 1 of 2 epochs" in page.text
+    assert "Where the two differ" in page.text
+    same = re.search(r"Of 32 samples both predict (\d+) correctly and neither (\d+);", page.text)
+    assert int(same[1]) + int(same[2]) == 32  # these two have the same weights
+    assert f"{NASTY} (lr 0.125): not finished, 1 of 2 epochs" in page.text
     minutes = next(row for row in results if row[0] == "minutes")
     assert minutes[2] == "-"
     assert page.text.count("Most confused") == 2

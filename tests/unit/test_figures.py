@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,7 +17,7 @@ from PIL import Image
 
 from tidali.cli.options import output_file
 from tidali.errors import TidaliError, UsageError
-from tidali.report import figures
+from tidali.report import class_figures, figures
 from tidali.report.drawing import COLOURS, inline_svg, legend_entries, save_figure, series_colour, theme_css
 from tidali.report.figures import Evaluated
 from tidali.training.history import Run
@@ -60,8 +62,9 @@ DRAWN = {
     "gmacs": lambda: figures.accuracy_against_gmacs(MODELS),
     "one point": lambda: figures.accuracy_against_gmacs(MODELS[:1]),
     "resolution": lambda: figures.accuracy_against_resolution(MODELS[1:]),
-    "classes": lambda: figures.class_accuracy([NASTY, "中文", "c"], [50.0, 0.0, None]),
-    "matrix": lambda: figures.confusion_matrix([NASTY, "b"], [[3, 1], [0, 4]]),
+    "classes": lambda: class_figures.class_accuracy([NASTY, "中文", "c"], [50.0, 0.0, None]),
+    "differences": lambda: class_figures.class_differences([NASTY, "b"], [50.0, 0.0], [20.0, None]),
+    "matrix": lambda: class_figures.confusion_matrix([NASTY, "b"], [[3, 1], [0, 4]]),
 }
 
 
@@ -107,6 +110,7 @@ def test_curves_hold_the_runs_numbers() -> None:
     (axes,) = DRAWN["accuracy"]().axes
     drawn = [tuple(line.get_ydata()) for line in axes.lines]
     assert drawn == [(15, 35, 50), (10, 30, 45), (25, 30, 55), (20, 25, 50)]
+    assert len(axes.collections) == 12  # an area around each point, for the mouse
     assert tuple(axes.lines[1].get_xdata()) == (1, 2, 3)
     assert [line.get_color() for line in axes.lines] == [series_colour(0)] * 2 + [series_colour(1)] * 2
     (axes,) = DRAWN["waiting"]().axes
@@ -138,21 +142,63 @@ def test_labels_of_close_points_do_not_overlap() -> None:
     assert all(above[0] >= below[1] - 1 for below, above in itertools.pairwise(boxes))
 
 
+def test_one_high_loss_does_not_flatten_the_others() -> None:
+    run = make_run("a", [10, 30, 45, 50])
+    high = replace(run, epochs=({**run.epochs[0], "val_loss": 80.0}, *run.epochs[1:]))
+    assert figures.by_epoch(figures.loss, [run]).axes[0].get_yscale() == "linear"
+    assert figures.by_epoch(figures.loss, [high]).axes[0].get_yscale() == "log"
+    diverged = replace(
+        run, epochs=tuple({**epoch, "val_loss": float("nan"), "train_loss": float("inf")} for epoch in run.epochs)
+    )
+    assert inline_svg(figures.by_epoch(figures.loss, [diverged]), "x")
+
+
+def test_the_line_of_chance_is_inside_the_figure() -> None:
+    (axes,) = figures.by_epoch(partial(figures.accuracy, chance_percent=[2.0]), RUNS).axes
+    assert axes.lines[-1].get_ydata()[0] == 2
+    assert axes.get_ylim()[0] < 2
+
+
+def test_points_show_their_values_under_the_mouse() -> None:
+    svg = inline_svg(DRAWN["accuracy"](), "x")
+    titles = [title.text for title in ElementTree.fromstring(svg).iter("title")]
+    assert "a, epoch 2: 30" in titles
+    assert f"{NASTY}, epoch 3, train: 55" in titles
+
+
+def test_letters_are_readable_on_a_narrow_page() -> None:
+    """A page of 400 pixels has room for 374. Each letter is then of eleven pixels or more, or the figure is scrolled."""
+    for name, draw in DRAWN.items():
+        if name == "comparison":  # for files, not for pages
+            continue
+        svg = inline_svg(draw(), "x")
+        width = float(re.search(r'viewBox="0 0 ([0-9.]+)', svg)[1])
+        shown = max(float(re.search(r"min-width:([0-9]+)px", svg)[1]), min(374, 1.5 * width))
+        sizes = [float(size) for size in re.findall(r"font(?:-size)?: ([0-9.]+)px", svg)]
+        assert sizes
+        assert min(sizes) * shown / width >= 11, name
+
+
+def test_class_differences_are_sorted() -> None:
+    (axes,) = class_figures.class_differences(["a", "b", "c", "d"], [50, 50, 50, None], [40, 90, 60, 10]).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "c", "a"]
+
+
 def test_bars_are_sorted_and_classes_without_samples_left_out() -> None:
-    (axes,) = figures.class_accuracy(["a", "b", "c", "d"], [20.0, None, 90.0, 50.0]).axes
+    (axes,) = class_figures.class_accuracy(["a", "b", "c", "d"], [20.0, None, 90.0, 50.0]).axes
     assert [bar.get_width() for bar in axes.patches] == [90, 50, 20]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["c", "d", "a"]
 
 
 def test_of_many_classes_the_ends_are_shown() -> None:
-    (axes,) = figures.class_accuracy([f"class {one}" for one in range(200)], [one / 2 for one in range(200)]).axes
+    (axes,) = class_figures.class_accuracy([f"class {one}" for one in range(200)], [one / 2 for one in range(200)]).axes
     widths = [bar.get_width() for bar in axes.patches]
     assert widths == [one / 2 for one in range(199, 179, -1)] + [one / 2 for one in range(19, -1, -1)]
     assert "… 160 more …" in [text.get_text() for text in axes.texts]
 
 
 def test_matrix_cells() -> None:
-    (axes,) = figures.confusion_matrix(["a", "b"], [[3, 1], [0, 4]]).axes
+    (axes,) = class_figures.confusion_matrix(["a", "b"], [[3, 1], [0, 4]]).axes
     cells = np.asarray(axes.images[0].get_array())
     assert cells[..., 3].tolist() == [[0.75**0.5, 0.5], [0, 1]]
     assert cells[0, 0, :3].tolist() == cells[1, 1, :3].tolist() != cells[0, 1, :3].tolist()
@@ -160,7 +206,7 @@ def test_matrix_cells() -> None:
 
 
 def test_a_matrix_of_200_classes_names_no_cell() -> None:
-    (axes,) = figures.confusion_matrix([f"class {one}" for one in range(200)], np.eye(200, dtype=int).tolist()).axes
+    (axes,) = class_figures.confusion_matrix([f"class {one}" for one in range(200)], np.eye(200, dtype=int).tolist()).axes
     assert len(axes.texts) == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from tidali.files import write_atomically
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # as it is imported it tells of its cache of fonts
@@ -43,11 +46,20 @@ _SERIES = 7
 _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚"}
 """matplotlib's name of a marker -> the character for it in a page. With seven colours this makes 42 different series."""
 
-# The default size of a figure. SVG has 72 units per inch, and pages show figures 340 to 560 CSS pixels wide: about this size.
-WIDTH_IN, HEIGHT_IN = 5.6, 3.6
+# The default size of a figure, in inches of 72 units of SVG. A page that is 400 CSS pixels wide has room for 374, and shows a
+# figure of this width with each letter of ten points at eleven pixels or more.
+WIDTH_IN, HEIGHT_IN = 4.6, 3.0
+SMALLEST_PT = 10
+"""No letter in a figure is smaller. A page shows each unit as at least 1.1 pixels. A figure that is then wider than the screen
+can be scrolled."""
+_LEAST_PX, _MOST_PX = 1.1, 1.5
+"""Smallest and largest number of CSS pixels to a unit of a figure."""
+_TIP = "tip-"
+TIPS = 400
+"""At most so many points of a series, or cells of a matrix, show their values when the mouse is over them."""
 
 _STYLE: dict[Any, Any] = {
-    "font.size": 10,
+    "font.size": SMALLEST_PT,
     "text.parse_math": False,
     "text.color": INK,
     "axes.labelcolor": MUTED,
@@ -81,6 +93,25 @@ def series_colour(place: int) -> str:
 
 def series_marker(place: int) -> str:
     return list(_MARKERS)[place % len(_MARKERS)]
+
+
+def tip(text: str) -> str:
+    """The ``gid`` of an artist that shows this text in a page when the mouse is over it."""
+    return f"{_TIP}{quote(text)}"
+
+
+def panel(x: str = "", y: str = "", *, width_in: float = WIDTH_IN, height_in: float = HEIGHT_IN) -> tuple[Figure, Axes]:
+    """A figure of one panel, with the labels of its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_in, height_in))
+    return figure, figure.subplots(subplot_kw={"xlabel": x, "ylabel": y})
+
+
+def tip_area(axes: Axes, x: float, y: float, text: str) -> None:
+    """Show a text in a page when the mouse is near a point."""
+    if math.isfinite(y):
+        axes.scatter([x], [y], s=200, color=INK, alpha=0, linewidths=0, zorder=9, gid=tip(text))
 
 
 def legend_entries(labels: list[str]) -> list[dict[str, str]]:
@@ -117,7 +148,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def inline_svg(figure: Figure, description: str) -> str:
-    """An ``<svg>`` element for a page. Letters are text, colours are the page's CSS variables, and it is as wide as its place.
+    """An ``<svg>`` element for a page. Letters are text, colours are the page's CSS variables, and it is as wide as its place,
+    within the limits that keep its letters readable.
 
     Args:
         description: what the figure shows, for readers who cannot see it.
@@ -125,10 +157,12 @@ def inline_svg(figure: Figure, description: str) -> str:
     text = _rendered(figure, "svg", transparent=True, dpi=144, fonttype="none").decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(rf'<g id="{_TIP}([^"]*)">', lambda found: f"<g><title>{escape(unquote(found[1]))}</title>", text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # ids such as figure_1 would not be unique: a page has several figures
     head, tail = text.split(">", 1)
     width, height = re.findall(r'(?:width|height)="([0-9.]+)pt"', head)
-    svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}"'
+    limits = f"min-width:{math.ceil(_LEAST_PX * float(width))}px;max-width:{_MOST_PX * float(width):.0f}px"
+    svg = f'<svg viewBox="0 0 {width} {height}" style="{limits}" role="img" aria-label="{escape(description)}"'
     svg += f' xmlns:xlink="http://www.w3.org/1999/xlink">{tail}'
     for name, (light, _) in COLOURS.items():
         svg = svg.replace(light, f"var(--{name})")

@@ -1,4 +1,4 @@
-"""The figures: learning curves, speed, accuracy against cost and resolution, accuracy by class, confusion.
+"""The figures of runs: learning curves, speed, accuracy against cost and resolution.
 
 Most functions return a matplotlib figure, for `tidali.report.drawing.save_figure` or `tidali.report.drawing.inline_svg`.
 matplotlib is imported when one is drawn. Names in figures are plain text: a ``$`` in the name of a class is drawn as a ``$``.
@@ -7,26 +7,33 @@ matplotlib is imported when one is drawn. Names in figures are plain text: a ``$
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tidali.report.drawing import HEIGHT_IN, INK, MUTED, PALE, WIDTH_IN, house_style, series_colour, series_marker
+from tidali.report.drawing import (
+    HEIGHT_IN,
+    MUTED,
+    PALE,
+    TIPS,
+    WIDTH_IN,
+    house_style,
+    panel,
+    series_colour,
+    series_marker,
+    tip,
+    tip_area,
+)
 from tidali.training.history import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ALL_CLASSES = 40
-"""Up to this many classes each have a bar; of more, only the twenty lowest and the twenty highest."""
-NAMED_CELLS = 30
-"""Up to this many classes, a confusion matrix has their names and counts."""
-_NAME_LETTERS = 22
+_FLATTENED = 8
+"""Where the largest loss is this many times the median, a linear axis would flatten all the others."""
 _GMAC_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-# The cells of a confusion matrix are an image, whose colours cannot follow the theme of the page. The contrast of these colours
-# is 4.1 to 4.4 to 1 against a light and a dark page, and at least 3.5 to 1 against the counts in the cells.
-_RIGHT_RGB, _WRONG_RGB = (0.2, 0.46, 0.91), (0.86, 0.3, 0.04)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +57,7 @@ def comparison(runs: Sequence[Run], labels: Sequence[str]) -> Figure:
 
     names = [*labels, "evaluated", "train, as counted while training"]
     columns = 2 if len(names) > 5 and max(len(name) for name in names) < 70 else 1  # half the width has room for 75 letters
-    figure = Figure(figsize=(2 * WIDTH_IN, HEIGHT_IN + 0.2 + 0.2 * -(-len(names) // columns)))
+    figure = Figure(figsize=(2.4 * WIDTH_IN, 1.2 * HEIGHT_IN + 0.2 + 0.2 * -(-len(names) // columns)))
     left, right = figure.subplots(1, 2)
     accuracy(left, runs)
     loss(right, runs)
@@ -68,20 +75,38 @@ def comparison(runs: Sequence[Run], labels: Sequence[str]) -> Figure:
 @house_style()
 def by_epoch(draw: Callable[[Axes, Sequence[Run]], None], runs: Sequence[Run]) -> Figure:
     """A figure of its own for `accuracy`, `loss`, `throughput` or `waiting`."""
-    figure, axes = _panel()
+    figure, axes = panel()
     draw(axes, runs)
     return figure
 
 
-def accuracy(axes: Axes, runs: Sequence[Run]) -> None:
-    """Top-1 by epoch: evaluated as lines with markers, on train dashed."""
+def accuracy(axes: Axes, runs: Sequence[Run], *, chance_percent: Collection[float] = ()) -> None:
+    """Top-1 by epoch: evaluated as lines with markers, on train dashed.
+
+    Args:
+        chance_percent: what guessing reaches, for a dotted line each; several where runs differ in their classes.
+    """
     _evaluated_and_train(axes, runs, "top1_percent", "top-1, %")
+    for percent in chance_percent:
+        axes.axhline(percent, color=MUTED, linestyle=":", linewidth=1.2, gid=tip(f"chance: {percent:.2f} %"))
+        at_the_right = axes.get_yaxis_transform()  # x is a fraction of the width
+        axes.text(1, percent, f"chance, {percent:.1f} %", ha="right", va="bottom", color=MUTED, transform=at_the_right)
     _percent_limits(axes)
 
 
 def loss(axes: Axes, runs: Sequence[Run]) -> None:
-    """Cross entropy by epoch: evaluated as lines with markers, on train dashed."""
+    """Cross entropy by epoch: evaluated as lines with markers, on train dashed; on a logarithmic axis where one loss is so high
+    that a linear one would flatten the others."""
     _evaluated_and_train(axes, runs, "loss", "cross entropy, nats")
+    if loss_is_logarithmic(runs):
+        _logarithmic_loss(axes)
+
+
+def loss_is_logarithmic(runs: Sequence[Run]) -> bool:
+    """Whether `loss` has a logarithmic axis for these runs."""
+    values = [value for run in runs for which in ("train", run.split) for value in run.column(f"{which}_loss")]
+    positive = [value for value in values if math.isfinite(value) and value > 0]
+    return bool(positive) and max(positive) > _FLATTENED * statistics.median(positive)
 
 
 def throughput(axes: Axes, runs: Sequence[Run]) -> None:
@@ -97,7 +122,7 @@ def waiting(axes: Axes, runs: Sequence[Run]) -> None:
     for place, run in enumerate(runs):
         _line(axes, run, "data_wait_share", place, scale=100)
     _label_epochs(axes, runs, "waiting for data, % of the time")
-    axes.set_ylim(0, max(axes.get_ylim()[1], 5))  # otherwise the noise around 0 % would fill the figure
+    axes.set_ylim(0, max(1.05 * axes.get_ylim()[1], 5))  # otherwise the noise around 0 % would fill the figure
 
 
 @house_style()
@@ -106,9 +131,10 @@ def runs_among_others(runs: Sequence[Run], others: Sequence[Run], series: int) -
 
     Several of these stand side by side on a page, so their axes are equal.
     """
-    figure, axes = _panel(width_in=3.4, height_in=2.3)
+    figure, axes = panel(width_in=3.2, height_in=2.2)
     for run in others:
-        axes.plot(run.column("epoch"), run.column(f"{run.split}_top1_percent"), color=PALE, linewidth=1)
+        marker = "." if len(run.epochs) == 1 else None  # a single point is not visible as a line
+        axes.plot(run.column("epoch"), run.column(f"{run.split}_top1_percent"), color=PALE, linewidth=1, marker=marker)
     for run in runs:
         _line(axes, run, f"{run.split}_top1_percent", series)
         _line(axes, run, "train_top1_percent", series, train=True)
@@ -123,7 +149,7 @@ def accuracy_against_gmacs(models: Sequence[Evaluated]) -> Figure:
 
     Models with the same cost and, to a tenth, the same accuracy share a point and its label.
     """
-    figure, axes = _panel("GMACs per forward pass", "top-1, %")
+    figure, axes = panel("GMACs per forward pass", "top-1, %")
     for model in models:
         line = sorted((gmacs, top1_percent) for _, gmacs, top1_percent in model.at)
         if line:
@@ -143,6 +169,7 @@ def accuracy_against_gmacs(models: Sequence[Evaluated]) -> Figure:
             marker=series_marker(model.series),
             markersize=8,
             linestyle="none",
+            gid=tip(f"{model.label}: {model.top1_percent:.2f} % for {model.gmacs:.3f} GMACs"),
         )
     axes.set_xscale("log")
     axes.margins(y=0.09)
@@ -155,7 +182,7 @@ def accuracy_against_gmacs(models: Sequence[Evaluated]) -> Figure:
 @house_style()
 def accuracy_against_resolution(models: Sequence[Evaluated]) -> Figure:
     """Top-1 of each model at the input sides that it was evaluated at."""
-    figure, axes = _panel("input side, px", "top-1, %")
+    figure, axes = panel("input side, px", "top-1, %")
     for model in models:
         axes.plot(
             *zip(*sorted((res, top1_percent) for res, _, top1_percent in model.at), strict=True),
@@ -166,72 +193,6 @@ def accuracy_against_resolution(models: Sequence[Evaluated]) -> Figure:
     axes.set_xticks(sides, [str(side) for side in sides])
     _percent_limits(axes)
     return figure
-
-
-@house_style()
-def class_accuracy(names: Sequence[str], top1_percent: Sequence[float | None]) -> Figure:
-    """Top-1 of each class as sorted bars, at most `ALL_CLASSES` of them. Classes without samples (None) are left out."""
-    rows: list[tuple[float, str] | None] = [
-        *sorted(
-            ((percent, name) for name, percent in zip(names, top1_percent, strict=True) if percent is not None), reverse=True
-        )
-    ]
-    left_out = len(rows) - ALL_CLASSES
-    if left_out > 0:
-        rows[ALL_CLASSES // 2 : -ALL_CLASSES // 2] = [None]
-    figure, axes = _panel("top-1, %", height_in=0.5 + 0.2 * len(rows))
-    for place, row in enumerate(rows):
-        if row is None:
-            axes.text(1, place, f"… {left_out} more …", va="center", color=MUTED, fontsize=9)
-        else:
-            axes.barh(place, row[0], height=0.7, color=series_colour(0))
-            axes.text(row[0] + 1, place, f"{row[0]:.0f}", va="center", color=MUTED, fontsize=8)
-    axes.set_yticks(range(len(rows)), [_short(row[1]) if row is not None else "" for row in rows], fontsize=9)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlim(0, 107)
-    axes.set_xticks(range(0, 101, 20))
-    axes.tick_params(axis="y", length=0)
-    axes.grid(visible=False, axis="y")
-    return figure
-
-
-@house_style()
-def confusion_matrix(names: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure:
-    """Samples by true class (rows) and predicted class (columns).
-
-    Args:
-        counts: in class order. The opacity of a cell is the square root of its fraction of the row, so that rare mistakes show.
-    """
-    import numpy as np
-
-    table = np.asarray(counts, dtype=float)
-    fraction = table / np.maximum(table.sum(1, keepdims=True), 1)
-    cells = np.empty((*table.shape, 4))
-    cells[..., :3] = _WRONG_RGB
-    cells[np.arange(len(table)), np.arange(len(table)), :3] = _RIGHT_RGB
-    cells[..., 3] = np.sqrt(fraction)
-    figure, axes = _panel("predicted class", "true class", width_in=6.6, height_in=6.3)
-    axes.imshow(cells, interpolation="nearest")
-    axes.grid(visible=False)
-    if len(names) <= NAMED_CELLS:
-        size = 8 if len(names) > 12 else 10
-        for row, column in zip(*np.nonzero(table), strict=True):
-            axes.text(column, row, f"{table[row, column]:.0f}", ha="center", va="center", fontsize=size - 1, color=INK)
-        short = [_short(name) for name in names]
-        axes.set_xticks(range(len(names)), short, rotation=90, fontsize=size)
-        axes.set_yticks(range(len(names)), short, fontsize=size)
-        axes.tick_params(length=0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(True)
-    return figure
-
-
-def _panel(x: str = "", y: str = "", *, width_in: float = WIDTH_IN, height_in: float = HEIGHT_IN) -> tuple[Figure, Axes]:
-    """A figure of one panel, with the labels of its axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width_in, height_in))
-    return figure, figure.subplots(subplot_kw={"xlabel": x, "ylabel": y})
 
 
 def _evaluated_and_train(axes: Axes, runs: Sequence[Run], measure: str, label: str) -> None:
@@ -245,10 +206,12 @@ def _line(axes: Axes, run: Run, field: str, place: int, *, train: bool = False, 
     style: dict[str, Any] = {"linestyle": "--", "linewidth": 1.2}
     if not train:
         style = {"marker": series_marker(place), "markevery": max(1, len(run.epochs) // 8)}
-    values = [scale * value for value in run.column(field)]
+    values = [scale * value if math.isfinite(value) else math.nan for value in run.column(field)]
     if train and len(values) == 1:  # a single point is not visible as a line
         style["marker"] = "_"
     axes.plot(run.column("epoch"), values, color=series_colour(place), **style)
+    for epoch, value in list(zip(run.column("epoch"), values, strict=True))[:: 1 + len(values) // TIPS]:
+        tip_area(axes, epoch, value, f"{run.name}, epoch {epoch:.0f}{', train' if train else ''}: {value:,.4g}")
 
 
 def _label_epochs(axes: Axes, runs: Sequence[Run], label: str) -> None:
@@ -259,6 +222,17 @@ def _label_epochs(axes: Axes, runs: Sequence[Run], label: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if max(len(run.epochs) for run in runs) == 1:
         axes.set_xlim(0, 2)
+
+
+def _logarithmic_loss(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 3000 else (1,)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.minorticks_off()
+    axes.set_ylabel("cross entropy, nats, logarithmic")
 
 
 def _percent_limits(axes: Axes) -> None:
@@ -277,7 +251,7 @@ def _plain_log_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 def _label_points(axes: Axes, points: Sequence[Evaluated]) -> None:
     """Label each point on the side where no other point is close. Labels that would touch are moved up and joined by a line."""
-    height_percent = (axes.get_ylim()[1] - axes.get_ylim()[0]) * 0.055
+    height_percent = (axes.get_ylim()[1] - axes.get_ylim()[0]) * 0.075
     placed: list[tuple[float, float]] = []  # log10 of GMACs, percent
     for point in sorted(points, key=lambda point: point.top1_percent):
         x = math.log10(point.gmacs)
@@ -291,10 +265,5 @@ def _label_points(axes: Axes, points: Sequence[Evaluated]) -> None:
             xytext=(point.gmacs / 1.09 if crowded else point.gmacs * 1.09, height),
             ha="right" if crowded else "left",
             va="center",
-            fontsize=9,
             arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0} if moved else None,
         )
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _NAME_LETTERS else f"{name[: _NAME_LETTERS - 1]}…"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tidali.report.class_figures import class_accuracy, confusion_matrix
 from tidali.report.drawing import inline_svg, theme_css
-from tidali.report.figures import class_accuracy, confusion_matrix
 from tidali.report.insight import Insight
 
 if TYPE_CHECKING:
@@ -65,13 +64,17 @@ def insight_part(insight: Insight) -> dict[str, Any]:
     if len(names) <= MATRIX_CLASSES:
         matrix = drawn(confusion_matrix(names, insight.confusion().tolist()), "confusion matrix")
 
-    def picture(index: int, caption: Callable[[int], Sequence[str]]) -> dict[str, Any]:
-        return {"src": insight.picture(index), "key": insight.sample(index)[1].key, "lines": caption(index)}
-
-    def prediction(index: int) -> list[str]:
+    def picture(index: int, *, captioned: bool) -> dict[str, Any]:
         true, predicted = names[int(insight.labels[index])], names[int(insight.predicted[index])]
-        probability = f"{100 * float(insight.confidences[index]):.0f} %"
-        return [true, f"→ {predicted}, {probability}" if true != predicted else f"correct, {probability}"]
+        probability = f"{100 * float(insight.confidences[index]):.0f}\N{NO-BREAK SPACE}%"
+        _, record = insight.sample(index)
+        verdict = f"→ {predicted}, {probability}" if true != predicted else f"correct, {probability}"
+        return {
+            "src": insight.picture(index),
+            "file": record.source,
+            "lines": [true, verdict] if captioned else [],
+            "alt": f"{record.source}: true class {true}; predicted {predicted}, {probability}",
+        }
 
     return {
         "split": insight.split,
@@ -87,9 +90,9 @@ def insight_part(insight: Insight) -> dict[str, Any]:
                 "predicted": names[pair.predicted],
                 "samples": pair.samples,
                 "of": int((insight.labels == pair.true).sum()),
-                "pictures": [picture(index, lambda _: []) for index in insight.examples(pair, _PICTURES_OF_A_PAIR)],
+                "pictures": [picture(index, captioned=False) for index in insight.examples(pair, _PICTURES_OF_A_PAIR)],
             }
             for pair in insight.most_confused(_PAIRS)
         ],
-        "hardest": [picture(index, prediction) for index in insight.hardest(_HARDEST)],
+        "hardest": [picture(index, captioned=True) for index in insight.hardest(_HARDEST)],
     }

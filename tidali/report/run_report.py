@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,20 @@ from tidali.console import warn
 from tidali.dataset.source import open_data
 from tidali.errors import TidaliError, UsageError
 from tidali.files import write_atomically
-from tidali.model.checkpoint import SUFFIX
+from tidali.model.checkpoint import SUFFIX, load_checkpoint
 from tidali.model.resnet import title_of
+from tidali.report.disagreement import are_comparable, disagreement_part
 from tidali.report.drawing import legend_entries
-from tidali.report.figures import accuracy, by_epoch, loss, throughput, waiting
-from tidali.report.insight import inspect_checkpoint
+from tidali.report.figures import accuracy, by_epoch, loss, loss_is_logarithmic, throughput, waiting
+from tidali.report.insight import Insight, inspect_checkpoint
 from tidali.report.page import BEST_IS_BIASED, drawn, insight_part, render
 from tidali.training.evaluation import EvalOptions
-from tidali.training.history import Run, differing_settings
+from tidali.training.history import Run, differing_settings, labels
+from tidali.training.uncertainty import standard_error_percent
+
+_PERCENT = "\N{NO-BREAK SPACE}%"
+_FAR_OFF = 4
+"""An evaluated loss this many times that of training is explained."""
 
 
 def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> None:
@@ -34,10 +43,11 @@ def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> 
     Raises:
         TidaliError, UsageError: ``data`` was given and cannot be used, or the page cannot be written.
     """
-    parts, notes = [], _notes(runs)
+    runs = [replace(run, name=label) for run, label in zip(runs, labels(runs), strict=True)]
+    insights, notes = [], _notes(runs)
     for run in runs:
         try:
-            parts.append({"name": run.name, "insight": _insight(run, data)})
+            insights.append((run, _insight(run, data)))
         except TidaliError as error:
             if data is not None:
                 raise
@@ -45,32 +55,52 @@ def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> 
             warn(note)
             notes.append(note)
     differing = differing_settings(runs)
-    first = runs[0]
+    first, names = runs[0], [run.name for run in runs]
+    classes = [_classes(run) for run in runs]
+    chance_percent = dict.fromkeys(100 / count for count in classes if count is not None)
+    found = [insight for _, insight in insights]
+    disagreement = None
+    if len(runs) == len(found) == 2 and are_comparable(*found):
+        disagreement = disagreement_part(found[0], found[1], names)
     page = render(
         "report.html",
         title=first.name if len(runs) == 1 else f"{len(runs)} runs side by side",
-        made=_made_of(first) if len(runs) == 1 else ", ".join(run.name for run in runs),
+        made=_made_of(first) if len(runs) == 1 else ", ".join(names),
         notes=notes,
-        legend=legend_entries([run.name for run in runs]),
+        legend=legend_entries(names),
+        summaries=[_summary(run, count) for run, count in zip(runs, classes, strict=True)],
+        epochs=[_epochs(run) for run in runs],
         headline=_headline(runs),
         differing=differing,
         shared={name: value for name, value in first.settings.items() if name not in differing and name != "out"},
-        accuracy=drawn(by_epoch(accuracy, runs), "top-1 by epoch"),
+        accuracy=drawn(by_epoch(partial(accuracy, chance_percent=chance_percent), runs), "top-1 by epoch"),
+        chance_note="dotted: what guessing reaches" if chance_percent else "",
+        logarithmic=loss_is_logarithmic(runs),
+        far_off=_why_far_off(runs),
         loss=drawn(by_epoch(loss, runs), "cross entropy by epoch"),
         throughput=drawn(by_epoch(throughput, runs), "images per second by epoch"),
         waiting=drawn(by_epoch(waiting, runs), "percentage of the time spent waiting for data, by epoch"),
-        parts=parts,
+        parts=[{"name": run.name, "insight": insight_part(insight)} for run, insight in insights],
+        disagreement=disagreement,
         versions=_versions(runs),
     )
     write_atomically(out, page)
 
 
-def _insight(run: Run, data: str | None) -> dict[str, Any]:
+def _insight(run: Run, data: str | None) -> Insight:
     location = data if data is not None else run.settings.get("data")
     if location is None:
         raise UsageError("config.json does not name a data set")
     dataset = open_data(location)
-    return insight_part(inspect_checkpoint(str(run.folder / f"last{SUFFIX}"), dataset, EvalOptions(split=run.split)))
+    return inspect_checkpoint(str(run.folder / f"last{SUFFIX}"), dataset, EvalOptions(split=run.split))
+
+
+def _classes(run: Run) -> int | None:
+    """How many classes the model has; None where its weights cannot be read."""
+    try:
+        return len(load_checkpoint(run.folder / f"last{SUFFIX}")[0].classes)
+    except TidaliError:
+        return None
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
@@ -82,9 +112,66 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     ]
     if any(run.split == "val" for run in runs):
         notes.append(BEST_IS_BIASED)
+    notes.append("± is one standard error: how far an accuracy counted on so many samples is usually from the true one.")
     if len({run.split for run in runs}) > 1:
         notes.append("These runs were evaluated on different splits.")
     return notes
+
+
+def _summary(run: Run, classes: int | None) -> dict[str, dict[str, str]]:
+    """What a reader wants to know first: title -> a value and a note of it."""
+    best, last, summary = run.best_epoch, run.epochs[-1], run.summary or {}
+    minutes = summary.get("minutes", sum(_numbers(run, "epoch_s")) / 60)
+    samples = last.get(f"{run.split}_samples")
+    about = [f"{samples:,} of {run.split}" if samples is not None else run.split]
+    about += [f"{classes:,} class{'es' if classes > 1 else ''}"] if classes is not None else []
+    finished = f"{len(run.epochs)} of {run.settings.get('epochs', '?')} epochs"
+    return {
+        "best top-1": {"value": f"{_top1(run, best)}{_PERCENT}", "note": f"epoch {best['epoch']}"},
+        "last top-1": {
+            "value": f"{_top1(run, last)}{_PERCENT}",
+            "note": f"chance {100 / classes:.1f}{_PERCENT}" if classes is not None else f"epoch {last['epoch']}",
+        },
+        "data": {"value": Path(run.settings.get("data", "?")).name, "note": ", ".join(about)},
+        "time": {"value": f"{minutes:.1f} min", "note": finished},
+        "throughput": {"value": f"{_rate(run)} images/s", "note": "in training"},
+    }
+
+
+def _epochs(run: Run) -> dict[str, Any]:
+    """A table of every epoch's values."""
+    fields = {
+        f"{run.split} top-1, %": (f"{run.split}_top1_percent", "{:.2f}", 1),
+        "train top-1, %": ("train_top1_percent", "{:.2f}", 1),
+        f"{run.split} loss": (f"{run.split}_loss", "{:,.4f}", 1),
+        "train loss": ("train_loss", "{:,.4f}", 1),
+        "images/s": ("images_per_s", "{:,.1f}", 1),
+        "waiting for data, %": ("data_wait_share", "{:.1f}", 100),
+    }
+    rows = [
+        [epoch["epoch"], *(form.format(scale * epoch[name]) if name in epoch else "-" for name, form, scale in fields.values())]
+        for epoch in run.epochs
+    ]
+    return {"columns": ["epoch", *fields], "rows": rows}
+
+
+def _why_far_off(runs: Sequence[Run]) -> str:
+    """An explanation of evaluated losses that begin far above those of training; empty if none does."""
+    found = [run for run in runs if _starts_far_off(run)]
+    if not found:
+        return ""
+    averaged = any(run.settings.get("ema_decay", "0") != "0" for run in found)
+    what = " and the moving average of the weights (ema_decay), which lag" if averaged else ", which lag"
+    return (
+        "In the first epochs the evaluated loss is many times that of training. Evaluation uses batch norm's running statistics"
+        f"{what} behind weights that change fast."
+    )
+
+
+def _starts_far_off(run: Run) -> bool:
+    """Whether the evaluated loss is far above that of training in an epoch of the first half."""
+    early = run.epochs[: -(-len(run.epochs) // 2)]
+    return any(epoch.get(f"{run.split}_loss", 0) > _FAR_OFF * epoch.get("train_loss", math.inf) for epoch in early)
 
 
 def _headline(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -96,23 +183,42 @@ def _headline(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def _measures(run: Run) -> dict[str, str]:
     last, best, summary = run.epochs[-1], run.best_epoch, run.summary or {}
-    rates, compile_s = run.column("images_per_s"), [float(epoch.get("compile_s", 0)) for epoch in run.epochs]
+    compile_s = [float(epoch.get("compile_s", 0)) for epoch in run.epochs]
     device: Mapping[str, Any] = summary.get("device", {})
     return {
-        "last: top-1, %": _figure(last, f"{run.split}_top1_percent"),
+        "last: top-1, %": _top1(run, last),
         "last: top-5, %": _figure(last, f"{run.split}_top5_percent"),
         "last: loss": _figure(last, f"{run.split}_loss", 4),
-        "last: top-1 with flip TTA, %": _figure(summary.get("last_flip") or {}, "top1_percent"),
-        "best: top-1, %": _figure(best, f"{run.split}_top1_percent"),
+        "last, with flip TTA: top-1, %": _figure(summary.get("last_flip") or {}, "top1_percent"),
+        "best: top-1, %": _top1(run, best),
         "best: epoch": f"{best['epoch']}",
         "evaluated on": f"{run.split}, {last.get(f'{run.split}_samples', '?')} samples",
         "epochs": f"{len(run.epochs)}",
-        "images/s in training": f"{summary.get('images_per_s', statistics.median(rates)):.0f}",
+        "images/s in training": _rate(run),
         "minutes": f"{summary['minutes']:.1f}" if "minutes" in summary else "-",
         "compilation, s": f"{sum(compile_s):.1f}" if any(compile_s) else "-",
         "device": f"{device['name']}, {device['cores']} cores" if device else "-",
         "precision": f"{device['dtype']}" if device else "-",
     }
+
+
+def _top1(run: Run, epoch: Mapping[str, Any]) -> str:
+    """Accuracy in percent with its standard error."""
+    percent, samples = float(epoch[f"{run.split}_top1_percent"]), epoch.get(f"{run.split}_samples")
+    if samples is None:
+        return f"{percent:.2f}"
+    return f"{percent:.2f} ± {standard_error_percent(round(percent * samples / 100), samples):.2f}"
+
+
+def _rate(run: Run) -> str:
+    """Images/s in training, with three digits at least."""
+    rates = _numbers(run, "images_per_s")
+    rate = (run.summary or {}).get("images_per_s", statistics.median(rates) if rates else math.nan)
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
+
+
+def _numbers(run: Run, field: str) -> list[float]:
+    return [value for value in run.column(field) if math.isfinite(value)]
 
 
 def _figure(epoch: Mapping[str, Any], field: str, digits: int = 2) -> str:

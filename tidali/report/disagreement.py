@@ -1,0 +1,81 @@
+"""Where two models differ: class by class, and the images that only one of them predicts correctly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tidali.report.class_figures import class_differences
+from tidali.report.insight import Insight
+from tidali.report.page import drawn
+from tidali.training.uncertainty import McNemar
+
+_PICTURES = 8
+"""At most so many images are shown of those that one model alone predicts correctly."""
+
+
+def are_comparable(first: Insight, second: Insight) -> bool:
+    """Whether both are predictions for the same samples under the same classes."""
+    return first.dataset == second.dataset and first.split == second.split and first.positions.equal(second.positions)
+
+
+def disagreement_part(first: Insight, second: Insight, names: Sequence[str]) -> dict[str, Any]:
+    """The values of the template's ``disagreement`` macro.
+
+    Args:
+        first: predictions of a model.
+        second: another model's, for the same samples.
+        names: of the two models.
+
+    Raises:
+        DatasetError: a picture cannot be read.
+    """
+    both = (first, second)
+    classes = [one.name for one in first.classes]
+    right = [insight.hits for insight in both]
+    accuracies = [[one.top1_percent for one in insight.by_class()] for insight in both]
+    alone = [right[0] & ~right[1], right[1] & ~right[0]]
+    test = McNemar(samples=len(first.labels), first_only=int(alone[0].sum()), second_only=int(alone[1].sum()))
+    return {
+        "test": test,
+        "names": names,
+        "samples": len(first.labels),
+        "both": int((right[0] & right[1]).sum()),
+        "neither": int((~right[0] & ~right[1]).sum()),
+        "differences": drawn(class_differences(classes, *accuracies), f"top-1 of each class: {' and '.join(names)}"),
+        "table": [
+            (name, f"{one:.1f}", f"{other:.1f}", f"{other - one:+.1f}")
+            for name, one, other in zip(classes, *accuracies, strict=True)
+            if one is not None and other is not None
+        ],
+        "alone": [
+            {
+                "name": names[place],
+                "samples": int(which.sum()),
+                "pictures": [_picture(index, both, names) for index in _hardest(which, both[1 - place])],
+            }
+            for place, which in enumerate(alone)
+        ],
+    }
+
+
+def _hardest(which: Tensor, wrong: Insight) -> list[int]:
+    """Of these samples the ones that the model which is wrong about them finds hardest."""
+    found = which.nonzero()[:, 0]
+    order = wrong.losses[found].sort(descending=True, stable=True).indices
+    return found[order][:_PICTURES].tolist()
+
+
+def _picture(index: int, both: Sequence[Insight], names: Sequence[str]) -> dict[str, Any]:
+    classes = both[0].classes
+    true = classes[int(both[0].labels[index])].name
+    said = [f"{name}: {classes[int(insight.predicted[index])].name}" for name, insight in zip(names, both, strict=True)]
+    file = both[0].sample(index)[1].source
+    return {
+        "src": both[0].picture(index),
+        "file": file,
+        "lines": [true, *said],
+        "alt": f"{file}: true class {true}; predicted by {'; by '.join(said)}",
+    }
