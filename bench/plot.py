@@ -1,4 +1,5 @@
-"""A document as a picture: bars with their spread, the ceilings as marks, and a curve for each thing that was varied."""
+"""A document as a picture: a bar or, on a logarithmic axis, a dot for each rate, with its spread; the ceilings as marks; and a
+curve for each thing that was varied."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.report import axis, ceiling_share, conditions, label, number, parts, software, spread
+from bench.report import CEILING_COLUMNS, axis, ceiling_share, ceiling_table, conditions, label, number, parts, software, spread
 from tidali.files import write_atomically
-from tidali.report.drawing import INK, MUTED, PALE, house_style, save_figure, series_colour, series_marker
+from tidali.report.drawing import INK, MUTED, PALE, WIDTH_IN, house_style, save_figure, series_colour, series_marker, tip_area
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 OURS, THEIRS, CEILING = series_colour(0), PALE, series_colour(1)
 LOG_ABOVE = 20.0
-"""A panel whose largest rate is more than this multiple of its smallest has a logarithmic axis, so that short bars can be
-read."""
+"""A panel whose largest rate is more than this multiple of its smallest has a logarithmic axis, so that small ones can be read,
+and dots: the length of a bar would say nothing there."""
 _BAR_INCHES, _PANEL_INCHES, _CURVES_INCHES, _WIDTH_INCHES = 0.3, 0.9, 2.0, 9.0
 
 
@@ -36,22 +37,28 @@ def write_plot(document: Mapping[str, Any], path: Path) -> None:
 
 
 @house_style()
-def draw(document: Mapping[str, Any], *, footer: bool = True) -> Figure:
+def draw(document: Mapping[str, Any], *, in_page: bool = False) -> Figure:
     """A panel for each resolution and stem, and one for each thing that was varied.
 
     Args:
-        footer: write the machine and the software below.
+        in_page: as narrow as a telephone, and without what a page says beside it: shares of the ceilings, reasons, the machine
+            and the software.
     """
     from matplotlib.figure import Figure
 
     panels = [panel for part in parts(document) for panel in _panels(part)]
     heights = [_PANEL_INCHES + (_BAR_INCHES * len(rows) if kind == "bars" else _CURVES_INCHES) for _, kind, rows in panels]
-    figure = Figure(figsize=(_WIDTH_INCHES, sum(heights) + 0.5 * footer))
+    figure = Figure(figsize=(WIDTH_IN if in_page else _WIDTH_INCHES, sum(heights) + 0.5 * (not in_page)))
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (title, kind, rows) in zip(axes, panels, strict=True):
-        (_bars if kind == "bars" else _curves)(ax, rows)
-        ax.set_title(title)
-    if footer:
+        if kind == "bars":
+            _bars(ax, rows, in_page=in_page)
+        else:
+            _curves(ax, rows)
+        ax.set_title(
+            title.removeprefix(", ".join([document["benchmark"], *conditions(document)])).lstrip(", ") if in_page else title
+        )
+    if not in_page:
         figure.supxlabel("\n".join(about(parts(document)[0])), fontsize=8, color=MUTED)
     return figure
 
@@ -68,22 +75,24 @@ def page(document: Mapping[str, Any], *, title: str | None = None, stages: Seque
         {
             "name": ", ".join([part["benchmark"], *conditions(part)]),
             "lines": [found["line"] for found in part.get("diagnosis", ())],
-            "figure": drawn(draw(part, footer=False), f"images/s of {part['benchmark']}"),
+            "figure": drawn(draw(part, in_page=True), f"images/s of {part['benchmark']}; the table below has the values"),
             "rows": [_cells(row) for row in part["rows"]],
+            "ceilings": ceiling_table(part),
             "about": about(part),
             "command": part["command"],
         }
         for part in parts(document)
     ]
     title = title or f"tidali bench {document['benchmark']}"
-    return render("bench.html", Path(__file__).parent, title=title, parts=shown, stages=stages)
+    return render("bench.html", Path(__file__).parent, title=title, parts=shown, stages=stages, ceiling_columns=CEILING_COLUMNS)
 
 
 def about(document: Mapping[str, Any]) -> list[str]:
     """The machine and the software, in two lines."""
     machine = document["machine"]
     hardware = [machine["gpu"] or machine["cpu"], f"{machine['cores']} cores", f"{machine['memory_gib']:g} GiB"]
-    legend = f"median of {document['repeats']}, whiskers from lowest to highest"
+    repeats = document["repeats"]
+    legend = "measured once" if repeats == 1 else f"median of {repeats}, the line from lowest to highest"
     legend += ", orange: the ceiling" if document.get("ceilings") else ""
     return [f"{', '.join(hardware)}; {legend}", software(document)]
 
@@ -109,7 +118,7 @@ def _panels(document: Mapping[str, Any]) -> list[tuple[str, str, list[Mapping[st
     return panels
 
 
-def _bars(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+def _bars(ax: Axes, rows: Sequence[Mapping[str, Any]], *, in_page: bool) -> None:
     measured = [row["images_per_s"] for row in rows if "images_per_s" in row]
     ceilings = [row["ceiling"]["images_per_s"] for row in rows if "ceiling" in row]
     lowest = min((rate["min"] for rate in measured), default=1.0)
@@ -123,19 +132,25 @@ def _bars(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     with_peers = any(row["case"].startswith("tidali") for row in rows)  # without peers, names do not say whose the cases are
     for place, row in enumerate(rows):
         if "images_per_s" not in row:
-            ax.text(
-                0.01, place, f"not run: {row['not_run']}"[:110], transform=ax.get_yaxis_transform(), va="center", fontsize=8
-            )
+            text = "not run" if in_page else f"not run: {row['not_run']}"[:110]
+            ax.text(0.01, place, text, transform=ax.get_yaxis_transform(), va="center", color=MUTED)
             continue
         rate = row["images_per_s"]
         colour = OURS if row["case"].startswith("tidali") or not with_peers else THEIRS
-        ax.barh(place, rate["median"], color=colour, height=0.7)
-        ax.plot([rate["min"], rate["max"]], [place, place], color=INK, linewidth=1.2, marker="|")
+        if logarithmic:
+            ax.plot([rate["median"]], [place], color=MUTED if colour == PALE else colour, marker="o", markersize=7)
+        else:
+            ax.barh(place, rate["median"], color=colour, height=0.7)
+        if rate["min"] < rate["max"]:  # a single repeat has no spread
+            ax.plot([rate["min"], rate["max"]], [place, place], color=INK, linewidth=1.2, marker="|")
         text = number(rate["median"])
         if "ceiling" in row:
             ax.plot([row["ceiling"]["images_per_s"]] * 2, [place - 0.4, place + 0.4], color=CEILING, linewidth=2)
-            text += f", {ceiling_share(row)}"
-        ax.text(1.01, place, text, transform=ax.get_yaxis_transform(), va="center", fontsize=9)  # beside the axes
+            text += "" if in_page else f", {ceiling_share(row)}"
+        tip_area(
+            ax, rate["median"], place, f"{row['case']}: {number(rate['median'])} images/s ({spread(rate)}) {ceiling_share(row)}"
+        )
+        ax.text(1.01, place, text, transform=ax.get_yaxis_transform(), va="center")  # beside the axes
     ax.set_yticks(range(len(rows)), [row["case"] for row in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.xaxis.set_major_formatter(lambda rate, _: f"{rate:,.9g}")
@@ -151,7 +166,8 @@ def _curves(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         x, rates = [value for value, _ in points], [rate for _, rate in points]
         middle = [rate["median"] for rate in rates]
         whiskers = [[rate["median"] - rate["min"] for rate in rates], [rate["max"] - rate["median"] for rate in rates]]
-        ax.errorbar(x, middle, yerr=whiskers, color=series_colour(place), marker=series_marker(place), capsize=3, label=case)
+        spreads = whiskers if any(map(any, whiskers)) else None  # a single repeat has no spread
+        ax.errorbar(x, middle, yerr=spreads, color=series_colour(place), marker=series_marker(place), capsize=3, label=case)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(values, [f"{value:,}" for value in values])

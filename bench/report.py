@@ -128,15 +128,23 @@ def _cells(row: Mapping[str, Any], extra: list[str]) -> list[str]:
     return [row["case"], label(row), number(rate["median"]), spread(rate), *cells, ceiling_share(row)]
 
 
-def _show_ceilings(document: Mapping[str, Any]) -> None:
-    rows = []
+CEILING_COLUMNS = ("ceiling", "measured with", "rate", "unit", "spread")
+
+
+def ceiling_table(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row of `CEILING_COLUMNS` for each ceiling that was measured."""
+    rows: list[tuple[str, ...]] = []
     for row in document.get("ceilings", ()):
         unit, scale = _CEILING_UNITS[row["unit"]]
         median, low, high = (row["per_s"][name] / scale for name in ("median", "min", "max"))
         digits = 0 if scale == 1 else 3 if scale == 1e12 else 1
         rows.append((row["ceiling"], label(row), f"{median:,.{digits}f}", unit, f"{low:,.{digits}f} to {high:,.{digits}f}"))
-    if rows:
-        print_table("ceilings: what this machine reaches at most", ("ceiling", "measured with", "rate", "", "spread"), rows)
+    return rows
+
+
+def _show_ceilings(document: Mapping[str, Any]) -> None:
+    if rows := ceiling_table(document):
+        print_table("ceilings: what this machine reaches at most", CEILING_COLUMNS, rows)
 
 
 def _show_growth(document: Mapping[str, Any]) -> None:
@@ -183,7 +191,9 @@ def markdown_table(document: Mapping[str, Any]) -> str:
     places, cases = (list(dict.fromkeys(found)) for found in ((label(row) for row in rows), (row["case"] for row in rows)))
     by_place = {(row["case"], label(row)): row for row in rows}
     memory = any("peak_rss_mib" in row for row in rows)
-    head = ["", *(cell for place in places for cell in (place or "images/s", ""))] + (["peak RSS, MiB"] if memory else [])
+    head = ["case", *(cell for place in places for cell in (place or "images/s", "compared"))] + (
+        ["peak RSS, MiB"] if memory else []
+    )
     lines = [head, ["---"] * len(head)]
     for case in cases:
         found = [by_place.get((case, place)) for place in places]

@@ -183,8 +183,8 @@ class Recipe:
     stem_bias: bool = False
     """Give the small stem's convolution a bias, as the original study's fifth row has; batch norm takes it out again."""
     eval_flip: bool = False
-    """Also evaluate the last weights with flip test-time augmentation: the mean of the logits of each image and of the image
-    flipped horizontally. Reported beside the plain result, which alone decides the best epoch."""
+    """Also evaluate the last weights with flip TTA (test-time augmentation): the mean of the logits of each image and of
+    the image flipped horizontally. Reported beside the plain result, which alone decides the best epoch."""
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -276,7 +277,7 @@ def test_markdown_has_a_column_for_each_place() -> None:
     missing = {"res": 224, "case": "case 1", "not_run": "no wheel"}
     lines = report.markdown_table({"rows": [*rows, there, missing]}).splitlines()
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
-        ["", "64 px", "", "224 px", ""],
+        ["case", "64 px", "compared", "224 px", "compared"],
         ["---"] * 5,
         ["case 0", "100 (90.0 to 110)", "", "100 (90.0 to 110)", ""],
         ["case 1", "2.5 (2.2 to 2.8)", "0.03 x original, 25 % of memory copy", "not run", "no wheel"],
@@ -287,14 +288,35 @@ def test_bars_and_curves_show_the_figures() -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     figure = plot.draw(plotted())
     bars, curves = figure.axes
-    assert [patch.get_width() for patch in bars.patches] == [100, 2.5]
     assert bars.get_xscale() == "log"  # 400 is over 20 times 2.25
+    assert len(bars.patches) == 0  # the length of a bar says nothing on a logarithmic axis
+    dots = [line.get_xdata()[0] for line in bars.lines if line.get_marker() == "o"]
+    assert dots == [100, 2.5]
     figure.draw_without_rendering()
     assert {"1", "10", "100"} <= {text.get_text() for text in bars.get_xticklabels()}
     texts = [text.get_text() for text in bars.texts]
     assert texts[0] == "100, 25 % of memory copy"
     assert texts[-1].startswith("not run: it has no wheel")
     assert list(curves.lines[0].get_ydata()) == [1, 2, 4]
+
+
+def test_bars_where_the_axis_is_linear_and_no_spread_of_one_repeat() -> None:
+    drawn = document(100, 50)
+    (axes,) = plot.draw(drawn).axes
+    assert [patch.get_width() for patch in axes.patches] == [100, 50]
+    assert len(axes.lines) == 2  # from the lowest to the highest
+    for row in drawn["rows"]:
+        row["images_per_s"] |= {"min": row["images_per_s"]["median"], "max": row["images_per_s"]["median"]}
+    assert len(plot.draw({**drawn, "repeats": 1}).axes[0].lines) == 0
+    assert "measured once" in plot.about({**drawn, "repeats": 1})[0]
+
+
+def test_the_page_has_the_ceilings() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    measured = {"ceiling": "memory copy", "res": 64, "unit": "bytes", "per_s": {"median": 17.5e9, "min": 17e9, "max": 18e9}}
+    text = plot.page({**plotted(), "ceilings": [measured]}).decode()
+    cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", text.partition("Ceilings")[2])
+    assert cells[5:10] == ["memory copy", "64 px", "17.5", "GB/s", "17.0 to 18.0"]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".html"])

@@ -50,7 +50,8 @@ DecoderOption = Annotated[
 FlipOption = Annotated[
     bool,
     typer.Option(
-        "--flip", help="Test-time augmentation: average the logits of each image and of the image flipped horizontally."
+        "--flip",
+        help="Flip TTA (test-time augmentation): average the logits of each image and of the image flipped horizontally.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]

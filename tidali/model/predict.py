@@ -51,7 +51,7 @@ class Classifier:
         """
         Args:
             model: with the weights, on any device; it is moved to the plan's.
-            flip: test-time augmentation: average the logits of each image and of the image flipped horizontally.
+            flip: flip TTA (test-time augmentation): average the logits of each image and of the image flipped horizontally.
         """
         self.model = model.to(plan.device).eval()
         self.card, self.plan, self.flip = card, plan, flip
@@ -146,7 +146,7 @@ def load_model(path: str | Path, *, device: DeviceChoice = "auto", amp: AmpChoic
 
     Args:
         path: a checkpoint, or a run folder for its best one.
-        flip: test-time augmentation with flipped images, as ``tidali eval --flip`` does.
+        flip: flip TTA, as ``tidali eval --flip`` does.
 
     Raises:
         UsageError: no such checkpoint, or not one of tidali.

@@ -96,7 +96,7 @@ def compute_logits(model: nn.Module, images: Tensor, plan: DevicePlan, *, flip: 
 
     Args:
         model: in evaluation mode, on the plan's device like the images.
-        flip: test-time augmentation: the mean of the logits of each image and of the same image flipped horizontally.
+        flip: flip TTA (test-time augmentation): the mean of the logits of each image and of it flipped horizontally.
     """
     with plan.autocast():
         logits: Tensor = model(images)

@@ -261,7 +261,7 @@ def evaluate(
         model: on the plan's device; left in evaluation mode.
         expected_samples: the split's size, or a function that returns it after the last batch, when its corrupt samples are
             known.
-        flip: test-time augmentation: average the logits of each image and of the image flipped horizontally.
+        flip: flip TTA (test-time augmentation): average the logits of each image and of the image flipped horizontally.
         on_logits: called with the logits and the labels of each batch.
 
     Raises:

@@ -67,7 +67,7 @@ def evaluate_checkpoint(
     Args:
         given: a checkpoint's path, see `tidali.model.checkpoint.find_checkpoint`.
         resolutions: input sides in pixels; by default the one it was trained at.
-        flip: test-time augmentation: average the logits of each image and of the image flipped horizontally.
+        flip: flip TTA (test-time augmentation): average the logits of each image and of the image flipped horizontally.
 
     Raises:
         UsageError: no checkpoint, or one for other classes than the data set's.

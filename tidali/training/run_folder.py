@@ -27,7 +27,7 @@ class RunResult:
     best_epoch: int
     last: Score
     last_flip: Score | None
-    """The last weights with flip test-time augmentation, where the recipe has it."""
+    """The last weights with flip TTA, where the recipe has it."""
     images_per_s: float
     """Median over the epochs, without evaluation."""
     minutes: float
