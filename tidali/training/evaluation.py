@@ -37,7 +37,7 @@ class EvalOptions:
     max_bad: int | None = None
     """Corrupt images of the split that may be left out; None for 0.1 % of it."""
     flip: bool = False
-    """Test-time augmentation: average the logits of each image and of the image flipped horizontally."""
+    """Flip TTA (test-time augmentation): average the logits of each image and of the image flipped horizontally."""
 
 
 @dataclass(frozen=True, kw_only=True)
