@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from bench.report import label, markdown_table, number, parts, ratio
 from tidali.report.drawing import COLOURS
+from tidali.study.explain import explain
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "bench/results"
@@ -107,7 +108,7 @@ def _claim_cell(claim: Claim, rows: Sequence[Row]) -> str:
 
 
 def study_table() -> str:
-    """The rows of the recorded study, and below them the last weights at other resolutions."""
+    """The rows of the recorded study, the last weights at other resolutions, and why row 5 is above row 4 or is not."""
     study = json.loads((ROOT / STUDY).read_text(encoding="utf-8"))
     lines = ["", "| row | starts from, how | published, Tiny-ImageNet | last | best | GMACs |", "|---|---|---|---|---|---|"]
     for row in study["rows"]:
@@ -121,6 +122,9 @@ def study_table() -> str:
     for row in measured:
         accuracies = [f"{one['top1_percent']:.2f}" for one in row["at_resolution"]]
         lines.append(f"| row {row['row']} | {' | '.join(accuracies)} |")
+    explanation = explain(study)
+    if explanation is not None:
+        lines += ["", "### Row 5 against row 4", "", *explanation.markdown()]
     return "\n".join([*lines, ""])
 
 

@@ -109,6 +109,10 @@ def test_rows_are_run_in_order_kept_and_put_into_a_table(
     assert (third["gmacs"], fourth["gmacs"]) == (pytest.approx(1.814, abs=0.001), pytest.approx(0.148, abs=0.001))
     # The resize of three channels by two matrices: 224 x 64 x 64 and 224 x 64 x 224 products.
     assert served["gmacs"] - third["gmacs"] == pytest.approx(3 * (224 * 64 * 64 + 224 * 64 * 224) / 1e9, rel=1e-3)
+    [compared] = study["comparisons"]
+    assert (compared["row"], compared["against"], compared["samples"]) == ("4", "3", 10)
+    accuracies = [row["top1_percent"]["last"]["mean"] for row in (fourth, third)]
+    assert compared["top1_difference_percent"] == pytest.approx(accuracies[0] - accuracies[1])
     config = json.loads((out / fourth["runs"][0]["folder"] / "config.json").read_text())
     assert config["init"] == str(out / "runs" / "3-seed0" / "best.safetensors")
     assert json.loads((out / "runs" / "3-seed0" / "config.json").read_text())["recipe"]["kernel"] == "opencv"

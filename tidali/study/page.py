@@ -14,6 +14,7 @@ from tidali.report.drawing import legend_entries
 from tidali.report.figures import Evaluated, accuracy_against_gmacs, accuracy_against_resolution, runs_among_others
 from tidali.report.insight import Insight, inspect_checkpoint
 from tidali.report.page import drawn, insight_part, render
+from tidali.study.explain import explain
 from tidali.study.table import measured_on, notes
 from tidali.training.evaluation import EvalOptions
 from tidali.training.history import Run, read_runs
@@ -56,6 +57,7 @@ def write_study_page(study: Mapping[str, Any], folder: Path, dataset: Dataset) -
         resolution=drawn(accuracy_against_resolution(lines), "top-1 against resolution") if lines else None,
         resolution_legend=[legend[line.series] for line in lines],
         curves=_curves(done, folder),
+        explanation=explain(study),
         best=best,
         insight=insight_part(insight),
         versions=", ".join(f"{name} {version}" for name, version in study["versions"].items()),

@@ -29,11 +29,12 @@ from tidali.model.checkpoint import SUFFIX, load_model
 from tidali.model.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, imagenet_weights_path
 from tidali.model.resnet import forward_gmacs, resnet_gmacs
 from tidali.model.served import ServedModel
+from tidali.study.comparisons import compare_rows
 from tidali.study.inputs import content_hash, read_json, record_inputs, refuse_other_inputs
 from tidali.study.page import write_study_page
 from tidali.study.rows import IMAGENET, ROWS, Row, needed_by, scaled
 from tidali.study.table import describe, markdown
-from tidali.training.evaluation import evaluate_checkpoint, evaluate_served
+from tidali.training.evaluation import EvalOptions, evaluate_checkpoint, evaluate_served
 from tidali.training.resume import STATE_NAME
 from tidali.training.run import train
 from tidali.training.run_folder import write_json
@@ -95,6 +96,8 @@ def run_study(settings: StudySettings, dataset: Dataset, *, command: str) -> dic
     for row in needed_by(settings.rows):
         document["rows"].append(study.row(row))
         study.write(document)
+    document["comparisons"] = study.comparisons([row["row"] for row in document["rows"] if row["runs"]])
+    study.write(document)
     if any(row["runs"] for row in document["rows"]):
         write_study_page(document, study.out, dataset)
     return document
@@ -157,6 +160,7 @@ class Study:
             "device": self.plan.describe(),
             "versions": versions(),
             "rows": [],
+            "comparisons": [],
         }
 
     def row(self, row: Row) -> dict[str, Any]:
@@ -301,6 +305,13 @@ class Study:
             known[key] = score.top1_percent
             write_json(file, known)
         return float(known[key])
+
+    def comparisons(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Of these rows' runs with the first seed."""
+        settings, first = self.settings, self.seeds[0]
+        options = EvalOptions(split=self.split, device=settings.device, amp=settings.amp, cache=settings.cache)
+        checkpoints = {name: self.weights_of(name, first, "last") for name in names}
+        return compare_rows(checkpoints, self.dataset, options, self.out / "comparisons.json")
 
     def gmacs(self, stem: Stem, res: int) -> float:
         return resnet_gmacs(self.settings.arch, len(self.dataset.manifest.classes), stem, res)

@@ -10,6 +10,7 @@ from tidali.errors import counted
 from tidali.model.pretrained import IMAGENET_NAME
 from tidali.model.resnet import ARCHITECTURES, title_of
 from tidali.report.page import BEST_IS_BIASED
+from tidali.study.explain import explain
 from tidali.study.rows import IMAGENET, Row
 
 COLUMNS = ("row", "setting", "published %", "last %", "best %", "flip TTA %", "GMACs", "images/s", "minutes")
@@ -123,4 +124,7 @@ def markdown(study: Mapping[str, Any]) -> str:
         lines += [f"| row | {' | '.join(f'{size} px' for size in sizes)} |", f"|---|{'|'.join(['---:'] * len(sizes))}|"]
         for row in measured:
             lines.append(f"| {row['row']} | {' | '.join(format(one['top1_percent'], '.2f') for one in row['at_resolution'])} |")
+    explanation = explain(study)
+    if explanation is not None:
+        lines += ["", "## Row 5 against row 4", "", *explanation.markdown()]
     return "\n".join([*lines, "", *(f"- {note}" for note in remarks), ""])
