@@ -84,7 +84,7 @@ def test_report_is_well_formed_and_needs_nothing_else(one, read_page) -> None:
     page = read_page(one[0])
     assert page.unclosed == []
     assert [reference for reference in page.references if not reference.startswith(("data:image/", "#"))] == []
-    assert page.svgs == 4 + 2  # training; classes and matrix
+    assert page.svgs == 4 + 2 + 1  # training; classes and matrix; calibration
 
 
 def table(page, corner: str) -> list[list[str]]:
@@ -131,7 +131,7 @@ def test_report_has_the_results_of_the_run(one, trained, read_page) -> None:
     page, summary = read_page(one[0]), json.loads((trained[0] / "summary.json").read_text())
     results = {row[0]: row[1] for row in table(page, "result")}
     assert results["last: top-1, %"] == f"{summary['last']['top1_percent']:.2f} ± {error_percent(summary['last']):.2f}"
-    assert results["last: top-5, %"] == "100.00"
+    assert results["last: top-5, %"] == "100.00 ± 0.00"
     assert results["last: loss"] == f"{summary['last']['loss']:.4f}"
     assert results["best: top-1, %"].startswith(f"{summary['best']['top1_percent']:.2f} ± ")
     assert results["best: epoch"] == f"{summary['best_epoch']}"
@@ -144,6 +144,24 @@ def test_report_has_the_results_of_the_run(one, trained, read_page) -> None:
     assert (settings["res"], settings["recipe"], settings["augment.flip"]) == ("32", "modern", "random")
     right = round(summary["last"]["top1_percent"] * 32 / 100)
     assert f"{right} of 32 samples of val are predicted correctly at 32 px" in page.text
+
+
+def test_report_says_how_sure_it_is_as_eval_does(one, tidali, trained, demo_data: Path, read_page) -> None:
+    page = read_page(one[0])
+    ended = tidali("eval", trained[0] / "last", "--data", demo_data, "--device", "cpu", "--json")
+    [score] = json.loads(ended.stdout)["scores"]
+    assert f"Top-1 is {score['top1_percent']:.2f} ± {score['top1_standard_error_percent']:.2f} %" in page.text
+    assert f"Expected calibration error (ECE): {score['calibration_error_percent']:.1f} points" in page.text
+    rows = {tuple(row) for table in page.tables for row in table}
+    for one_class in score["classes"]:
+        low, high = one_class["interval_percent"]
+        assert (one_class["name"], f"{one_class['top1_percent']:.1f}", f"{low:.1f} to {high:.1f}", "8") in rows
+    for bin_ in score["reliability"]:
+        confidence = f"{bin_['low_percent']:.0f} to {bin_['high_percent']:.0f}"
+        assert any(row[0] == confidence and row[-1] == str(bin_["samples"]) for row in rows)
+    assert score["confident_mistakes"]
+    for mistake in score["confident_mistakes"]:
+        assert mistake["source"] in page.text
 
 
 def test_report_shows_the_stored_pictures(one, demo_data: Path, read_page) -> None:

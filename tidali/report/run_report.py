@@ -17,6 +17,7 @@ from tidali.errors import TidaliError, UsageError
 from tidali.files import write_atomically
 from tidali.model.checkpoint import SUFFIX, load_checkpoint
 from tidali.model.resnet import title_of
+from tidali.report.certainty import certainty_part
 from tidali.report.disagreement import are_comparable, disagreement_part
 from tidali.report.drawing import legend_entries
 from tidali.report.figures import accuracy, by_epoch, loss, loss_is_logarithmic, throughput, waiting
@@ -80,7 +81,9 @@ def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> 
         loss=drawn(by_epoch(loss, runs), "cross entropy by epoch"),
         throughput=drawn(by_epoch(throughput, runs), "images per second by epoch"),
         waiting=drawn(by_epoch(waiting, runs), "percentage of the time spent waiting for data, by epoch"),
-        parts=[{"name": run.name, "insight": insight_part(insight)} for run, insight in insights],
+        parts=[
+            {"name": run.name, "insight": insight_part(insight), "certainty": certainty_part(insight)} for run, insight in insights
+        ],
         disagreement=disagreement,
         versions=_versions(runs),
     )
@@ -122,14 +125,14 @@ def _summary(run: Run, classes: int | None) -> dict[str, dict[str, str]]:
     """What a reader wants to know first: title -> a value and a note of it."""
     best, last, summary = run.best_epoch, run.epochs[-1], run.summary or {}
     minutes = summary.get("minutes", sum(_numbers(run, "epoch_s")) / 60)
-    samples = last.get(f"{run.split}_samples")
+    top1, samples = f"{run.split}_top1_percent", last.get(f"{run.split}_samples")
     about = [f"{samples:,} of {run.split}" if samples is not None else run.split]
     about += [f"{classes:,} class{'es' if classes > 1 else ''}"] if classes is not None else []
     finished = f"{len(run.epochs)} of {run.settings.get('epochs', '?')} epochs"
     return {
-        "best top-1": {"value": f"{_top1(run, best)}{_PERCENT}", "note": f"epoch {best['epoch']}"},
+        "best top-1": {"value": f"{_accuracy(best, top1, samples)}{_PERCENT}", "note": f"epoch {best['epoch']}"},
         "last top-1": {
-            "value": f"{_top1(run, last)}{_PERCENT}",
+            "value": f"{_accuracy(last, top1, samples)}{_PERCENT}",
             "note": f"chance {100 / classes:.1f}{_PERCENT}" if classes is not None else f"epoch {last['epoch']}",
         },
         "data": {"value": Path(run.settings.get("data", "?")).name, "note": ", ".join(about)},
@@ -183,14 +186,15 @@ def _headline(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def _measures(run: Run) -> dict[str, str]:
     last, best, summary = run.epochs[-1], run.best_epoch, run.summary or {}
+    top1, samples = f"{run.split}_top1_percent", last.get(f"{run.split}_samples")
     compile_s = [float(epoch.get("compile_s", 0)) for epoch in run.epochs]
     device: Mapping[str, Any] = summary.get("device", {})
     return {
-        "last: top-1, %": _top1(run, last),
-        "last: top-5, %": _figure(last, f"{run.split}_top5_percent"),
+        "last: top-1, %": _accuracy(last, top1, samples),
+        "last: top-5, %": _accuracy(last, f"{run.split}_top5_percent", samples),
         "last: loss": _figure(last, f"{run.split}_loss", 4),
-        "last, with flip TTA: top-1, %": _figure(summary.get("last_flip") or {}, "top1_percent"),
-        "best: top-1, %": _top1(run, best),
+        "last, with flip TTA: top-1, %": _accuracy(summary.get("last_flip") or {}, "top1_percent", samples),
+        "best: top-1, %": _accuracy(best, top1, samples),
         "best: epoch": f"{best['epoch']}",
         "evaluated on": f"{run.split}, {last.get(f'{run.split}_samples', '?')} samples",
         "epochs": f"{len(run.epochs)}",
@@ -202,12 +206,11 @@ def _measures(run: Run) -> dict[str, str]:
     }
 
 
-def _top1(run: Run, epoch: Mapping[str, Any]) -> str:
-    """Accuracy in percent with its standard error."""
-    percent, samples = float(epoch[f"{run.split}_top1_percent"]), epoch.get(f"{run.split}_samples")
-    if samples is None:
-        return f"{percent:.2f}"
-    return f"{percent:.2f} ± {standard_error_percent(round(percent * samples / 100), samples):.2f}"
+def _accuracy(epoch: Mapping[str, Any], field: str, samples: int | None) -> str:
+    """In percent with its standard error, where it is known on how many samples it was counted."""
+    if field not in epoch or samples is None:
+        return _figure(epoch, field)
+    return f"{epoch[field]:.2f} ± {standard_error_percent(round(epoch[field] * samples / 100), samples):.2f}"
 
 
 def _rate(run: Run) -> str:

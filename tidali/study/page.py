@@ -10,6 +10,7 @@ from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError, UsageError
 from tidali.files import write_atomically
 from tidali.model.checkpoint import SUFFIX
+from tidali.report.certainty import certainty_part
 from tidali.report.drawing import legend_entries
 from tidali.report.figures import Evaluated, accuracy_against_gmacs, accuracy_against_resolution, runs_among_others
 from tidali.report.insight import Insight, inspect_checkpoint
@@ -60,6 +61,7 @@ def write_study_page(study: Mapping[str, Any], folder: Path, dataset: Dataset) -
         explanation=explain(study),
         best=best,
         insight=insight_part(insight),
+        certainty=certainty_part(insight),
         versions=", ".join(f"{name} {version}" for name, version in study["versions"].items()),
     )
     write_atomically(folder / PAGE_NAME, page)
