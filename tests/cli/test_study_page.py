@@ -156,8 +156,8 @@ def test_figures(page, study) -> None:
     for row in study[0]["rows"]:
         assert (f"Row {row['row']} {row['title']}" in text) == bool(row["runs"])  # a small figure for each run
     assert "What row 8 gets right and wrong" in text
-    # Compute, resolution, seven rows' curves, classes, matrix.
-    assert page.svgs == 2 + 7 + 2
+    # Compute, resolution, seven rows' curves, classes, matrix, calibration.
+    assert page.svgs == 2 + 7 + 3
 
 
 def test_notes(page) -> None:
