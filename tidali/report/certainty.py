@@ -1,4 +1,4 @@
-"""How sure a page can be of an accuracy, and how sure the network is of itself: intervals, calibration, confident mistakes."""
+"""How sure a page can be of an accuracy, and how sure the network is of itself: standard errors, intervals, calibration."""
 
 from __future__ import annotations
 
@@ -14,15 +14,9 @@ from tidali.training.uncertainty import standard_error_percent, wilson_interval_
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MISTAKES = 12
-
 
 def certainty_part(insight: Insight) -> dict[str, Any]:
-    """The values of the template's ``certainty`` macro.
-
-    Raises:
-        DatasetError: a picture cannot be read.
-    """
+    """The values of the template's ``certainty`` macro."""
     curve, samples = insight.reliability(), len(insight.labels)
     names = [one.name for one in insight.classes]
     classes = [(name, one) for name, one in zip(names, insight.by_class(), strict=True) if one.samples]
@@ -46,7 +40,6 @@ def certainty_part(insight: Insight) -> dict[str, Any]:
             (name, f"{100 * one.correct / one.samples:.1f}", _interval(one.correct, one.samples), f"{one.samples:,}")
             for name, one in sorted(classes, key=lambda row: row[1].correct / row[1].samples)
         ],
-        "mistakes": [_mistake(insight, index, names) for index in insight.confident_mistakes(_MISTAKES)],
     }
 
 
@@ -80,15 +73,3 @@ def reliability_diagram(curve: Sequence[ConfidenceBin]) -> Figure:
 def _interval(correct: int, samples: int) -> str:
     low, high = wilson_interval_percent(correct, samples)
     return f"{low:.1f} to {high:.1f}"
-
-
-def _mistake(insight: Insight, index: int, names: Sequence[str]) -> dict[str, Any]:
-    true, predicted = names[int(insight.labels[index])], names[int(insight.predicted[index])]
-    confidence, file = f"{100 * float(insight.confidences[index]):.1f} %", insight.sample(index)[1].source
-    return {
-        "src": insight.picture(index),
-        "file": file,
-        "true": true,
-        "predicted": f"→ {predicted}, {confidence}",
-        "alt": f"{file}: true class {true}; predicted as {predicted}, {confidence}",
-    }

@@ -54,12 +54,15 @@ def drawn(figure: Figure, description: str) -> Markup:
 
 
 def insight_part(insight: Insight) -> dict[str, Any]:
-    """The values of the template's ``insight`` macro: accuracy by class, confusion matrix, confused pairs, hardest samples.
+    """The values of the template's ``insight`` macro: accuracy by class, confusion matrix, confused pairs, confident mistakes,
+    other hard samples.
 
     Raises:
         DatasetError: a picture cannot be read.
     """
     names = [one.name for one in insight.classes]
+    mistakes = insight.confident_mistakes(_HARDEST)
+    hardest = [index for index in insight.hardest(2 * _HARDEST) if index not in mistakes]
     matrix = None
     if len(names) <= MATRIX_CLASSES:
         matrix = drawn(confusion_matrix(names, insight.confusion().tolist()), "confusion matrix")
@@ -94,5 +97,6 @@ def insight_part(insight: Insight) -> dict[str, Any]:
             }
             for pair in insight.most_confused(_PAIRS)
         ],
-        "hardest": [picture(index, captioned=True) for index in insight.hardest(_HARDEST)],
+        "mistakes": [picture(index, captioned=True) for index in mistakes],
+        "hardest": [picture(index, captioned=True) for index in hardest[:_HARDEST]],
     }

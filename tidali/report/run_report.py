@@ -82,7 +82,8 @@ def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> 
         throughput=drawn(by_epoch(throughput, runs), "images per second by epoch"),
         waiting=drawn(by_epoch(waiting, runs), "percentage of the time spent waiting for data, by epoch"),
         parts=[
-            {"name": run.name, "insight": insight_part(insight), "certainty": certainty_part(insight)} for run, insight in insights
+            {"name": run.name, "insight": insight_part(insight), "certainty": certainty_part(insight)}
+            for run, insight in insights
         ],
         disagreement=disagreement,
         versions=_versions(runs),
