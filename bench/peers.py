@@ -107,6 +107,8 @@ class _Run:
         self._batch_size, self._first_res, self._training = batch_size, first_res, training
         self._crops = crops
         self._pythons = Pythons()
+        if dataset.manifest.adopted:
+            raise UsageError(f"{dataset.root}: other loaders read the form that 'tidali shard' packs; pack the tars with it")
         self._folder = extract(dataset, scratch / "train")
         self.versions: dict[str, str] = {}
         if crops:

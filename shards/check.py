@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from shards.check_adopted import check_adopted
+from shards.check_image import SecondDecoder, image_faults
 from shards.duplicates import Contents
 from shards.hashed_file import HashedFile
 from shards.record import ShardSummary, summarise, unseal
+from shards.tar_files import Labels
 from tidali.dataset.contract import Shard
 from tidali.dataset.shard_bytes import (
     BLOCK_BYTES,
@@ -30,15 +31,9 @@ from tidali.dataset.shard_bytes import (
 )
 from tidali.errors import DatasetError
 from tidali.files import file_digest
-from tidali.images.errors import Unusable
-from tidali.images.read import read_picture
 
 _FIX = "pack the source again into this folder: correct shards are kept, this one is rewritten"
-_REWRITE_FIX = "delete this file and pack the source again into this folder: the shard is written anew"
 _MOST_FAULTS_A_FILE = 10
-
-SecondDecoder = Callable[[bytes, np.ndarray], str | None]
-"""From an image's bytes and its upright pixels, (H, W, 3) uint8: what is wrong with how it reads them, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +77,30 @@ def check_shard(
     file_of: Mapping[str, str],
     decode: bool,
     second_decoder: SecondDecoder | None,
+    adopted: Labels | None,
 ) -> ShardCheck:
     """Check a split's shard; with ``decode`` every image too.
 
     Args:
+        adopted: how the labels of a shard are found that another program wrote; None of a packed one.
         file_of: every SHA-256 of the manifest -> its file, to recognise swapped ones.
     """
     split, shard = task
     check = ShardCheck()
-    record = _check_record(root, shard, file_of, check)
+    record = _check_record(root, split, shard, file_of, check, has_ordinals=adopted is None)
     digits = 0 if split in unlabelled else label_digits(num_classes)
     index_fault = _hash_fault(root, shard.index_name, shard.index_sha256, None, file_of)
     if record is not None and record["sha256"] != shard.sha256:
         record = None  # the record of another tar: checking this tar against it would report a thousand false faults
-    expected = [] if record is None else list(_expected_members(record, digits))
+    expected = [] if record is None or adopted is not None else list(_expected_members(record, digits))
     found: list[Fault] = []
     contents = Contents()
 
     def read_tar(path: Path) -> str:
+        if record is not None and adopted is not None:
+            texts = check_adopted(path, record, adopted, contents, decode, second_decoder)
+            found.extend(Fault(shard.name, text, key=key) for key, text in texts)
+            return file_digest(path)
         with HashedFile(path) as tar:
             if record is not None:
                 found.extend(_check_members(shard.name, tar, expected, contents, decode, second_decoder))
@@ -107,7 +108,8 @@ def check_shard(
 
     tar_fault = _hash_fault(root, shard.name, shard.sha256, shard.size_bytes, file_of, read_tar)
     if record is not None:
-        index_fault = index_fault and _which_line(root, shard, record, digits, index_fault)
+        if index_fault and adopted is None:
+            index_fault = _which_line(root, shard, record, digits, index_fault)
         if tar_fault and "is that of" in tar_fault.text:
             found.clear()
         found += _check_labels(shard, record, num_classes, digits)
@@ -154,7 +156,9 @@ def _hash_fault(
     return Fault(name, "its SHA-256 is not the manifest's")
 
 
-def _check_record(root: Path, shard: Shard, file_of: Mapping[str, str], check: ShardCheck) -> dict[str, Any] | None:
+def _check_record(
+    root: Path, split: str, shard: Shard, file_of: Mapping[str, str], check: ShardCheck, *, has_ordinals: bool
+) -> dict[str, Any] | None:
     fault = _hash_fault(root, shard.record_name, shard.record_sha256, None, file_of)
     if fault:
         check.faults.append(fault)
@@ -163,8 +167,8 @@ def _check_record(root: Path, shard: Shard, file_of: Mapping[str, str], check: S
         record = unseal(sealed)
         if fault and "is that of" in fault.text:
             return None
-        check.summary = summarise(shard.record_name.removesuffix(".json"), sealed, record)
-        entries = [*record["samples"], *record["quarantined"]]
+        check.summary = summarise(split, shard.name, sealed, record)
+        entries = [*record["samples"], *record["quarantined"]] if has_ordinals else []
         check.ordinals = array("q", [int(entry["key"].partition("_")[0]) for entry in entries])
     except (OSError, ValueError, KeyError, TypeError) as error:
         if not fault:
@@ -248,26 +252,8 @@ def _check_member(
             what = f"the label reads {data.decode('ascii', 'replace')!r}, which is not what was packed"
         yield Fault(name, what, key=member.key, offset=part.offset)
     elif decode and member.display_size is not None:
-        for text, fix in _image_faults(data, member, member.display_size, second_decoder):
+        for text, fix in image_faults(data, member.display_size, part.extension, member.source, second_decoder):
             yield Fault(name, text, fix, key=member.key, offset=part.offset)
-
-
-def _image_faults(
-    data: bytes, member: _Member, size: tuple[int, int], second_decoder: SecondDecoder | None
-) -> Iterator[tuple[str, str]]:
-    """What is wrong with an image whose bytes are those that were packed, and how to fix it."""
-    try:
-        picture = read_picture(data, max_pixels=size[0] * size[1])
-    except Unusable as error:
-        yield f"the image does not decode: {error}", _REWRITE_FIX
-        return
-    if picture.size != size:
-        yield f"the image is {picture.size[0]} x {picture.size[1]}, its record says {size}", _REWRITE_FIX
-    elif picture.kept != member.component.extension:
-        # Decoded further, bytes like these may end the process.
-        yield "not every decoder reads its bytes alike: an earlier version packed it", _REWRITE_FIX
-    elif second_decoder is not None and (text := second_decoder(data, picture.upright)) is not None:
-        yield text, f"replace {member.source!r} in the source by a PNG of it, and pack that again"
 
 
 def _check_labels(shard: Shard, record: dict[str, Any], num_classes: int, digits: int) -> Iterator[Fault]:

@@ -13,13 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from shards.describe import QUARANTINE
 from shards.duplicates import find_repeated
 from shards.executor import default_workers, run_tasks, start_early
 from shards.plan import PackSettings, Plan, make_plan
 from shards.record import build_manifest
 from shards.scan import Scan, Source
 from shards.store import Store, open_store
-from shards.write import QUARANTINE, ShardResult, finish_shard
+from shards.write import ShardResult, finish_shard
 from tidali.dataset.contract import MANIFEST_NAME, Manifest, Quarantined
 from tidali.dataset.remote import is_remote
 from tidali.dataset.shard_bytes import label_digits
@@ -96,10 +97,10 @@ def pack(
                 labelled=plan.labelled,
                 source=plan.source,
                 settings=plan.settings,
-                versions={name: version(name) for name in ("tidali", "simplejpeg", "pillow")},
+                versions=library_versions(),
             )
-            warnings = (*scan.warnings, *_check_losses(store, manifest), *_about_repeated(store, results))
-            _finish(store, manifest)
+            warnings = (*scan.warnings, *_check_losses(store, manifest), *about_repeated(store, results))
+            publish_manifest(store, manifest)
     by_state = {state: tuple(r.summary.shard.name for r in results if r.state == state) for state in ("kept", "repaired")}
     return PackReport(
         location=store.location,
@@ -246,13 +247,19 @@ def _loss(store: Store, what: str, lost: Sequence[Quarantined], fix: str = "") -
     return f"{store.location}: {text}" + (f"; {fix}, and choose another DEST" if fix else "")
 
 
-def _about_repeated(store: Store, results: Sequence[ShardResult]) -> Iterator[str]:
+def about_repeated(store: Store, results: Sequence[ShardResult]) -> Iterator[str]:
     repeated = find_repeated([(result.summary.split, result.contents) for result in results])
     if text := str(repeated):
         yield f"{text}; 'tidali verify {store.location}' lists them"
 
 
-def _finish(store: Store, manifest: Manifest) -> None:
+def library_versions() -> dict[str, str]:
+    """Of what decides a pack's bytes besides its source and settings."""
+    return {name: version(name) for name in ("tidali", "simplejpeg", "pillow")}
+
+
+def publish_manifest(store: Store, manifest: Manifest) -> None:
+    """Write the manifest, which ends a pack, and remove what an earlier one left."""
     expected = {entry.file for entry in manifest.quarantine}
     for name in store.names(QUARANTINE):
         if f"{QUARANTINE}/{name}" not in expected:

@@ -56,14 +56,14 @@ def unseal(sealed: bytes) -> dict[str, Any]:
     return record
 
 
-def summarise(stem: str, sealed: bytes, record: Mapping[str, Any]) -> ShardSummary:
-    """The summary of shard ``stem`` ('train-000000') from its record, sealed and as read."""
+def summarise(split: str, tar_name: str, sealed: bytes, record: Mapping[str, Any]) -> ShardSummary:
+    """The summary of a split's shard from its record, sealed and as read."""
     samples = record["samples"]
     return ShardSummary(
-        split=stem.rpartition("-")[0],
+        split=split,
         plan_id=record["plan"],
         shard=Shard(
-            name=f"{stem}.tar",
+            name=tar_name,
             samples=len(samples),
             size_bytes=record["size_bytes"],
             sha256=record["sha256"],

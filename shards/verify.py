@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shards.check import Fault, SecondDecoder, ShardCheck, check_shard
+from shards.check import Fault, ShardCheck, check_shard
+from shards.check_image import SecondDecoder
 from shards.duplicates import find_repeated, name_repeated
 from shards.executor import default_workers, run_tasks
 from shards.pack import PLAN_NAME
 from shards.plan import plan_id
 from shards.record import build_manifest
+from shards.tar_files import Labels
 from tidali.dataset.contract import MANIFEST_NAME, Manifest, Shard, manifest_text, parse_image_size, read_record
 from tidali.errors import DatasetError
 from tidali.files import TEMPORARY_SUFFIX
 
 _REPACK = "pack the source again into this folder: correct shards are kept"
 _REPACK_ANEW = f"{_REPACK}, with --overwrite"  # a manifest with other content belongs to another pack
+_ADOPT_AGAIN = "if a tar was changed, restore it; then run 'tidali adopt' on this folder again"
 _MOST_DIFFERENCES = 8
 _SHARD_FILE = re.compile(r".*\.(tar|idx)|[a-z]+-\d{6,}\.json")
 
@@ -66,6 +70,8 @@ def verify(
     faults += _extra_files(root, manifest)
     faults += _ordinals(shards, checks)
     faults += _manifest_faults(manifest, text, checks)
+    if manifest.adopted:
+        faults = [replace(fault, fix=_ADOPT_AGAIN) for fault in faults]
     return VerifyReport(
         faults=tuple(faults),
         repeated=tuple(_repeated(root, manifest, shards, checks)),
@@ -92,6 +98,7 @@ def _check_shards(
         file_of={digest: name for _, shard in shards for name, digest, _ in shard.files},
         decode=decode,
         second_decoder=second_decoder,
+        adopted=_labels(manifest) if manifest.adopted else None,
     )
     if workers is None:
         workers = default_workers() if sum(shard.samples for _, shard in shards) > 20_000 or decode else 1
@@ -99,10 +106,20 @@ def _check_shards(
     return [checks[index] for index in range(len(shards))]
 
 
+def _labels(manifest: Manifest) -> Labels:
+    """How the labels of an adopted data set are found: they are names where the classes' ids are not their numbers."""
+    ids = [class_.id for class_ in manifest.classes]
+    numbers = None if ids == [str(number) for number in range(len(ids))] else {id_: number for number, id_ in enumerate(ids)}
+    return Labels(field=manifest.settings.get("label_field"), numbers=numbers)
+
+
 def _extra_files(root: Path, manifest: Manifest) -> Iterator[Fault]:
     known = {name for split in manifest.splits.values() for shard in split.shards for name, _, _ in shard.files}
-    for path in sorted(root.iterdir()):
-        name = path.name
+    folders = {name.rpartition("/")[0] for name in known} | {""}
+    names = (
+        f"{folder}/{name}".lstrip("/") for folder in folders if (root / folder).is_dir() for name in os.listdir(root / folder)
+    )
+    for name in sorted(names):
         if name == PLAN_NAME or name.endswith(TEMPORARY_SUFFIX):
             yield Fault(name, "left by a packer that did not finish", "run the same 'tidali shard' command again")
         elif _SHARD_FILE.fullmatch(name) and name not in known:

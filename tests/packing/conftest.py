@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -131,6 +133,51 @@ class Maker:
             for name, data in tree.items():
                 archive.writestr(inside + name, data)
         return path
+
+    def tar(self, path: Path, members: dict[str, bytes] | list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT) -> Path:
+        """A tar as other programs write them: with owners and times."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w", format=form) as archive:
+            for name, data in members.items() if isinstance(members, dict) else members:
+                info = tarfile.TarInfo(name)
+                info.size, info.mode, info.mtime, info.uname = len(data), 0o444, 1_700_000_000, "somebody"
+                archive.addfile(info, io.BytesIO(data))
+        return path
+
+    def shard_writer_tars(self, root: Path, *, train: int = 9, val: int = 5) -> dict[str, list[tuple[bytes, int]]]:
+        """SPLIT/000000.tar ... by webdataset.ShardWriter, of four formats, with keys in folders; the pairs, by split."""
+        webdataset = pytest.importorskip("webdataset", reason="the webdataset library is not installed")
+        kinds = [("jpg", "JPEG"), ("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")]
+        pairs: dict[str, list[tuple[bytes, int]]] = {}
+        for split, count in (("train", train), ("val", val)):
+            (root / split).mkdir(parents=True)
+            pairs[split] = [(self.encode(self.image(100 * n + len(split)), kinds[n % 4][1]), n % 3) for n in range(count)]
+            with webdataset.ShardWriter(f"{root}/{split}/%06d.tar", maxcount=4, verbose=0) as writer:
+                for n, (image, label) in enumerate(pairs[split]):
+                    writer.write({"__key__": f"some/folder/{n:04d}", kinds[n % 4][0]: image, "cls": label, "txt": "a caption"})
+        return pairs
+
+    def img2dataset_tars(self, root: Path, tars: int = 2, samples: int = 6) -> list[tuple[bytes, str]]:
+        """00000.tar with a .json for each .jpg, and the files that img2dataset writes beside it; the pairs."""
+        pairs = []
+        for number in range(tars):
+            members: dict[str, bytes] = {}
+            for n in range(samples):
+                key = f"{number:05d}{n:04d}"
+                image, name = self.jpeg(1000 * number + n), ("cat", "a dog", "Äffchen")[n % 3]
+                about = {
+                    "caption": f"a picture of {name}",
+                    "url": "https://x/y.jpg",
+                    "key": key,
+                    "status": "success",
+                    "animal": name,
+                }
+                members |= {f"{key}.jpg": image, f"{key}.json": json.dumps(about).encode(), f"{key}.txt": b"a picture"}
+                pairs.append((image, name))
+            self.tar(root / f"{number:05d}.tar", members)
+            (root / f"{number:05d}_stats.json").write_text('{"count": 6}')
+            (root / f"{number:05d}.parquet").write_bytes(b"PAR1")
+        return pairs
 
     def pack(self, source: Path, dest: Path, *, workers: int = 1, overwrite: bool = False, **settings: Any) -> PackReport:
         return pack(FileSource(source), dest, PackSettings(**settings), workers=workers, overwrite=overwrite)

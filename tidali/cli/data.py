@@ -19,7 +19,7 @@ from tidali.dataset.file_names import describe_left_out, visible_name
 from tidali.errors import TidaliError, UsageError, counted, span
 
 if TYPE_CHECKING:
-    from shards.check import SecondDecoder
+    from shards.check_image import SecondDecoder
     from shards.pack import PackReport, Progress
     from tidali.dataset.contract import Manifest
 
@@ -117,7 +117,7 @@ def shard(
         quality=quality,
         max_pixels=max_pixels,
     )
-    with _progress("packing") as progress:
+    with pack_progress("packing") as progress:
         report = pack(
             FileSource(source, layout),
             dest,
@@ -127,7 +127,7 @@ def shard(
             overwrite=overwrite,
             progress=progress,
         )
-    _print_pack(report)
+    print_pack(report)
     if strict and report.manifest.quarantine:
         raise TidaliError(f"{dest}: --strict allows no quarantined file, and there are {len(report.manifest.quarantine):,}")
 
@@ -143,11 +143,11 @@ def demo(
     """Make the built-in data set: drawn figures, 64 x 64, already packed. Needs no network."""
     from shards.demo import pack_demo
 
-    with _progress("drawing") as progress:
+    with pack_progress("drawing") as progress:
         report = pack_demo(
             dest, classes=classes, per_class=per_class, seed=seed, workers=workers, overwrite=overwrite, progress=progress
         )
-    _print_pack(report)
+    print_pack(report)
 
 
 def verify(
@@ -289,7 +289,7 @@ def _parse_classes(text: str) -> int | tuple[str, ...]:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Progress]:
+def pack_progress(what: str) -> Iterator[Progress]:
     with progress_bar() as bar:
         task = bar.add_task(what, total=None)
         try:
@@ -299,7 +299,7 @@ def _progress(what: str) -> Iterator[Progress]:
             raise
 
 
-def _print_pack(report: PackReport) -> None:
+def print_pack(report: PackReport) -> None:
     manifest = report.manifest
     _print_splits(f"{report.location}: {counted(len(manifest.classes), 'class')}", manifest)
     if report.kept or report.repaired:

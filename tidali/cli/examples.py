@@ -22,6 +22,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("tidali shard photos data/photos --shorter-side 288", "photographs of many megapixels, for training at 224"),
         ("tidali shard pets s3://bucket/pets", "straight to an object store"),
     ),
+    "adopt": (
+        ("tidali adopt data/wds --class-names names.txt", "tars of webdataset or img2dataset become a data set in place"),
+        ("tidali adopt data/wds --label-field class_id", "the label is a field of each sample's .json"),
+    ),
     "demo": (
         ("tidali demo data/demo", "10 classes of 250 images"),
         ("tidali demo data/hard --classes 200 --per-class 500", "as large as Tiny-ImageNet"),

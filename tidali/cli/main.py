@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from tidali import __version__, console
+from tidali.cli.adopt import adopt
 from tidali.cli.bench import bench
 from tidali.cli.data import demo, download, info, shard, verify
 from tidali.cli.doctor import doctor
@@ -38,7 +39,7 @@ app = typer.Typer(
 )
 
 for panel, functions in {
-    "Data": (shard, demo, verify, info, download),
+    "Data": (shard, adopt, demo, verify, info, download),
     "Model": (train, study, eval_, predict, export, plot, report),
     "Measure": (bench, doctor),
 }.items():

@@ -20,20 +20,28 @@ import hashlib
 import json
 import os
 import re
+import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tidali.dataset.limited_copy import LimitedCopy
-from tidali.dataset.shard_bytes import BLOCK_BYTES, Component, label_digits, member_header
+from tidali.dataset.shard_bytes import BLOCK_BYTES, Component, label_digits
 from tidali.errors import DatasetError, UsageError
 
 FORMAT = "tidali-dataset"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*\.tar")
+ADOPTED = "adopted"
+"""The layout of a source whose own tars are the shards."""
+_SHARD_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_-]*/)?(?!dataset\.tar)[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 _QUARANTINED_NAME = re.compile(r"quarantine/[A-Za-z0-9_][A-Za-z0-9_-]*\.bin")
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a tar of this name below the data set's folder can be a shard. Its index and record are named after it."""
+    return _SHARD_NAME.fullmatch(name) is not None
 
 
 # ------------------------------------------------------------------------------------------------------------------- records
@@ -86,7 +94,7 @@ class Shard:
     record_sha256: str
 
     def __post_init__(self) -> None:
-        if not _SHARD_NAME.fullmatch(self.name):  # a manifest may come from anywhere, and this name becomes a path
+        if not is_shard_name(self.name):  # a manifest may come from anywhere, and this name becomes a path
             raise ValueError(f"{self.name!r} is not a name of a shard")
 
     @property
@@ -162,6 +170,12 @@ class Manifest:
     versions: Mapping[str, str]
     format: str = field(default=FORMAT)
     version: int = field(default=FORMAT_VERSION)
+
+    @property
+    def adopted(self) -> bool:
+        """Whether the shards are tars that another program wrote: their records say what is in them, and headers, names and the
+        labels' encoding are that program's."""
+        return self.source.get("layout") == ADOPTED
 
     @property
     def label_digits(self) -> int:
@@ -316,7 +330,8 @@ def open_dataset(root: Path) -> Dataset:
         text = manifest_text(root)
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: cannot be read ({error})") from None
-    dataset = Dataset(root, Manifest.from_json(text, str(path)))
+    manifest = Manifest.from_json(text, str(path))
+    dataset = Dataset(root, manifest, f"run 'tidali adopt {root}' again") if manifest.adopted else Dataset(root, manifest)
     for split in dataset.manifest.splits.values():
         check_shards(root, split)
     return dataset
@@ -332,7 +347,7 @@ def check_shards(root: Path, split: Split) -> None:
     Raises:
         DatasetError: names the first file that is missing or damaged, and the fix.
     """
-    fix = "run 'tidali verify' to see all damage, and pack the source again to repair it"
+    fix = "run 'tidali verify' to see all damage, and how to repair it"
     for shard in split.shards:
         tar, index = root / shard.name, root / shard.index_name
         try:
@@ -345,12 +360,22 @@ def check_shards(root: Path, split: Split) -> None:
                 expected = _last_component(index_bytes)
                 with tar.open("rb") as file:
                     file.seek(expected.offset - BLOCK_BYTES)
-                    if file.read(BLOCK_BYTES) != member_header(expected.name, expected.size_bytes):
+                    if not _is_header_of(file.read(BLOCK_BYTES), expected):
                         raise DatasetError(f"{tar}: no header of {expected.name!r} where {index.name} has it; {fix}")
         except OSError as error:
             raise DatasetError(f"{error.filename or tar}: {error.strerror}; {fix}") from None
         except (ValueError, OverflowError):
             raise DatasetError(f"{index}: does not end in a sample, the manifest says {shard.samples}; {fix}") from None
+
+
+def _is_header_of(block: bytes, member: Component) -> bool:
+    """Whether a tar's block is the header of a member, by any program. Names that do not fit into it are elsewhere."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    fits = len(member.name) < 100 and member.name.isascii()
+    return header.isreg() and header.size == member.size_bytes and (header.name == member.name or not fits)
 
 
 def _last_component(index: bytes) -> Component:
@@ -359,7 +384,7 @@ def _last_component(index: bytes) -> Component:
     Raises:
         ValueError: it names none.
     """
-    *_, extension, offset, size, name = index[index.rindex(b"\n", 0, -1) + 1 :].decode("ascii").split()
+    *_, extension, offset, size, name = index[index.rindex(b"\n", 0, -1) + 1 :].decode().rstrip("\n").split(" ")
     if int(offset) < BLOCK_BYTES:
         raise ValueError("there is no room for its header")
     return Component(extension, int(offset), int(size), name)

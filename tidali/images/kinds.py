@@ -86,12 +86,17 @@ def image_format(data: bytes) -> str | None:
     return next((name for name, magic in IMAGE_MAGIC if magic.match(data)), None)
 
 
-def what_else(data: bytes) -> str:
-    """What a file that is no image is, and what to do about it."""
+def other_kind(data: bytes) -> tuple[str, str] | None:
+    """What a file that is no image is, and what to do about it; None if it is of no kind that is known here."""
     begin = data[:_LOOKED_AT]
-    for kind, fix, magic in _OTHER_KINDS:
-        if magic.match(begin):
-            return f"no image but {kind}; {fix}"
+    return next(((kind, fix) for kind, fix, magic in _OTHER_KINDS if magic.match(begin)), None)
+
+
+def what_else(data: bytes) -> str:
+    """What a file that is no image is, and what to do about it, for a message."""
+    begin = data[:_LOOKED_AT]
+    if kind := other_kind(begin):
+        return f"no image but {kind[0]}; {kind[1]}"
     if not data.strip(b"\x00"):
         return "no image but zero bytes alone: it was never written completely; copy it again"
     if not begin.translate(None, _TEXT):

@@ -1,0 +1,56 @@
+"""The command that makes a data set of tars in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tidali.cli.data import WorkersOption, pack_progress, print_pack
+
+LabelFieldOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Field of each sample's .json in a tar that is its label.",
+        show_default="the .cls member; where there is none, the field 'label'",
+    ),
+]
+ClassNamesOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The classes' names of tars, one a line, in the order of the labels, which count from 0.",
+        show_default="the labels themselves",
+    ),
+]
+
+
+def adopt(
+    folder: Annotated[Path, typer.Argument(help="Folder of WebDataset tars, or of folders of them named after splits.")],
+    label_field: LabelFieldOption = None,
+    class_names: ClassNamesOption = None,
+    val_fraction: Annotated[
+        float, typer.Option(help="Fraction of the tars that become val, whole tars, where none is named after a split.")
+    ] = 0.0,
+    workers: WorkersOption = None,
+) -> None:
+    """Make the WebDataset tars of a folder a data set in place: an index and a record beside each tar, and a manifest.
+
+    No byte of the tars is changed. Images that not every decoder reads alike are left out, and copied to FOLDER/quarantine.
+    When run again, it reads only what is new or was changed.
+    """
+    from shards.adopt import AdoptSettings
+    from shards.adopt import adopt as adopt_folder
+    from shards.tar_files import read_class_names
+
+    with pack_progress("reading") as progress:
+        report = adopt_folder(
+            folder,
+            AdoptSettings(label_field=label_field, val_fraction=val_fraction),
+            class_names=None if class_names is None else read_class_names(class_names),
+            workers=workers,
+            progress=progress,
+        )
+    print_pack(report)
