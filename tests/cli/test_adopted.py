@@ -70,7 +70,7 @@ def test_train_eval_predict(tidali: Any, adopted: Path, tmp_path: Path, cache: s
     ended = tidali("eval", run, "--data", adopted, "--device", "cpu", "--json")
     assert json.loads(ended.stdout)["scores"][0]["samples"] == 9
     ended = tidali("predict", run, adopted / "images" / "x.png", "--device", "cpu", "--json")
-    assert {one["id"] for one in json.loads(ended.stdout)["images"][0]["predictions"]} == {"0", "1", "2"}
+    assert {one["id"] for one in json.loads(ended.stdout)["images"][0]["classes"]} == {"0", "1", "2"}
     ended = tidali("info", adopted, "--sheet", tmp_path / "sheet.png")
     assert "(adopted)" in ended.stdout
     assert "red" in ended.stdout
