@@ -24,7 +24,8 @@ from shards.tar_files import (
     find_tars,
     make_classes,
     refuse_faults,
-    summarise_tar,
+    small_job,
+    summarise_for_index,
     unlabelled_splits,
 )
 from tidali.dataset.contract import ADOPTED, MANIFEST_NAME, Manifest, is_shard_name
@@ -32,7 +33,6 @@ from tidali.dataset.file_names import printable_path, shown
 from tidali.errors import DatasetError, TidaliError, UsageError
 from tidali.files import resumable, sync
 
-_SMALL_JOB_BYTES = 1 << 25  # one core reads so much in the time that workers take to start
 _SPLIT_ORDER = ("train", "val", "test")
 
 
@@ -75,9 +75,8 @@ def adopt(
         _refuse_names(folder, tars)
         tars = _hold_out(tars, settings.val_fraction)
         if workers is None:
-            size_bytes = sum((folder / tar.name).stat().st_size for tar in tars)
-            workers = 1 if size_bytes < _SMALL_JOB_BYTES else default_workers()
-        summarise_one = functools.partial(summarise_tar, root=folder, label_field=settings.label_field, for_index=True)
+            workers = 1 if small_job(folder, tars) else default_workers()
+        summarise_one = functools.partial(summarise_for_index, root=folder, label_field=settings.label_field)
         summaries = _in_order(summarise_one, tars, workers)
         refuse_faults(tars, summaries)
         classes, labels = make_classes(str(folder), summaries, settings.label_field, class_names)

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from shards.tar_samples import Label, TarContents, read_tar
 from tidali.dataset.contract import ClassName
@@ -22,6 +22,7 @@ from tidali.errors import UsageError, some_of
 
 _MOST_TARS = 1_000_000
 _MOST_NAMED = 3
+_SMALL_JOB_BYTES = 1 << 25
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4", ".tar.z")
 
 
@@ -83,13 +84,13 @@ def find_tars(location: Path) -> tuple[Path, tuple[Tar, ...]]:
     paths = sorted(_paths(location))
     if not paths:
         raise UsageError(f"{location}: no tars there")
-    root = location if location.is_dir() else Path(os.path.commonpath([os.path.dirname(path) for path in paths]))
+    root = location if os.path.isdir(location) else Path(os.path.commonpath([os.path.dirname(path) for path in paths]))
     names = [os.path.relpath(path, root) for path in paths]
     return root, tuple(sorted((Tar(name, split) for name, split in zip(names, _splits(location, names), strict=True))))
 
 
 def _paths(location: Path) -> Iterator[str]:
-    if location.is_dir():
+    if os.path.isdir(location):  # Path.is_dir raises where a pattern is longer than a name can be
         for name, _, is_folder in walk(location, Counter()):
             lower = name.lower()
             if not is_folder and lower.endswith(_COMPRESSED):
@@ -98,15 +99,21 @@ def _paths(location: Path) -> Iterator[str]:
                 yield f"{location}/{name}"
         return
     if not is_pattern(str(location)):
+        if not os.path.isfile(location):
+            raise UsageError(f"{location}: no such folder or tar")
         yield str(location)
         return
     try:
-        patterns = list(islice(braceexpand(str(location)), _MOST_TARS + 1))
-    except (UnbalancedBracesError, ValueError) as error:
+        ends = re.findall(r"\{(-?\d+)\.\.(-?\d+)", str(location))
+        too_many = any(
+            abs(int(last) - int(first)) >= _MOST_TARS for first, last in ends
+        )  # braceexpand would make a list of them
+        patterns = [] if too_many else list(islice(braceexpand(str(location)), _MOST_TARS + 1))
+    except ValueError as error:
         raise UsageError(
             f"{location}: not a pattern of names ({error}); write, for example, '{{000000..000255}}.tar'"
         ) from None
-    if len(patterns) > _MOST_TARS:
+    if too_many or len(patterns) > _MOST_TARS:
         raise UsageError(f"{location}: more than {_MOST_TARS:,} names")
     for pattern in dict.fromkeys(patterns):
         if os.path.exists(pattern):
@@ -148,21 +155,28 @@ def _split_of_name(name: str) -> str | None:
 # ------------------------------------------------------------------------------------------------------------------- contents
 
 
-def summarise_tar(tar: Tar, *, root: Path, label_field: str | None, for_index: bool) -> TarSummary:
-    """Reads its headers and labels.
-
-    Args:
-        for_index: whether DALI's index must be able to hold the names.
-    """
+def read_summarised(tar: Tar, root: Path, label_field: str | None) -> tuple[TarSummary, TarContents]:
+    """Reads its headers and labels."""
     contents = read_tar(root / tar.name, label_field)
-    if for_index:
-        contents.faults += _names_beyond_index(contents, printable_path(root / tar.name))
     digest = hashlib.sha256()
     for sample in contents.samples:
         digest.update(f"{sample.members}\0{sample.label!r}\n".encode("utf-8", "surrogateescape"))
     labels = Counter(sample.label for sample in contents.samples)
     faults, label_faults = tuple(contents.faults), tuple(contents.label_faults)
-    return TarSummary(len(contents.samples), labels, digest.hexdigest(), faults, label_faults, contents.left_out)
+    summary = TarSummary(len(contents.samples), labels, digest.hexdigest(), faults, label_faults, contents.left_out)
+    return summary, contents
+
+
+def summarise_for_index(tar: Tar, *, root: Path, label_field: str | None) -> TarSummary:
+    """The same, where DALI's index must be able to hold the names."""
+    summary, contents = read_summarised(tar, root, label_field)
+    beyond = _names_beyond_index(contents, printable_path(root / tar.name))
+    return summary._replace(faults=(*summary.faults, *beyond))
+
+
+def small_job(root: Path, tars: Sequence[Tar]) -> bool:
+    """Whether one core has read the tars before workers have started."""
+    return sum((root / tar.name).stat().st_size for tar in tars) < _SMALL_JOB_BYTES
 
 
 def _names_beyond_index(contents: TarContents, where: str) -> Iterator[str]:

@@ -134,7 +134,7 @@ def _all_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # it would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                 if member.offset < end or tar.offset < member.offset_data:
                     raise _Damaged(f"damaged at byte {end}: a header that leads backwards; download or write it again")
                 end, last = tar.offset, member.name

@@ -18,6 +18,8 @@ import pytest
 
 from shards import adopt_tar
 from shards.adopt import AdoptSettings, adopt
+from shards.pack import pack
+from shards.tar_source import TarSource
 from shards.verify import verify
 from tidali.dataset.contract import MANIFEST_NAME, iter_records, open_dataset
 from tidali.dataset.shard_bytes import parse_index
@@ -224,12 +226,18 @@ FAULTS: dict[str, tuple[Callable[[Any, Path], object], str]] = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named(make: Any, contents: Any, tmp_path: Path, name: str) -> None:
+    """By both commands, and nothing is written."""
     write, message = FAULTS[name]
     write(make, tmp_path / "tars" / "0.tar")
     before = contents(tmp_path)
     with pytest.raises(UsageError, match=message) as refused:
         adopt(tmp_path / "tars")
     assert "\n" not in str(refused.value)
+    assert contents(tmp_path) == before
+    if name != "a name with a space":
+        with pytest.raises(UsageError) as refused_too:
+            pack(TarSource(tmp_path / "tars"), tmp_path / "packed")
+        assert str(refused_too.value) == str(refused.value)
     assert contents(tmp_path) == before
 
 

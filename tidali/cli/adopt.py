@@ -7,24 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tidali.cli.data import WorkersOption, pack_progress, print_pack
-
-LabelFieldOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Field of each sample's .json in a tar that is its label.",
-        show_default="the .cls member; where there is none, the field 'label'",
-    ),
-]
-ClassNamesOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="The classes' names of tars, one a line, in the order of the labels, which count from 0.",
-        show_default="the labels themselves",
-    ),
-]
+from tidali.cli.data import ClassNamesOption, LabelFieldOption, WorkersOption, pack_progress, print_pack
 
 
 def adopt(

@@ -45,21 +45,45 @@ WorkersOption = Annotated[
     int | None,
     running_option(min=1, help="Number of processes.", show_default="enough for all cores; one for small jobs"),
 ]
+LabelFieldOption = Annotated[
+    str | None,
+    which_option(
+        metavar="NAME",
+        help="Field of each sample's .json in a tar that is its label.",
+        show_default="the .cls member; where there is none, the field 'label'",
+    ),
+]
+ClassNamesOption = Annotated[
+    Path | None,
+    which_option(
+        metavar="FILE",
+        help="The classes' names of tars, one a line, in the order of the labels, which count from 0.",
+        show_default="the labels themselves",
+    ),
+]
 OverwriteOption = Annotated[
     bool, running_option("--overwrite", help="Replace the data set in DEST if it was made from another source or settings.")
 ]
 
 
 def shard(
-    source: Annotated[Path, typer.Argument(help="Tiny-ImageNet, SPLIT/CLASS/*.jpg or CLASS/*.jpg: a folder, or a zip of one.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Tiny-ImageNet, SPLIT/CLASS/*.jpg or CLASS/*.jpg: a folder, or a zip of one. Or WebDataset tars: a folder, "
+            "a tar, or a quoted pattern such as 'wds/{000000..000255}.tar'."
+        ),
+    ],
     dest: DestArgument,
     layout: Annotated[
-        Literal["auto", "tiny-imagenet", "folder"],
+        Literal["auto", "tiny-imagenet", "folder", "webdataset"],
         which_option(
-            help="Layout of SOURCE; auto takes it for Tiny-ImageNet if it has a wnids.txt, and refuses folders that may be "
-            "splits or classes; folder takes these for classes."
+            help="Layout of SOURCE; auto takes it for Tiny-ImageNet if it has a wnids.txt, for WebDataset if it has tars and "
+            "no images, and refuses folders that may be splits or classes; folder takes these for classes."
         ),
     ] = "auto",
+    label_field: LabelFieldOption = None,
+    class_names: ClassNamesOption = None,
     seed: Annotated[
         int, stored_option(min=0, help="Random seed of the order of train and of the choice of held-out images.")
     ] = 0,
@@ -103,7 +127,8 @@ def shard(
     """
     from shards.pack import pack
     from shards.plan import PackSettings
-    from shards.scan import FileSource
+    from shards.tar_files import read_class_names
+    from shards.tar_source import open_source
 
     settings = PackSettings(
         seed=seed,
@@ -119,7 +144,12 @@ def shard(
     )
     with pack_progress("packing") as progress:
         report = pack(
-            FileSource(source, layout),
+            open_source(
+                source,
+                layout,
+                label_field=label_field,
+                class_names=None if class_names is None else read_class_names(class_names),
+            ),
             dest,
             settings,
             workers=workers,

@@ -20,6 +20,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("tidali shard pets data/pets --val-fraction 0.1", "pets/CLASS/*.jpg; a tenth of each class becomes val"),
         ("tidali shard photos.zip data/small --size 64 --classes 20", "64 x 64, the first 20 classes"),
         ("tidali shard photos data/photos --shorter-side 288", "photographs of many megapixels, for training at 224"),
+        ("tidali shard 'wds/{000000..000255}.tar' data/wds --val-fraction 0.1", "tars that people already have"),
         ("tidali shard pets s3://bucket/pets", "straight to an object store"),
     ),
     "adopt": (
