@@ -105,16 +105,15 @@ def _paths(location: Path) -> Iterator[str]:
         return
     try:
         ends = re.findall(r"\{(-?\d+)\.\.(-?\d+)", str(location))
-        too_many = any(
-            abs(int(last) - int(first)) >= _MOST_TARS for first, last in ends
-        )  # braceexpand would make a list of them
+        # braceexpand makes a list of each range, and lists of lists of braces beside each other.
+        too_many = str(location).count("{") > 4 or any(abs(int(last) - int(first)) >= _MOST_TARS for first, last in ends)
         patterns = [] if too_many else list(islice(braceexpand(str(location)), _MOST_TARS + 1))
     except ValueError as error:
         raise UsageError(
             f"{location}: not a pattern of names ({error}); write, for example, '{{000000..000255}}.tar'"
         ) from None
     if too_many or len(patterns) > _MOST_TARS:
-        raise UsageError(f"{location}: more than {_MOST_TARS:,} names")
+        raise UsageError(f"{location}: more than {_MOST_TARS:,} names, or more than four pairs of braces")
     for pattern in dict.fromkeys(patterns):
         if os.path.exists(pattern):
             found = [pattern]

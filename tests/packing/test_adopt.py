@@ -13,16 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
 from shards import adopt_tar
 from shards.adopt import AdoptSettings, adopt
 from shards.pack import pack
+from shards.store import local_copy
 from shards.tar_source import TarSource
 from shards.verify import verify
 from tidali.dataset.contract import MANIFEST_NAME, iter_records, open_dataset
 from tidali.dataset.shard_bytes import parse_index
+from tidali.dataset.source import open_data
 from tidali.errors import DatasetError, TidaliError, UsageError
 
 Pairs = list[tuple[bytes, Any]]
@@ -404,3 +407,15 @@ def test_the_record_of_an_adopted_tar(adopted: Path) -> None:
     found = {name: record["samples"][0][name] for name in ("key", "source", "label", "extension", "height", "width")}
     named = {"key": "some/folder/0000", "source": "val/000000.tar/some/folder/0000.jpg", "label": 0, "extension": "jpg"}
     assert found == {**named, "height": 40, "width": 48}
+
+
+def test_a_copy_of_a_url(adopted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.filesystem("memory").put(str(adopted), "/adopted/data", recursive=True)
+    monkeypatch.setenv("TIDALI_CACHE", str(tmp_path))
+    dataset = open_data("memory://adopted/data")
+    assert tars_of(dataset.root).keys() == {dataset.root / path.relative_to(adopted) for path in tars_of(adopted)}
+    with local_copy("memory://adopted/data") as copy:
+        assert not verify(copy).faults
+    monkeypatch.setenv("TIDALI_CACHE_LIMIT", "5000")
+    with pytest.raises(TidaliError, match="its tars are in folders, and it is larger than TIDALI_CACHE_LIMIT"):
+        open_data("memory://adopted/data")

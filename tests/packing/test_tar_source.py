@@ -118,6 +118,9 @@ def test_patterns_that_name_nothing(written: tuple[Path, dict[str, Pairs]], tmp_
         ("train/{000000..000009}.tar", r"train/000003\.tar: no such tar, of those that"),
         ("train/9*.tar", r"train/9\*\.tar: no such tar"),
         ("train/{0..99999999}.tar", "more than 1,000,000 names"),
+        ("{a,b}" * 40, "more than 1,000,000 names"),
+        (f"{{0..{'9' * 5000}}}.tar", "not a pattern of names"),
+        ("{a,b", "not a pattern of names"),
         ("train/x.tar", "no such folder or tar"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -40,6 +40,9 @@ def open_data(location: str) -> Dataset:
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     try:
         if limit_bytes is not None and _copy_bytes(url, shards) > limit_bytes:
+            if any("/" in shard.name for shard in shards):
+                fix = "make it larger, or put the tars into one folder, adopt that and upload it"
+                raise TidaliError(f"{url}: its tars are in folders, and it is larger than TIDALI_CACHE_LIMIT; {fix}")
             folder = folder.with_name(f"{folder.name}-part")
             copy = LimitedCopy(url, folder, limit_bytes, shards)
             return Dataset(folder, manifest, fix=_fix(folder, url), copy=copy)
@@ -76,8 +79,10 @@ def _stage(url: str, folder: Path, text: bytes, shards: Sequence[Shard]) -> None
     files = [file for shard in shards for file in shard.files]
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder, wait=True):
-        remove_left_over(folder)
-        there = {path.name: path.stat().st_size for path in folder.iterdir()}
+        for parent in {folder, *((folder / name).parent for name, _, _ in files)}:  # an adopted one's shards may be in folders
+            parent.mkdir(exist_ok=True)
+            remove_left_over(parent)
+        there = {name: (folder / name).stat().st_size for name, _, _ in files if (folder / name).exists()}
         # The manifest states the size of tars only. An index is hashed whenever it is opened.
         missing = [
             (name, sha256, size or 0)
