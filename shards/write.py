@@ -141,10 +141,8 @@ def _finished(task: ShardTask, sealed: bytes, store: Store, folder: Path, plan_i
         recorded = sorted((entry["key"], entry["source"], entry["label"]) for entry in entries)
         if record["plan"] != plan_id or planned != recorded:
             return None
-        summary = summarise(
-            task.split, task.file_names[0], sealed, record
-        )  # refuses names that lead out of the folder, before any is used
         tar_name, index_name, _ = task.file_names
+        summary = summarise(task.split, tar_name, sealed, record)  # refuses names that lead out of the folder
         store.fetch(folder, [index_name, tar_name, *(entry["file"] for entry in record["quarantined"])])
         if file_digest(folder / index_name) != record["index_sha256"] or any(
             file_digest(folder / entry["file"]) != entry["sha256"] for entry in record["quarantined"]
