@@ -24,7 +24,7 @@ from shards.write import ShardResult, finish_shard
 from tidali.dataset.contract import MANIFEST_NAME, Manifest, Quarantined
 from tidali.dataset.remote import is_remote
 from tidali.dataset.shard_bytes import label_digits
-from tidali.errors import TidaliError, UsageError
+from tidali.errors import TidaliError, UsageError, some_of
 from tidali.files import TEMPORARY_SUFFIX, resumable
 
 PLAN_NAME = ".tidali-plan.json"
@@ -91,6 +91,7 @@ def pack(
             removed = _sweep(store, plan)
             results = _write_shards(plan, scan, settings, store, _run(executor, plan, workers), progress)
             _sweep(store, plan)  # what a lost worker left, whose task another one did
+            _refuse_missing(store, plan)
             manifest = build_manifest(
                 [result.summary for result in results],
                 classes=plan.classes,
@@ -221,6 +222,20 @@ def _sweep(store: Store, plan: Plan) -> tuple[str, ...]:
     for name in stale:
         store.remove(name)
     return tuple(name for name in stale if not name.endswith(TEMPORARY_SUFFIX))
+
+
+def _refuse_missing(store: Store, plan: Plan) -> None:
+    """
+    Raises:
+        TidaliError: workers on other machines wrote into a folder of the same name there.
+    """
+    there = set(store.names())
+    missing = [name for task in plan.tasks for name in task.file_names if name not in there]
+    if missing:
+        raise TidaliError(
+            f"{store.location}: {some_of(missing, 1)} were written on other machines, which do not share this folder; give a "
+            f"DEST that all machines of the Ray cluster see under this name, or a URL"
+        )
 
 
 def _check_losses(store: Store, manifest: Manifest) -> Iterator[str]:

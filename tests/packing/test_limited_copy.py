@@ -414,3 +414,13 @@ def test_a_run_whose_store_is_gone_is_saved_and_goes_on_from_a_whole_copy(
     train(cut, whole, resume=True)
     alone, resumed = (load_file(tmp_path / name / "last.safetensors") for name in ("alone", "cut"))
     assert all(torch.equal(alone[name], resumed[name]) for name in alone)
+
+
+def test_machines_with_different_limits_have_one_order(
+    whole: Dataset, limited: Dataset, small_window: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has room for a window of two shards."""
+    monkeypatch.setattr(Ranks, "gather", lambda ranks, value: [value, 2])
+    loaders = [loader(dataset, 4) for dataset in (whole, limited)]
+    assert [batches.shuffle.window for batches in loaders if batches.shuffle is not None] == [2, 2]
+    assert torch.equal(*(batches._epoch_order(0) for batches in loaders))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -183,7 +184,9 @@ class FakeGroup:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def init_process_group(self, backend: str) -> None:
+    DistError = torch.distributed.DistError
+
+    def init_process_group(self, backend: str, timeout: timedelta) -> None:
         self.calls.append(backend)
 
     def destroy_process_group(self) -> None:
@@ -206,3 +209,27 @@ def test_a_rank_that_failed_does_not_wait_for_the_others(
         if error is not None:
             raise error
     assert group.calls == calls
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[../gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:39862"),
+        torch.distributed.DistNetworkError("Failed to recv, got 0 bytes\nException raised from ..."),
+    ],
+    ids=["gloo", "store"],
+)
+def test_a_rank_that_lost_another_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    group = FakeGroup()
+    monkeypatch.setattr(distributed_module, "distributed", group)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with (
+        pytest.raises(TidaliError, match=r"^rank 1 lost .* \(.*(by peer|0 bytes).*\); start .*--resume$") as raised,
+        joined_ranks("cpu"),
+    ):
+        raise error
+    assert "\n" not in str(raised.value)
+    with pytest.raises(RuntimeError, match="shape"), joined_ranks("cpu"):
+        raise RuntimeError("shape '[2]' is invalid")
+    assert group.calls == ["gloo", "gloo"]

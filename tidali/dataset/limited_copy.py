@@ -28,8 +28,8 @@ from tidali.files import TEMPORARY_SUFFIX, lock, replacing
 PARALLEL_FETCHES = 8
 """A shard of 1,000 small images is 3 MB: requests wait for the network, not for a core."""
 _POLL_S = 0.02
-_POLLS = 30_000
-"""Ten minutes: other processes may hold what would have to be dropped, but not for so long."""
+_POLLS = 15_000
+"""Five minutes: other processes may hold what would have to be dropped, but not for so long."""
 BLOCK_BYTES = 4096
 """To which a file system rounds a file's size up."""
 

@@ -8,13 +8,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tidali.errors import Interrupted, UsageError
+from tidali.errors import Interrupted, TidaliError, UsageError, first_line
+
+LOST_AFTER = timedelta(minutes=15)
+"""A rank whose machine has gone without closing its connections is waited for so long. Longer than any shard is
+(`tidali.dataset.limited_copy`)."""
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket Timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +98,10 @@ def joined_ranks(device_type: str) -> Iterator[Ranks]:
 
     The group is destroyed after the work, or where all ranks stopped after the same step. A rank that failed does not destroy
     it: the others may be waiting in a collective, destroying could wait for them, and the error would never be printed.
-    torchrun ends the others once this rank has exited.
+    torchrun ends the others once this rank has exited; those on other machines lose their connection to it.
+
+    Raises:
+        TidaliError: another rank is gone.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
@@ -101,13 +110,25 @@ def joined_ranks(device_type: str) -> Iterator[Ranks]:
     ranks = Ranks(rank=int(os.environ["RANK"]), world_size=world_size, joined=True)
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=LOST_AFTER)
     try:
         yield ranks
     except Interrupted:
         distributed.destroy_process_group()
         raise
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        raise TidaliError(
+            f"rank {ranks.rank} lost its connection to another rank, whose own messages say why ({first_line(error)}); start "
+            f"the command again, on fewer machines if one is lost; a training run goes on with --resume"
+        ) from None
     distributed.destroy_process_group()
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because a rank does not answer. gloo raises plain RuntimeErrors."""
+    return isinstance(error, distributed.DistError) or any(text in str(error) for text in _LOST)
 
 
 def check_all_reduce(rank: int, backend: str, world_size: int, folder: str) -> None:

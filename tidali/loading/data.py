@@ -98,7 +98,9 @@ class Data:
         else:
             source = self.streamed(split, preprocess, batch_size)
         if training is not None:
-            training = replace(training, shuffle=Shuffle.of(table.info, None if route.cached else room))
+            shuffle = Shuffle.of(table.info, None if route.cached else room)
+            windows = [window for window in self.ranks.gather(shuffle.window) if window is not None]  # machines may differ
+            training = replace(training, shuffle=replace(shuffle, window=min(windows, default=None)))
         return Batches(source, preprocess, batch_size, training=training, ranks=self.ranks, dtype=dtype, route=route)
 
     def streamed(self, split: str, preprocess: Preprocess, batch_size: int, *, num_threads: int | None = None) -> ShardSource:

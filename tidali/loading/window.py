@@ -3,8 +3,10 @@ over, the room that it takes, and what is to be fetched ahead."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from heapq import nlargest
 
 import numpy as np
 import torch
@@ -68,10 +70,8 @@ class Room:
     @property
     def most(self) -> int:
         """The largest window, in shards."""
-        shards = len(self.split.shards)
-        if self.least_bytes(shards) <= self.limit_bytes:
-            return shards
-        return (self.limit_bytes - self.other_bytes) // _largest_bytes(self.split) - self.shards_read - 1
+        windows = range(1, len(self.split.shards) + 1)
+        return bisect_right(windows, self.limit_bytes, key=self.least_bytes)
 
     def least_bytes(self, window: int) -> int:
         """The least limit for a window: one more shard is fetched meanwhile."""
@@ -166,11 +166,7 @@ class ShardNeeds:
 
 def _bytes(split: Split, shards: int) -> int:
     """What so many shards take on a disk, and what is kept free of it, at most."""
-    return min(split.size_bytes + (len(split.shards) + 1) * BLOCK_BYTES, shards * _largest_bytes(split))
-
-
-def _largest_bytes(split: Split) -> int:
-    return max(shard.size_bytes for shard in split.shards) + BLOCK_BYTES
+    return BLOCK_BYTES + sum(size + BLOCK_BYTES for size in nlargest(shards, (shard.size_bytes for shard in split.shards)))
 
 
 def _read(split: Split, batch_size: int) -> int:
