@@ -4,6 +4,7 @@ communicated."""
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -119,8 +120,9 @@ def joined_ranks(device_type: str) -> Iterator[Ranks]:
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
+        cause = re.sub(r"^\[\S+\] |\. .*", "", first_line(error))  # without gloo's own source file, and its advice
         raise TidaliError(
-            f"rank {ranks.rank} lost its connection to another rank, whose own messages say why ({first_line(error)}); start "
+            f"rank {ranks.rank} lost its connection to another rank, whose own messages say why ({cause}); start "
             f"the command again, on fewer machines if one is lost; a training run goes on with --resume"
         ) from None
     distributed.destroy_process_group()
