@@ -1,188 +1,142 @@
-"""How a loader's throughput scales with the batch size, the resolution, the threads, the samples and the ranks of a distributed
-run. One of them is varied at a time."""
+"""How packing, checking, opening and reading a data set grow with its images: the time, the rate and the memory of each.
+
+Each is measured in a process of its own, from the command's start to its end. `bench_growth` starts the processes that read
+batches with ``python -m bench.growth``, which print one JSON object.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Barrier, BrokenBarrierError
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-from bench import measure
-from bench.case_process import CaseProcess
-from bench.case_worker import Job
-from bench.measure import Case, CaseFailed, Measurable, Rates
-from bench.routes import CACHED, STREAMING, batch_settings, counting
-from tidali.dataset.contract import Dataset, open_dataset
+from bench.document import make_document
+from bench.measure import CaseFailed, Rates
+from bench.memory import run_measured
+from bench.pack import CLASSES, drawn_jpegs
+from tidali.console import say
 from tidali.errors import TidaliError
+from tidali.hardware.device import plan_device
 from tidali.hardware.limits import cpu_count
-from tidali.hardware.ranks import Ranks
-from tidali.loading.batches import Batches
-from tidali.loading.cache import PixelCache
-from tidali.loading.data import Data
+from tidali.hardware.timing import Stopwatch
 
-BATCHES = (16, 64, 256, 1024)
-RESOLUTIONS = (32, 64, 128, 224)
-SAMPLES_SHARES = (1 / 16, 1 / 4, 1)
-
-
-class Point(NamedTuple):
-    route: str
-    varied: str
-    """The name of the field in the document that has the value."""
-    value: int
-
-    def __str__(self) -> str:
-        return f"{self.route}, {self.varied} {self.value}"
+SAMPLES = (1_000, 10_000, 100_000)
+RES = 64
+COMMANDS = ("pack", "resume", "verify", "info")
+BATCHES_S = 5.0
+"""Batches are read for this long, after one epoch or this long to warm up."""
 
 
-def bench_growth(dataset: Dataset, *, res: int, batch_size: int, repeats: int) -> list[dict[str, Any]]:
-    """Rows of the document: the streaming and the cached route at one resolution, on the CPU."""
-    cases = growth_cases(dataset, res, batch_size)
-    return [
-        {"res": res, "case": point.route, "varied": point.varied, point.varied: point.value, "images_per_s": rate.to_dict()}
-        for point, rate in measure.measure(cases, repeats=repeats, title="growth").items()
-    ]
+def bench_growth(*, samples: Sequence[int] = SAMPLES, batch_size: int = 256, repeats: int = 5) -> dict[str, Any]:
+    """Pack drawn images of 64 px from a zip, and use the result as a person does; return the JSON document.
 
-
-def powers_of_two(cores: int) -> list[int]:
-    """Up to the number of cores, which is included even if it is none."""
-    return sorted({2**power for power in range(cores.bit_length()) if 2**power <= cores} | {cores})
-
-
-def growth_cases(dataset: Dataset, res: int, batch_size: int) -> dict[Point, Measurable]:
-    """What is measured. The number of samples is varied for the cached route only: a stream reads all of its shards."""
-    samples, device = dataset.split("train").samples, torch.device("cpu")
-    data = {CACHED: Data(dataset, device, cache="device"), STREAMING: Data(dataset, device, cache="off")}
-
-    def batches(route: str, *, res: int = res, batch_size: int = batch_size) -> Batches:
-        return data[route].batches("train", **batch_settings(dataset, res, batch_size))
-
-    def streaming(threads: int | None = None, **changed: int) -> Callable[[], int]:
-        if threads is None:
-            return counting(batches(STREAMING, **changed))
-        settings = batch_settings(dataset, res, batch_size)
-        source = data[STREAMING].streamed("train", settings["preprocess"], batch_size, num_threads=threads)
-        return counting(Batches(source, **settings))
-
-    def cached(share: float = 1, **changed: int) -> Callable[[], int]:
-        whole = batches(CACHED, **changed)
-        if share == 1:
-            return counting(whole)
-        cache, count = whole.source, int(samples * share)
-        assert isinstance(cache, PixelCache)
-        pixels = {side: stored[:count] for side, stored in cache.pixels.items()}
-        part = replace(cache, pixels=pixels, labels=cache.labels[:count])
-        return counting(Batches(part, **batch_settings(dataset, res, batch_size)))
-
-    steps: dict[Point, Callable[[], int]] = {}
-    for varied, values in (("batch_size", [batch for batch in BATCHES if batch <= samples]), ("res", RESOLUTIONS)):
-        for value in values:
-            steps[Point(STREAMING, varied, value)] = streaming(**{varied: value})
-            steps[Point(CACHED, varied, value)] = cached(**{varied: value})
-    for threads in powers_of_two(cpu_count()):
-        steps[Point(STREAMING, "threads", threads)] = on_threads(threads, streaming(threads))
-        steps[Point(CACHED, "threads", threads)] = on_threads(threads, cached())
-    for share in SAMPLES_SHARES:
-        if samples * share >= batch_size:
-            steps[Point(CACHED, "samples", int(samples * share))] = cached(share)
-    cases: dict[Point, Measurable] = {point: Case(step=step) for point, step in steps.items()}
-    for ranks in powers_of_two(cpu_count()):
-        for route in (STREAMING, CACHED):
-            cases[Point(route, "ranks", ranks)] = RankGroup(dataset.root, route, ranks, res=res, batch_size=batch_size)
-    return cases
-
-
-def on_threads(threads: int, step: Callable[[], int]) -> Callable[[], int]:
-    """The step, run with this number of torch threads, which tidali's compiled loops use too."""
-
-    def limited() -> int:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            return step()
-        finally:
-            torch.set_num_threads(before)
-
-    return limited
-
-
-# ----------------------------------------------------------------------------------------------------------------------- ranks
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankJob(Job):
-    """One rank's loader. The batch size is the rank's own."""
-
-    root: str
-    route: str
-    rank: int
-    world_size: int
-
-
-class RankGroup:
-    """All ranks of one loader, measured at the same time: a process per rank, each with its share of the cores and of the
-    samples.
-
-    The processes run only while they are measured: with the cached route each keeps the whole split decoded.
+    Raises:
+        TidaliError: a command failed.
     """
-
-    def __init__(self, root: Path, route: str, world_size: int, *, res: int, batch_size: int) -> None:
-        """
-        Args:
-            batch_size: of all ranks together.
-        """
-        self._settings: dict[str, Any] = dict(
-            target="bench.growth:rank_loader",
-            package="tidali",
-            classes=0,
-            res=res,
-            batch_size=max(batch_size // world_size, 1),
-            root=str(root.resolve()),
-            route=route,
-            world_size=world_size,
-            threads=max(cpu_count() // world_size, 1),
-        )
-
-    def measure(self) -> Rates:
-        """Images/s of all ranks together.
-
-        Raises:
-            TidaliError: a rank failed.
-        """
-        world_size = self._settings["world_size"]
-        barrier = Barrier(world_size)
-
-        def run(job: RankJob) -> float:
-            try:
-                with CaseProcess(Path(sys.executable), job) as process:
-                    barrier.wait()
-                    images_per_s = process.measure(measure.MIN_SECONDS).median
-                    barrier.wait()  # ending a process takes the cores' time, too
-                    return images_per_s
-            except BrokenBarrierError:  # another rank failed, and raises
-                return 0.0
-            except CaseFailed as error:
-                barrier.abort()
-                raise TidaliError(f"bench loader: a rank failed: {error}") from None
-
-        with tempfile.TemporaryDirectory(prefix="tidali-ranks-") as scratch, ThreadPoolExecutor(world_size) as pool:
-            jobs = [RankJob(rank=rank, scratch=f"{scratch}/{rank}", **self._settings) for rank in range(world_size)]
-            return Rates(per_s=(sum(pool.map(run, jobs)),))
+    jpegs, rows = drawn_jpegs(), []
+    with tempfile.TemporaryDirectory(prefix="tidali-bench-") as scratch:
+        archive, dest = Path(scratch) / "images.zip", Path(scratch) / "data"
+        for count in samples:
+            say(f"growth: {count:,} images")
+            write_zip(archive, count, jpegs)
+            found: dict[str, list[dict[str, float]]] = {}
+            not_run: dict[str, str] = {}
+            for _ in range(repeats):
+                shutil.rmtree(dest, ignore_errors=True)
+                for case, measured in _use(archive, dest, batch_size):
+                    if "not_run" in measured:
+                        not_run[case] = measured["not_run"]
+                    else:
+                        found.setdefault(case, []).append(measured)
+            rows += [_row(case, count, measured) for case, measured in found.items()]
+            rows += [{"case": case, "samples": count, "not_run": reason} for case, reason in not_run.items()]
+    plan = plan_device("cpu", "off", "off")
+    return make_document("growth", plan, batch_size=batch_size, workers=cpu_count(), repeats=repeats, rows=rows)
 
 
-def rank_loader(job: RankJob) -> Case:
-    dataset = open_dataset(Path(job.root))
-    ranks = Ranks(rank=job.rank, world_size=job.world_size)
-    data = Data(dataset, torch.device("cpu"), cache="device" if job.route == CACHED else "off", ranks=ranks)
-    settings = batch_settings(dataset, job.res, job.batch_size)
-    if job.route == CACHED:
-        return Case(step=counting(data.batches("train", **settings)))
-    source = data.streamed("train", settings["preprocess"], job.batch_size, num_threads=job.threads)
-    return Case(step=counting(Batches(source, **settings, ranks=ranks)))
+def write_zip(path: Path, count: int, jpegs: Sequence[bytes]) -> None:
+    """So many images in folders of classes. Each has its number in a JPEG comment, so that no two are the same file."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, jpeg in zip(range(count), itertools.cycle(jpegs)):
+            data = jpeg[:2] + b"\xff\xfe\0\x0a" + b"%08d" % number + jpeg[2:]
+            archive.writestr(zipfile.ZipInfo(f"{number % CLASSES:03d}/{number:08d}.jpg"), data)
+
+
+def _use(archive: Path, dest: Path, batch_size: int) -> list[tuple[str, Any]]:
+    """Each case once, in the order in which a person comes to it."""
+    tidali, found = [sys.executable, "-m", "tidali"], []
+    for case in COMMANDS:
+        arguments = ["shard", str(archive), str(dest)] if case in ("pack", "resume") else [case, str(dest)]
+        found.append((case, _run(case, [*tidali, *arguments])[1]))
+    for route, cache in (("streamed", "off"), ("cached", "auto")):
+        arguments = [json.dumps({"root": str(dest), "cache": cache, "batch_size": batch_size})]
+        printed, usage = _run(route, [sys.executable, "-m", "bench.growth", *arguments])
+        read = json.loads(printed.splitlines()[-1])
+        if "not_run" in read:
+            found += [(f"{name}, {route}", read) for name in ("first batch", "batches")]
+            continue
+        if route == "streamed":
+            found.append(("open", {"seconds": read["open_s"], "peak_rss_mib": read["open_rss_mib"]}))
+        found.append((f"first batch, {route}", {"seconds": read["first_batch_s"]}))
+        found.append((f"batches, {route}", {"images_per_s": read["images_per_s"], "peak_rss_mib": usage["peak_rss_mib"]}))
+    return found
+
+
+def _run(case: str, command: Sequence[str]) -> tuple[str, dict[str, float]]:
+    try:
+        done = run_measured(command)
+    except CaseFailed as error:
+        raise TidaliError(f"bench growth: {case}: {error}") from None
+    return done.printed, {"seconds": done.seconds, "peak_rss_mib": done.peak_rss_mib}
+
+
+def _row(case: str, count: int, measured: Sequence[dict[str, float]]) -> dict[str, Any]:
+    rates = [found["images_per_s"] if "images_per_s" in found else count / found["seconds"] for found in measured]
+    row = {"case": case, "samples": count, "images_per_s": Rates(per_s=tuple(rates)).to_dict()}
+    if "seconds" in measured[0]:
+        row["seconds"] = Rates(per_s=tuple(found["seconds"] for found in measured)).to_dict()
+    if "peak_rss_mib" in measured[0]:
+        row["peak_rss_mib"] = max(found["peak_rss_mib"] for found in measured)
+    return row
+
+
+def read_batches(root: str, cache: str, batch_size: int) -> dict[str, Any]:
+    """Open a data set and read batches of it in this process: seconds until it is open and until there is a batch, without the
+    imports; images/s then."""
+    import torch
+
+    import tidali.loading.dali  # noqa: F401  DALI's libraries are among the imports
+    from bench.memory import memory_mib
+    from bench.routes import batch_settings, counting
+    from tidali.dataset.source import open_data
+    from tidali.hardware.cpu_memory import keep_freed_memory
+    from tidali.loading.data import Data
+
+    keep_freed_memory()  # as `tidali train` does
+    watch = Stopwatch()
+    dataset = open_data(root)
+    found = {"open_s": watch.peek_s(), "open_rss_mib": memory_mib("VmHWM")}
+    batches = Data(dataset, torch.device("cpu"), cache="off" if cache == "off" else "auto").batches(
+        "train", **batch_settings(dataset, RES, min(batch_size, dataset.split("train").samples))
+    )
+    if cache != "off" and not batches.route.cached:
+        return {"not_run": batches.route.describe()}
+    step = counting(batches)
+    images, samples = step(), dataset.split("train").samples
+    found["first_batch_s"] = watch.elapsed_s()
+    while images < samples and watch.peek_s() < BATCHES_S:
+        images += step()
+    watch, images = Stopwatch(), 0
+    while not images or watch.peek_s() < BATCHES_S:
+        images += step()
+    return {**found, "images_per_s": images / watch.elapsed_s()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(read_batches(**json.loads(sys.argv[1]))))

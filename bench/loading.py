@@ -9,7 +9,7 @@ import torch
 
 from bench.ceilings import COPY, DECODE, ceiling_cases, ceiling_rows, lowest_ceiling, sample_jpegs
 from bench.document import make_document, make_row
-from bench.growth import bench_growth
+from bench.loader_growth import bench_loader_growth
 from bench.measure import measure
 from bench.memory import cache_memory
 from bench.routes import (
@@ -65,6 +65,6 @@ def bench_loader(dataset: Dataset, *, resolutions: Sequence[int], batch_size: in
         repeats=repeats,
         rows=rows,
         ceilings=ceilings,
-        growth=bench_growth(streamed.dataset, res=min(resolutions), batch_size=batch_size, repeats=repeats),
+        growth=bench_loader_growth(streamed.dataset, res=min(resolutions), batch_size=batch_size, repeats=repeats),
         memory=[cache_memory(dataset.root, res=res, batch_size=batch_size) for res in resolutions],
     )

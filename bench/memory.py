@@ -1,4 +1,4 @@
-"""How much memory the cache of decoded pixels takes: a fresh process that fills the cache and takes batches from it.
+"""How much memory processes take; that of the cache of decoded pixels, by a fresh process that fills it and takes batches.
 
 `cache_memory` starts that process with ``python -m bench.memory``, which prints one JSON object.
 """
@@ -8,13 +8,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.document import PACKAGES
+from bench.measure import CaseFailed
 from tidali.errors import TidaliError
+from tidali.hardware.timing import Stopwatch
 
 BATCHES = 40
+_POLL_S = 0.02
 
 
 def cache_memory(root: Path, *, res: int, batch_size: int) -> dict[str, Any]:
@@ -41,6 +48,46 @@ def memory_mib(field: str, process: int | str = "self") -> float:
     """
     status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return int(status[field].split()[0]) / 1024
+
+
+class Usage(NamedTuple):
+    """Of a command that has ended."""
+
+    seconds: float
+    peak_rss_mib: float
+    """The highest resident memory of any of its processes."""
+    printed: str
+
+
+def run_measured(command: Sequence[str]) -> Usage:
+    """Run a command, start-up included.
+
+    Raises:
+        CaseFailed: it ended with an exit code other than 0.
+    """
+    peak_mib = 0.0
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        watch = Stopwatch()
+        process = subprocess.Popen(command, cwd=PACKAGES, stdout=output, stderr=errors)
+        while process.poll() is None:
+            peak_mib = max(peak_mib, _peak_rss_mib(process.pid))
+            time.sleep(_POLL_S)
+        seconds = watch.elapsed_s()
+        for file in (output, errors):
+            file.seek(0)
+        if process.returncode:
+            last_line = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise CaseFailed(f"ended with exit code {process.returncode}: {' '.join(last_line)}")
+        return Usage(seconds, peak_mib, output.read().decode())
+
+
+def _peak_rss_mib(pid: int) -> float:
+    """The highest peak memory (VmHWM) among a process and all its descendants."""
+    peak, children = 0.0, list[str]()
+    with suppress(OSError, KeyError):  # it has ended
+        peak = memory_mib("VmHWM", pid)
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return max([peak, *(_peak_rss_mib(int(child)) for child in children)])
 
 
 def _measure(root: str, res: int, batch_size: int) -> dict[str, float]:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.ceilings import DECODE, ceiling_cases, ceiling_rows, lowest_ceiling, sample_jpegs
-from bench.document import PACKAGES, make_document
+from bench.document import make_document
 from bench.measure import CaseFailed, Measurable, Rates, measure
-from bench.memory import memory_mib
+from bench.memory import run_measured
 from bench.peer_env import Pythons
 from shards.demo import DemoSource
 from tidali.console import say
@@ -26,7 +23,6 @@ from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError, UsageError
 from tidali.hardware.device import plan_device
 from tidali.hardware.limits import cpu_count
-from tidali.hardware.timing import Stopwatch
 
 IMAGES = 110_000
 """Tiny-ImageNet's train and val."""
@@ -36,8 +32,6 @@ DISTINCT_IMAGES = 5_000
 TIDALI, UNDECODED = "tidali", "webdataset, not decoded"
 PEERS: dict[str, str | None] = {"FFCV jpg": "ffcv", "FFCV raw": "ffcv", "webdataset": None, UNDECODED: None}
 """Cases of `bench.pack_peers`, and the environment of `bench.peer_env.ENVIRONMENTS` that each needs; None: tidali's own."""
-
-_POLL_S = 0.05
 
 
 def bench_pack(
@@ -58,7 +52,7 @@ def bench_pack(
         TidaliError: tidali's own packing failed. Where another's fails, its row has the reason.
     """
     plan = plan_device("cpu", "off", "off")
-    jpegs = sample_jpegs(dataset, most=DISTINCT_IMAGES) if dataset is not None else _drawn()
+    jpegs = sample_jpegs(dataset, most=DISTINCT_IMAGES) if dataset is not None else drawn_jpegs()
     if not jpegs:
         raise UsageError(f"--data {dataset.root if dataset else ''}: its train split has no JPEGs, which FFCV and others need")
     pythons = Pythons()
@@ -132,7 +126,8 @@ def _make_sources(folder: Path, images: int, jpegs: Sequence[bytes]) -> tuple[Pa
     return archive, files
 
 
-def _drawn() -> list[bytes]:
+def drawn_jpegs() -> list[bytes]:
+    """`DISTINCT_IMAGES` of 64 px."""
     scan = DemoSource(classes=50, per_class=DISTINCT_IMAGES // 50).scan()
     with scan.reader.open() as read:
         return [read(item, 1 << 26) for item in scan.splits["train"]]
@@ -159,26 +154,8 @@ class _Packer:
         command = self._command()
         shutil.rmtree(self._dest, ignore_errors=True)
         self._dest.mkdir()
-        with tempfile.TemporaryFile() as errors:
-            watch = Stopwatch()
-            process = subprocess.Popen(command, cwd=PACKAGES, stdout=subprocess.DEVNULL, stderr=errors)
-            while process.poll() is None:
-                self.peak_mib = max(self.peak_mib, _peak_rss_mib(process.pid))
-                time.sleep(_POLL_S)
-            seconds = watch.elapsed_s()
-            if process.returncode:
-                errors.seek(0)
-                last_line = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-                raise CaseFailed(f"ended with exit code {process.returncode}: {' '.join(last_line)}")
+        done = run_measured(command)
+        self.peak_mib = max(self.peak_mib, done.peak_rss_mib)
         shutil.rmtree(self._dest)
-        self.seconds.append(seconds)
-        return Rates(per_s=(self._images / seconds,))
-
-
-def _peak_rss_mib(pid: int) -> float:
-    """The highest peak memory (VmHWM) among a process and all its descendants."""
-    peak, children = 0.0, list[str]()
-    with suppress(OSError, KeyError):  # it has ended
-        peak = memory_mib("VmHWM", pid)
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return max([peak, *(_peak_rss_mib(int(child)) for child in children)])
+        self.seconds.append(done.seconds)
+        return Rates(per_s=(self._images / done.seconds,))

@@ -21,6 +21,7 @@ OURS, THEIRS, CEILING = series_colour(0), PALE, series_colour(1)
 LOG_ABOVE = 20.0
 """A panel whose largest rate is more than this multiple of its smallest has a logarithmic axis, so that small ones can be read,
 and dots: the length of a bar would say nothing there."""
+_UNITS = {"seconds": "seconds", "images_per_s": "images/s", "peak_rss_mib": "peak memory, MiB"}
 _BAR_INCHES, _PANEL_INCHES, _CURVES_INCHES, _WIDTH_INCHES = 0.3, 0.9, 2.0, 9.0
 
 
@@ -54,7 +55,7 @@ def draw(document: Mapping[str, Any], *, in_page: bool = False) -> Figure:
         if kind == "bars":
             _bars(ax, rows, in_page=in_page)
         else:
-            _curves(ax, rows)
+            _curves(ax, rows, kind)
         ax.set_title(
             title.removeprefix(", ".join([document["benchmark"], *conditions(document)])).lstrip(", ") if in_page else title
         )
@@ -105,7 +106,12 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _panels(document: Mapping[str, Any]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
-    """Title, kind and rows."""
+    """Title, kind ("bars", or what a curve shows) and rows."""
+    if document["benchmark"] == "growth":
+        found = [{**row, "varied": "samples"} for row in document["rows"]]
+        measured: dict[str, list[Mapping[str, Any]]] = {name: [row for row in found if name in row] for name in _UNITS}
+        measured["images_per_s"] = [row for row in measured["images_per_s"] if "seconds" not in row]
+        return [(f"growth: {unit} over samples", name, measured[name]) for name, unit in _UNITS.items() if measured[name]]
     panels = []
     name = ", ".join([document["benchmark"], *conditions(document)])
     for where, rows in groupby(document["rows"], key=label):
@@ -114,7 +120,7 @@ def _panels(document: Mapping[str, Any]) -> list[tuple[str, str, list[Mapping[st
     for varied, rows in groupby(growth, key=lambda row: row["varied"]):
         curves = list(rows)
         where = "" if varied == "res" else f" at {curves[0]['res']} px"
-        panels.append((f"{document['benchmark']}{where} over {axis(varied)}", "curves", curves))
+        panels.append((f"{document['benchmark']}{where} over {axis(varied)}", "images_per_s", curves))
     return panels
 
 
@@ -158,11 +164,15 @@ def _bars(ax: Axes, rows: Sequence[Mapping[str, Any]], *, in_page: bool) -> None
     ax.grid(visible=False, axis="y")
 
 
-def _curves(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+def _curves(ax: Axes, rows: Sequence[Mapping[str, Any]], quantity: str) -> None:
+    def measured(row: Mapping[str, Any]) -> Mapping[str, float]:
+        value = row[quantity]
+        return value if isinstance(value, Mapping) else dict.fromkeys(("median", "min", "max"), value)
+
     varied = rows[0]["varied"]
     values = sorted({row[varied] for row in rows})
     for place, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
-        points = sorted((row[varied], row["images_per_s"]) for row in rows if row["case"] == case)
+        points = sorted((row[varied], measured(row)) for row in rows if row["case"] == case)
         x, rates = [value for value, _ in points], [rate for _, rate in points]
         middle = [rate["median"] for rate in rates]
         whiskers = [[rate["median"] - rate["min"] for rate in rates], [rate["max"] - rate["median"] for rate in rates]]
@@ -176,8 +186,8 @@ def _curves(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     widen = max((5 / (high / low)) ** 0.5, 1)  # so that at least two of the ticks below are shown
     low, high = low / widen, high * widen
     ax.set_ylim(low, high)
-    ticks = [factor * 10**power for power in range(1, 9) for factor in (1, 2, 5) if low <= factor * 10**power <= high]
-    ax.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    ticks = [factor * 10**power for power in range(-3, 9) for factor in (1, 2, 5) if low <= factor * 10**power <= high]
+    ax.set_yticks(ticks, [f"{tick:,.6g}" for tick in ticks])
     ax.set_xlabel(axis(varied))
-    ax.set_ylabel("images/s")
-    ax.legend()
+    ax.set_ylabel(_UNITS[quantity])
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -34,11 +34,12 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "times_torchvision": ratio,
     "first_step_s": lambda value: f"{value:.1f}",
     "kernel": str,
+    "seconds": lambda value: ratio(value["median"]),
     "tf32": lambda value: "yes" if value else "no",
 }
 
 
-_COLUMNS = ("gmacs", "tf32", "peak_rss_mib", "kernel", "stored_kib_per_image")
+_COLUMNS = ("gmacs", "tf32", "seconds", "peak_rss_mib", "kernel", "stored_kib_per_image")
 """Fields that have a column in the table if any row has them."""
 
 

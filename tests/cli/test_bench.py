@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import case_process, ceilings, crops, growth, loading, measure, pack, peer_env, peers, step
+from bench import case_process, ceilings, crops, growth, loader_growth, loading, measure, memory, pack, peer_env, peers, step
 from bench import train as bench_train
 from bench.document import bench_all, environment
 from bench.measure import CaseFailed, Rates
@@ -18,9 +18,11 @@ from bench.report import parts
 from bench.routes import ROUTES
 from bench.train import CASES
 from tidali.dataset.contract import open_dataset
+from tidali.hardware import cpu_memory
 from tidali.hardware.device import plan_device
 from tidali.hardware.limits import cpu_count
 from tidali.loading import batches
+from tidali.loading import data as data_module
 from tidali.training import engine
 
 SCHEMA = json.loads((Path(measure.__file__).parent / "schema.json").read_text())
@@ -149,8 +151,8 @@ def test_a_loop_that_fails_is_one_line(tidali, quick, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_loader_with_its_growth(tidali, quick, small, monkeypatch) -> None:
-    monkeypatch.setattr(growth, "BATCHES", (4, 16, 1024))
-    monkeypatch.setattr(growth, "powers_of_two", lambda cores: [2])  # processes are what takes long here
+    monkeypatch.setattr(loader_growth, "BATCHES", (4, 16, 1024))
+    monkeypatch.setattr(loader_growth, "powers_of_two", lambda cores: [2])  # processes are what takes long here
     monkeypatch.setattr(loading, "cache_memory", lambda root, **_: memory)
     memory = {"res": 32, "pixels_mib": 1.0, "idle_rss_mib": 5.0, "peak_rss_mib": 7.0, "times_pixels": 2.0}
     ended = tidali("bench", "loader", *small[:-2], "--repeats", 1, "--json", "-")
@@ -162,6 +164,42 @@ def test_loader_with_its_growth(tidali, quick, small, monkeypatch) -> None:
     assert {("batch_size", 4), ("batch_size", 16), ("threads", 2), ("samples", 160), ("samples", 40)} <= set(varied)
     assert ("batch_size", 1024) not in varied  # the split has 160
     assert ("ranks", 2) in varied
+
+
+@pytest.mark.slow
+def test_growth(tidali, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pack, "DISTINCT_IMAGES", 50)
+    monkeypatch.setattr(growth, "BATCHES_S", 0.0)
+    monkeypatch.setattr(cpu_memory, "keep_freed_memory", lambda: None)  # of this process
+
+    def run_here(command: list[str]) -> memory.Usage:
+        """What a process of its own would do, whose start takes longer than the work."""
+        if command[2] == "bench.growth":
+            return memory.Usage(2.0, 700.0, json.dumps(growth.read_batches(**json.loads(command[3]))))
+        ended = tidali(*command[3:])
+        assert ended.code == 0, ended.stderr
+        return memory.Usage(0.5, 60.0, ended.stdout)
+
+    monkeypatch.setattr(growth, "run_measured", run_here)
+    written, picture = tmp_path / "growth.json", tmp_path / "growth.svg"
+    command = ("bench", "growth", "--samples", "20,60", "--batch-size", 8, "--repeats", 1, "--json", written, "--plot", picture)
+    ended = tidali(*command)
+    assert ended.code == 0, ended.stderr
+    document = json.loads(written.read_text())
+    check(document)
+    read = [f"{what}, {route}" for route in ("streamed", "cached") for what in ("first batch", "batches")]
+    cases = ["pack", "resume", "verify", "info", "open", *read]
+    assert [(row["samples"], row["case"]) for row in document["rows"]] == [(n, case) for n in (20, 60) for case in cases]
+    rows = {(row["samples"], row["case"]): row for row in document["rows"]}
+    assert rows[60, "pack"]["images_per_s"]["median"] == 60 / 0.5
+    assert (rows[60, "verify"]["seconds"]["max"], rows[60, "verify"]["peak_rss_mib"]) == (0.5, 60.0)
+    for panel in ("seconds", "images/s", "peak memory, MiB"):
+        assert f"growth: {panel} over samples" in picture.read_text()
+    monkeypatch.setattr(data_module, "free_memory_bytes", lambda device: 1)
+    tidali(*command, "--samples", "20")
+    rows = {row["case"]: row for row in json.loads(written.read_text())["rows"]}
+    assert "over half of the 0.0 GiB free" in rows["batches, cached"]["not_run"]
+    assert "images_per_s" in rows["batches, streamed"]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from bench.ceilings import COPY, DECODE, Ceiling, ceiling_rows, lowest_ceiling
 from bench.compare import compare
 from bench.diagnosis import diagnose
 from bench.document import environment
-from bench.growth import powers_of_two
+from bench.loader_growth import powers_of_two
 from bench.measure import Rates
 from tidali.errors import UsageError
 from tidali.hardware.device import plan_device

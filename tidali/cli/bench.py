@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 what_option = partial(typer.Option, rich_help_panel="What to measure")
 result_option = partial(typer.Option, rich_help_panel="What to do with the results")
 
-Case = Literal["train", "step", "loader", "pack", "peers", "all"]
+Case = Literal["train", "step", "loader", "pack", "growth", "peers", "all"]
 LOADER_BATCH_SIZE = 256
 TRAINING_BATCH_SIZE = 32
 """For the training loops of ``peers --training``: a CPU takes ten seconds a step for 256 images of 224 px, and there are eight
@@ -30,7 +30,8 @@ USED_BY: dict[str, tuple[Case, ...]] = {
     "res": ("train", "step", "loader", "peers"),
     "data": ("train", "loader", "pack", "peers"),
     "stem": ("train",),
-    "batch_size": ("train", "step", "loader", "peers"),
+    "batch_size": ("train", "step", "loader", "growth", "peers"),
+    "samples": ("growth",),
     "device": ("train", "step"),
     "amp": ("train", "step"),
     "compile": ("train", "step"),
@@ -45,16 +46,17 @@ USED_BY: dict[str, tuple[Case, ...]] = {
 
 def bench(
     context: typer.Context,
-    case: Annotated[Case, typer.Argument(help="What to measure; all: every case in turn.")] = "train",
+    case: Annotated[Case, typer.Argument(help="What to measure; all: every case but growth in turn.")] = "train",
     res: Annotated[str, what_option(help="Input sides in pixels, such as 64,224.")] = "64,224",
     data: Annotated[str | None, what_option(help="A packed data set.", show_default="built-in demo data")] = None,
+    samples: Annotated[str, what_option(help="growth: numbers of images.")] = "1000,10000,100000",
     stem: Annotated[Stem, what_option(help="train: the stem of the model.")] = "imagenet",
     batch_size: Annotated[
         int | None,
         what_option(
             help="Images per step.",
             min=2,
-            show_default="train: 256 on CUDA, 32 on a CPU; step: 100; loader, peers: 256, --training: 32",
+            show_default="train: 256 on CUDA, 32 on a CPU; step: 100; loader, growth, peers: 256, --training: 32",
         ),
     ] = None,
     repeats: Annotated[int, what_option(help="Measurements of each row; the rows take turns.", min=1)] = 5,
@@ -97,7 +99,8 @@ def bench(
 
     train: decoding, loading, the training step on synthetic data, and training end to end. step: tidali's training step beside
     the original study's loop. loader: tidali's ways from shards to batches, and how they scale. pack: packing 110,000 images
-    with tidali, webdataset and FFCV. peers: the loaders that people use today, on the same images and to the same batches.
+    with tidali, webdataset and FFCV. growth: seconds and memory of packing, checking, opening and reading, by the number of
+    images. peers: the loaders that people use today, on the same images and to the same batches.
     """
     resolutions = parse_resolutions(res)
     if json_ is not None:
@@ -154,6 +157,11 @@ def bench(
         size = batch_size or (TRAINING_BATCH_SIZE if training else LOADER_BATCH_SIZE)
         return bench_peers(dataset(), batch_size=size, peers=names, training=training, crops=crops, **shared)
 
+    def run_growth() -> dict[str, Any]:
+        from bench.growth import bench_growth
+
+        return bench_growth(samples=_counts(samples), batch_size=batch_size or LOADER_BATCH_SIZE, repeats=repeats)
+
     benchmarks = {"train": run_train, "step": run_step, "loader": run_loader, "pack": run_pack, "peers": run_peers}
     if case == "all":
         from bench.document import bench_all
@@ -164,7 +172,7 @@ def bench(
 
         document = bench_all(benchmarks, keep)
     else:
-        document = benchmarks[case]()
+        document = run_growth() if case == "growth" else benchmarks[case]()
 
     if json_ != "-":
         show(document)
@@ -179,6 +187,14 @@ def bench(
         from bench.compare import compare as compare_documents
 
         _print_comparison(compare_documents(document, old, tolerance), on_stdout=json_ != "-")
+
+
+def _counts(text: str) -> list[int]:
+    """'1000,10000' -> [1000, 10000]."""
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(counts) < 1:
+        raise UsageError(f"--samples {text}: give whole numbers, such as 1000 or 1000,10000")
+    return counts
 
 
 def _refuse_unused(context: typer.Context, case: Case) -> None:
