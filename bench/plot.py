@@ -22,6 +22,7 @@ LOG_ABOVE = 20.0
 """A panel whose largest rate is more than this multiple of its smallest has a logarithmic axis, so that small ones can be read,
 and dots: the length of a bar would say nothing there."""
 _UNITS = {"seconds": "seconds", "images_per_s": "images/s", "peak_rss_mib": "peak memory, MiB"}
+_MOST_INSIDE, _LEGEND_ROW_INCHES = 3, 0.25  # curves whose legend has room among them
 _BAR_INCHES, _PANEL_INCHES, _CURVES_INCHES, _WIDTH_INCHES = 0.3, 0.9, 2.0, 9.0
 
 
@@ -48,7 +49,9 @@ def draw(document: Mapping[str, Any], *, in_page: bool = False) -> Figure:
     from matplotlib.figure import Figure
 
     panels = [panel for part in parts(document) for panel in _panels(part)]
-    heights = [_PANEL_INCHES + (_BAR_INCHES * len(rows) if kind == "bars" else _CURVES_INCHES) for _, kind, rows in panels]
+    heights = [
+        _PANEL_INCHES + (_BAR_INCHES * len(rows) if kind == "bars" else _curves_inches(rows)) for _, kind, rows in panels
+    ]
     figure = Figure(figsize=(WIDTH_IN if in_page else _WIDTH_INCHES, sum(heights) + 0.5 * (not in_page)))
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (title, kind, rows) in zip(axes, panels, strict=True):
@@ -62,6 +65,11 @@ def draw(document: Mapping[str, Any], *, in_page: bool = False) -> Figure:
     if not in_page:
         figure.supxlabel("\n".join(about(parts(document)[0])), fontsize=8, color=MUTED)
     return figure
+
+
+def _curves_inches(rows: Sequence[Mapping[str, Any]]) -> float:
+    cases = len({row["case"] for row in rows})
+    return _CURVES_INCHES + (0 if cases <= _MOST_INSIDE else _LEGEND_ROW_INCHES * (cases // 2 + 1))
 
 
 def page(document: Mapping[str, Any], *, title: str | None = None, stages: Sequence[Mapping[str, Any]] = ()) -> bytes:
@@ -190,4 +198,5 @@ def _curves(ax: Axes, rows: Sequence[Mapping[str, Any]], quantity: str) -> None:
     ax.set_yticks(ticks, [f"{tick:,.6g}" for tick in ticks])
     ax.set_xlabel(axis(varied))
     ax.set_ylabel(_UNITS[quantity])
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    few = len({row["case"] for row in rows}) <= _MOST_INSIDE
+    ax.legend(**{} if few else {"loc": "upper center", "bbox_to_anchor": (0.5, -0.25), "ncols": 2})
