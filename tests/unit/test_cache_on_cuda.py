@@ -62,6 +62,7 @@ class Streamed:
     def __init__(self, device: torch.device, samples: int, size: tuple[int, int] | None) -> None:
         self.device, self.order_device, self.size = device, torch.device("cpu"), size
         self.labels = torch.empty(samples, dtype=torch.int64, device=device)
+        self.takes_pieces = False
         self.takes_boxes, self.corrupt, self.identity = size is None, NoneCorrupt(), "fake"
 
     def sizes_of(self, samples: torch.Tensor) -> torch.Tensor:

@@ -226,7 +226,12 @@ class Batches:
             draws = {side: self._draw(steps, epoch, side) for side, steps in steps_of.items() if steps}
             for samples, side, number in requests:
                 drawn.append((draws[side], number))
-                yield Request(samples, side, self._boxes(samples, epoch, side) if self.source.takes_boxes else None)
+                boxes = self._boxes(samples, epoch, side) if self.source.takes_boxes else None
+                pieces = None
+                if self.source.takes_pieces:
+                    with self._no_autocast():
+                        pieces = self._changes[side].in_pieces(draws[side].of(number)[1])
+                yield Request(samples, side, boxes, pieces)
 
     def _epoch_order(self, epoch: int) -> Tensor:
         """(samples,) int64 on the order's device. The source is told which shards that needs when."""
@@ -259,6 +264,8 @@ class Batches:
         """From stored pixels to what the network sees, and labels. Nothing in it makes the host wait for the device."""
         with self._no_autocast():
             labels, changes = steps.of(step, kept)
+            if pixels.images is not None:
+                return pixels.images.permute(0, 3, 1, 2), labels
             return self._changes[side].apply(pixels.stored, pixels.rows, changes), labels
 
     def _no_autocast(self) -> AbstractContextManager[None]:

@@ -34,7 +34,7 @@ class PixelCache:
     corrupt: CorruptSamples
     """Samples that have no pixels."""
 
-    takes_boxes = decodes_on_gpu = False
+    takes_boxes = takes_pieces = decodes_on_gpu = False
 
     @property
     def device(self) -> torch.device:

@@ -31,7 +31,7 @@ from tidali.loading.augment import (
 )
 from tidali.loading.dense import Dense, DenseResample
 from tidali.loading.native import Chosen
-from tidali.loading.resample import Resample, take
+from tidali.loading.resample import Pieces, Resample, take
 
 _DRAWN_SAMPLES = {"cpu": 1 << 12, "cuda": 1 << 17}
 """That are drawn for at once. On CUDA 15 MB of draws, 200 MB while they are made."""
@@ -119,6 +119,12 @@ class Changes:
         images = self._resample(chosen.stored, draws.boxes, draws.colour, rows=chosen.rows, flips=chosen.flips)
         return images if draws.erased is None else erase(images, draws.erased)
 
+    def in_pieces(self, draws: Any) -> Pieces | None:
+        """`apply`, made while pixels are decoded; None where that needs the whole batch."""
+        if draws.shifts is not None or draws.erased is not None:
+            return None
+        return self._resample.in_pieces(len(draws.samples), draws.boxes, draws.colour, draws.flips)
+
 
 class Prepared(NamedTuple):
     """What `CudaChanges` applies to the images of some samples."""
@@ -169,6 +175,9 @@ class CudaChanges:
             pixels = stored if rows is None else stored.index_select(0, rows)
         images = self._resample.apply(pixels, prepared.resampled)
         return images if prepared.erased is None else erase_inside(images, *prepared.erased)
+
+    def in_pieces(self, prepared: Prepared) -> None:
+        """Decoded pixels are uploaded first."""
 
     def _places(self, stored: Tensor) -> Tensor:
         if self._everyone is None:

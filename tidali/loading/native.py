@@ -58,6 +58,10 @@ class _Piece(ctypes.Structure):
     ]
 
 
+Pass = Callable[[int, int], None]
+"""Makes images begin..end - 1 of a batch, by the calling thread."""
+
+
 class Chosen(NamedTuple):
     """Which stored images a batch is made of."""
 
@@ -99,8 +103,9 @@ def resample(
     lowest: Tensor,
     highest: Tensor,
     out: Tensor,
-) -> None:
-    """
+) -> Pass:
+    """What makes the images. Until a part of it is run, nothing is read of the pixels.
+
     Args:
         library: `load`'s.
         colours: (N or 1, 3, 4) float32: what maps a pixel (R, G, B, 1) of 0..255 to a normalised one.
@@ -113,14 +118,14 @@ def resample(
     library.tidali_scratch.restype = ctypes.c_int64
     floats = library.tidali_scratch(shape, ctypes.c_int64(vertical.weights.shape[2]), ctypes.c_int64(taps))
     axes = _struct(vertical), _struct(horizontal)
-    _map_colours(library.tidali_resample, images, (shape, *axes), colours, (lowest, highest), floats, out)
+    return _map_colours(library.tidali_resample, images, (shape, *axes), colours, (lowest, highest), floats, out)
 
 
-def colour(library: Any, images: Chosen, *, colours: Tensor, lowest: Tensor, highest: Tensor, out: Tensor) -> None:
+def colour(library: Any, images: Chosen, *, colours: Tensor, lowest: Tensor, highest: Tensor, out: Tensor) -> Pass:
     """As `resample`, of images that are res x res already."""
     res = out.shape[1]
     assert images.stored.shape[1:] == out.shape[1:]
-    _map_colours(library.tidali_colour, images, (ctypes.c_int64(res),), colours, (lowest, highest), 4 * res + 4, out)
+    return _map_colours(library.tidali_colour, images, (ctypes.c_int64(res),), colours, (lowest, highest), 4 * res + 4, out)
 
 
 def _map_colours(
@@ -131,8 +136,8 @@ def _map_colours(
     bounds: tuple[Tensor, Tensor],
     floats: int,
     out: Tensor,
-) -> None:
-    """Call one of the two with what they have in common. ``floats``: of scratch memory that each thread needs."""
+) -> Pass:
+    """One of the two with what they have in common. ``floats``: of scratch memory that each thread needs."""
     n, res, _, _ = out.shape
     rows, flips = images.rows, images.flips
     assert images.num_images == n
@@ -146,13 +151,14 @@ def _map_colours(
     check_for_c(images.stored, *(tensor for tensor in (rows, flips) if tensor is not None), columns, lowest, highest, out)
     chosen = _Images(*(None if tensor is None else tensor.data_ptr() for tensor in images))
     output = _Output(out.data_ptr(), lowest.data_ptr(), highest.data_ptr(), out.dtype == torch.bfloat16)
+    chosen.held, output.held = images, (out, lowest, highest)  # a pointer is no reference
 
     def run(begin: int, end: int) -> None:
         scratch = torch.empty(floats)
         part = map(ctypes.c_int64, (begin, end))
         function(chosen, *part, *shape, _pointer(columns), ctypes.c_int64(len(columns) == 1), _pointer(scratch), output)
 
-    in_parallel(run, n)
+    return run
 
 
 def squares(library: Any, images: Sequence[Any], boxes: Sequence[Sequence[float]], a: float, out: Tensor) -> None:
@@ -205,7 +211,7 @@ def expect(library: Any, addresses: NDArray[np.uint64], lengths: NDArray[np.uint
     library.tidali_expect(*pointers, ctypes.c_int64(len(addresses)))
 
 
-def in_parallel(run: Callable[[int, int], None], samples: int) -> None:
+def in_parallel(run: Pass, samples: int) -> None:
     """``run`` ranges of the samples on as many threads as torch uses. They do not wait for each other after each operator, as
     torch's own do, which on a busy machine costs more than the work."""
     threads = max(min(torch.get_num_threads(), samples), 1)
@@ -228,7 +234,9 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def _struct(axis: Axis) -> _Axis:
-    return _Axis(axis.first.data_ptr(), axis.weights.data_ptr(), axis.weights.shape[2], len(axis.first) == 1)
+    struct = _Axis(axis.first.data_ptr(), axis.weights.data_ptr(), axis.weights.shape[2], len(axis.first) == 1)
+    struct.held = axis  # a pointer is no reference
+    return struct
 
 
 @cache

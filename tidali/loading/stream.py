@@ -15,6 +15,7 @@ from tidali.config import DecoderChoice, Kernel
 from tidali.errors import UsageError
 from tidali.hardware.limits import rank_threads
 from tidali.loading.corrupt import CorruptSamples
+from tidali.loading.resample import Pieces
 from tidali.loading.samples import SampleTable
 from tidali.loading.thread_decoder import Job, ThreadDecoder
 
@@ -33,6 +34,8 @@ class Request(NamedTuple):
     boxes: Tensor | None
     """(n, 4) float32, top, left, height and width of what becomes each one's square, in its own pixels; None for whole
     images of one size."""
+    pieces: Pieces | None = None
+    """What makes the batch's images of them, if a source that `takes_pieces` can do that while it decodes."""
 
 
 class Pixels(NamedTuple):
@@ -44,6 +47,8 @@ class Pixels(NamedTuple):
     """(M, H, W, 3) uint8 on the device."""
     rows: Tensor | None
     """(n,) int64 on the device: the samples' places in ``stored``; None where those are all, in order."""
+    images: Tensor | None = None
+    """(n, res, res, 3): the request's pieces, in place of ``stored``."""
 
 
 class Source(Protocol):
@@ -77,6 +82,11 @@ class Source(Protocol):
     @property
     def takes_boxes(self) -> bool:
         """Whether requests have boxes."""
+        ...
+
+    @property
+    def takes_pieces(self) -> bool:
+        """Whether requests may have pieces."""
         ...
 
     @property
@@ -130,6 +140,7 @@ class ShardSource:
         self.size = table.info.single_image_size
         self.identity = table.identity
         self.takes_boxes = self.size is None
+        self.takes_pieces = self.size is not None and device.type == "cpu"  # so threads decode
         self.names_corrupt = True
         """Whether this rank prints which samples are corrupt even if it is not the main one: no other reads them."""
         threads = num_threads or decoding_threads(device)
@@ -163,10 +174,12 @@ class ShardSource:
 
     def _job(self, request: Request) -> Job:
         samples, boxes = request.samples.numpy(), None if request.boxes is None else request.boxes.numpy()
+        pieces = request.pieces
         if self.corrupt.positions:
             kept = np.isin(samples, sorted(self.corrupt.positions), invert=True)
             samples, boxes = samples[kept], None if boxes is None else boxes[kept]
-        return Job(samples, boxes, request.side, self.table.expect(samples))
+            pieces = pieces if kept.all() else None
+        return Job(samples, boxes, request.side, pieces, self.table.expect(samples))
 
     def _finish(self, request: Request, job: Job, decoding: Any) -> tuple[Request, Pixels]:
         stored, bad = self._decoder.finish(job, decoding)
@@ -175,6 +188,8 @@ class ShardSource:
         samples = request.samples
         if len(stored) < len(samples):
             samples = torch.from_numpy(np.delete(job.positions, list(bad)))
+        if job.pieces is not None:
+            return request, Pixels(samples, stored, None, images=stored)
         return request, Pixels(samples, stored.to(self.device, non_blocking=True), None)
 
 

@@ -15,7 +15,7 @@ from tidali.config import Kernel
 from tidali.errors import first_line
 from tidali.hardware.cpu_memory import ReusedMemory
 from tidali.loading.decode import decode_rgb
-from tidali.loading.resample import squares_of
+from tidali.loading.resample import PIECE_IMAGES, Pieces, squares_of
 from tidali.loading.samples import SampleTable
 
 WRONG_CRC = "its CRC-32 is not its record's"
@@ -29,6 +29,8 @@ class Job(NamedTuple):
     boxes: NDArray[np.float32] | None
     """(n, 4): see `Request`."""
     side: int
+    pieces: Pieces | None = None
+    """See `Request`."""
     shards: Any = ()
     """What `SampleTable.expect` returned: it is referred to until the batch is decoded."""
 
@@ -49,9 +51,9 @@ class ThreadDecoder:
         self._plain = not (counts.get("exif_rotated", 0) or counts.get("cmyk", 0))
 
     def start(self, job: Job) -> Any:
-        """The batch's pixels (n, H, W, 3) uint8, not yet written, and the work that writes them."""
+        """The batch's pixels (n, H, W, 3) uint8, or its pieces' images, not yet written, and the work that writes them."""
         height, width = self.table.info.single_image_size or (job.side, job.side)
-        out = self.empty(len(job.positions), height, width)
+        out = self.empty(len(job.positions), height, width) if job.pieces is None else job.pieces.images
         decode = self._whole if job.boxes is None else self._squares
         return out, self.in_chunks(len(job.positions), lambda chunk: decode(job, chunk, out))
 
@@ -71,7 +73,7 @@ class ThreadDecoder:
         ]
 
     def finish(self, job: Job, decoding: Any) -> tuple[Tensor, dict[int, str]]:
-        """The pixels (n, H, W, 3) uint8 of the batch's samples, and why some have none, by their number in the batch, which are
+        """`start`'s pixels or images of the batch's samples, and why some have none, by their number in the batch, which are
         left out."""
         out, chunks = decoding
         bad = {number: reason for chunk in chunks for number, reason in chunk.result().items()}
@@ -90,11 +92,19 @@ class ThreadDecoder:
             return first_line(error)
 
     def _whole(self, job: Job, chunk: range, out: Tensor) -> dict[int, str]:
-        arrays, bad = out.numpy(), {}
+        pixels, make, bad = out, None, {}
+        if job.pieces is not None:
+            pixels = torch.empty(PIECE_IMAGES, *(self.table.info.single_image_size or ()), 3, dtype=torch.uint8)
+            make = job.pieces.made_from(pixels)
+        arrays, begin = list(pixels.numpy()), chunk.start
         for number, data in zip(chunk, self.table.read(job.positions[chunk.start : chunk.stop]), strict=True):
-            image = self.decode(data, arrays[number])
+            image = self.decode(data, arrays[number % len(arrays)])
             if isinstance(image, str):
                 bad[number] = image
+            end = number + 1
+            if make is not None and (end % PIECE_IMAGES == 0 or end == chunk.stop):
+                make(begin, end)
+                begin = end
         return bad
 
     def _squares(self, job: Job, chunk: range, out: Tensor) -> dict[int, str]:
