@@ -40,8 +40,8 @@ class Sharing:
 
     @property
     def names_corrupt(self) -> bool:
-        """Whether this rank prints what it finds corrupt: its share, on the first machine only. Ranks that are not joined decode
-        everything each, and the first of them prints."""
+        """Whether this rank prints what it finds corrupt: its share, on the first machine only. Ranks that are not joined
+        decode everything each, and the first of them prints."""
         return self.ranks.rank in self.machines[0] if self.ranks.joined else self.ranks.is_main
 
     def part(self, count: int, rank: int | None = None) -> slice:
