@@ -21,6 +21,7 @@ from tidali.report import class_figures, figures
 from tidali.report.drawing import COLOURS, inline_svg, legend_entries, save_figure, series_colour, theme_css
 from tidali.report.figures import Evaluated
 from tidali.training.history import Run
+from tidali.training.predictions import ClassAccuracy
 
 NASTY = '_<b>&"$x^$'
 
@@ -62,7 +63,7 @@ DRAWN = {
     "gmacs": lambda: figures.accuracy_against_gmacs(MODELS),
     "one point": lambda: figures.accuracy_against_gmacs(MODELS[:1]),
     "resolution": lambda: figures.accuracy_against_resolution(MODELS[1:]),
-    "classes": lambda: class_figures.class_accuracy([NASTY, "中文", "c"], [50.0, 0.0, None]),
+    "classes": lambda: class_figures.class_accuracy([NASTY, "中文", "c"], counts((1, 2), (0, 3), (0, 0))),
     "differences": lambda: class_figures.class_differences([NASTY, "b"], [50.0, 0.0], [20.0, None]),
     "matrix": lambda: class_figures.confusion_matrix([NASTY, "b"], [[3, 1], [0, 4]]),
 }
@@ -184,14 +185,23 @@ def test_class_differences_are_sorted() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "c", "a"]
 
 
+def counts(*pairs: tuple[int, int]) -> list[ClassAccuracy]:
+    """Correct and all samples of each class."""
+    return [ClassAccuracy(correct=correct, samples=samples) for correct, samples in pairs]
+
+
 def test_bars_are_sorted_and_classes_without_samples_left_out() -> None:
-    (axes,) = class_figures.class_accuracy(["a", "b", "c", "d"], [20.0, None, 90.0, 50.0]).axes
+    (axes,) = class_figures.class_accuracy(["a", "b", "c", "d"], counts((1, 5), (0, 0), (9, 10), (1, 2))).axes
     assert [bar.get_width() for bar in axes.patches] == [90, 50, 20]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["c", "d", "a"]
+    # Wilson's interval of one of two: 0.5 -+ z / (2 sqrt(2 + z^2)).
+    assert axes.lines[1].get_xdata() == pytest.approx([9.45, 90.55], abs=0.005)
 
 
 def test_of_many_classes_the_ends_are_shown() -> None:
-    (axes,) = class_figures.class_accuracy([f"class {one}" for one in range(200)], [one / 2 for one in range(200)]).axes
+    (axes,) = class_figures.class_accuracy(
+        [f"class {one}" for one in range(200)], counts(*((one, 200) for one in range(200)))
+    ).axes
     widths = [bar.get_width() for bar in axes.patches]
     assert widths == [one / 2 for one in range(199, 179, -1)] + [one / 2 for one in range(19, -1, -1)]
     assert "… 160 more …" in [text.get_text() for text in axes.texts]

@@ -114,13 +114,13 @@ def test_mcnemar_exact_worked_by_hand() -> None:
 
 
 def test_mcnemar_with_many_discordant_samples() -> None:
-    """Chi-squared (|10 - 26| - 1)^2 / (10 + 26) = 6.25 = 2.5^2: of a normal distribution, 1.2419 % is beyond 2.5 deviations."""
-    test = McNemar(samples=1600, first_only=10, second_only=26)
+    """Chi-squared (|577 - 648| - 1)^2 / (577 + 648) = 4 = 2^2: of a normal distribution, 4.5500 % is beyond two deviations."""
+    test = McNemar(samples=16_000, first_only=577, second_only=648)
     assert not test.exact
-    assert test.p_value == pytest.approx(0.012419, abs=5e-7)
-    # The exact test agrees to a tenth, summed here for the 36 discordant samples.
-    exact = 2 * sum(math.comb(36, hits) for hits in range(11)) / 2**36
-    assert test.p_value == pytest.approx(exact, rel=0.1)
+    assert test.p_value == pytest.approx(0.045500, abs=5e-7)
+    # The exact test agrees to a hundredth, summed here.
+    exact = 2 * sum(math.comb(1225, hits) for hits in range(578)) / 2**1225
+    assert test.p_value == pytest.approx(exact, rel=0.01)
 
 
 def test_the_error_of_a_difference_is_that_of_paired_samples() -> None:

@@ -23,6 +23,7 @@ from tidali.cli.options import (
 
 if TYPE_CHECKING:
     from tidali.report.insight import Insight
+    from tidali.training.calibration import ConfidenceBin
     from tidali.training.evaluation import ResolutionScore
     from tidali.training.metrics import Score
     from tidali.training.predictions import ClassAccuracy
@@ -51,8 +52,8 @@ def eval_(
 ) -> None:
     """Evaluate a checkpoint on a split at one or several resolutions; every sample is counted exactly once.
 
-    Accuracies have their standard error. At one resolution it also prints the classes with the lowest accuracy, the accuracy
-    by confidence and the most confident mistakes; --json has every class, at every resolution.
+    Accuracies have their standard error. For one checkpoint at one resolution it also prints the classes with the lowest
+    accuracy, the accuracy by confidence and the most confident mistakes; --json always has them, for every class.
     """
     resolutions = parse_resolutions(res) if res is not None else []
 
@@ -87,7 +88,7 @@ def eval_(
     where = f"on {split} of {data}" + (", with flip TTA" if flip else "")
     for name, rows, seen in zip(names, evaluated, insights, strict=True):
         _print_scores(f"{name} {where}", rows)
-        if len(seen) == 1:
+        if len(seen) == 1 and against is None:
             _print_insight(seen[0])
     if against is not None:
         _print_differences(names, evaluated, tests)
@@ -118,7 +119,6 @@ def _print_scores(title: str, rows: Sequence[ResolutionScore]) -> None:
 def _print_insight(insight: Insight) -> None:
     from tidali.console import print_table
     from tidali.dataset.file_names import printable_path
-    from tidali.training.uncertainty import standard_error_percent
 
     names = [one.name for one in insight.classes]
     classes = [(name, one) for name, one in zip(names, insight.by_class(), strict=True) if one.samples]
@@ -132,12 +132,13 @@ def _print_insight(insight: Insight) -> None:
     )
     print_table(
         f"Accuracy by confidence: expected calibration error (ECE) {insight.calibration_error_percent:.2f} %",
-        ("confidence %", "mean", "top-1 %", "samples"),
+        ("confidence %", "mean", "top-1 %", "95 % interval", "samples"),
         [
             (
                 f"{one.low_percent:.0f} to {one.high_percent:.0f}",
                 f"{one.mean_confidence_percent:.1f}",
-                with_error(one.top1_percent, standard_error_percent(one.correct, one.samples)),
+                f"{one.top1_percent:.1f}",
+                _interval(one),
                 one.samples,
             )
             for one in insight.reliability()
@@ -161,7 +162,7 @@ def _print_insight(insight: Insight) -> None:
         )
 
 
-def _interval(one: ClassAccuracy) -> str:
+def _interval(one: ClassAccuracy | ConfidenceBin) -> str:
     from tidali.training.uncertainty import wilson_interval_percent
 
     low, high = wilson_interval_percent(one.correct, one.samples)

@@ -66,7 +66,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "plot": (("tidali plot runs/A runs/B --out curves.svg", "the curves of two runs in one picture"),),
     "report": (
-        ("tidali report runs/NAME", "learning curves, confusion matrix and hardest samples on one page"),
+        ("tidali report runs/NAME", "learning curves, confusion matrix, calibration and mistakes on one page"),
         ("tidali report runs/A runs/B -o compared.html", "two runs side by side"),
     ),
     "eval": (

@@ -45,8 +45,9 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about a run, or about several side by side.
 
-    It shows results, the settings that differ, learning curves, throughput, accuracy by class, the most confused classes and
-    the hardest samples with their pictures. To view it, neither the network nor the run folder is needed.
+    It shows results, the settings that differ, learning curves, throughput, accuracy by class with its intervals, calibration,
+    the most confused classes, and pictures of the most confident mistakes and of other hard samples. To view it, neither the
+    network nor the run folder is needed.
     """
     path = output_file(out, "--out")
 

@@ -9,7 +9,7 @@ from tidali.report.drawing import MUTED, PALE, WIDTH_IN, house_style, series_col
 from tidali.report.insight import Insight
 from tidali.report.page import drawn
 from tidali.training.calibration import ConfidenceBin
-from tidali.training.uncertainty import standard_error_percent, wilson_interval_percent
+from tidali.training.uncertainty import wilson_interval_percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 
 def certainty_part(insight: Insight) -> dict[str, Any]:
     """The values of the template's ``certainty`` macro."""
-    curve, samples = insight.reliability(), len(insight.labels)
+    curve = insight.reliability()
     names = [one.name for one in insight.classes]
     classes = [(name, one) for name, one in zip(names, insight.by_class(), strict=True) if one.samples]
     return {
         "top1_percent": insight.top1_percent,
-        "standard_error_percent": standard_error_percent(insight.correct, samples),
         "confidence_percent": 100 * float(insight.confidences.double().mean()),
         "error_percent": insight.calibration_error_percent,
         "curve": drawn(reliability_diagram(curve), "accuracy by confidence, and the share of samples of each confidence"),

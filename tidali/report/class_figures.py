@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tidali.report.drawing import INK, MUTED, PALE, TIPS, house_style, panel, series_colour, series_marker, tip, tip_area
+from tidali.training.predictions import ClassAccuracy
+from tidali.training.uncertainty import wilson_interval_percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,13 +23,11 @@ _RIGHT_RGB, _WRONG_RGB = (0.2, 0.46, 0.91), (0.86, 0.3, 0.04)
 
 
 @house_style()
-def class_accuracy(names: Sequence[str], top1_percent: Sequence[float | None]) -> Figure:
-    """Top-1 of each class as sorted bars, at most `ALL_CLASSES` of them. Classes without samples (None) are left out."""
-    rows: list[tuple[float, str] | None] = [
-        *sorted(
-            ((percent, name) for name, percent in zip(names, top1_percent, strict=True) if percent is not None), reverse=True
-        )
-    ]
+def class_accuracy(names: Sequence[str], accuracies: Sequence[ClassAccuracy]) -> Figure:
+    """Top-1 of each class as sorted bars with their 95 % intervals, at most `ALL_CLASSES` of them. Classes without samples are
+    left out."""
+    found = [(name, one) for name, one in zip(names, accuracies, strict=True) if one.samples]
+    rows: list[tuple[str, ClassAccuracy] | None] = [*sorted(found, key=lambda row: -row[1].correct / row[1].samples)]
     left_out = len(rows) - ALL_CLASSES
     if left_out > 0:
         rows[ALL_CLASSES // 2 : -ALL_CLASSES // 2] = [None]
@@ -35,10 +35,15 @@ def class_accuracy(names: Sequence[str], top1_percent: Sequence[float | None]) -
     for place, row in enumerate(rows):
         if row is None:
             axes.text(1, place, f"… {left_out} more …", va="center", color=MUTED)
-        else:
-            axes.barh(place, row[0], height=0.7, color=series_colour(0), gid=tip(f"{row[1]}: {row[0]:.1f} %"))
-            axes.text(row[0] + 1, place, f"{row[0]:.0f}", va="center", color=MUTED)
-    axes.set_yticks(range(len(rows)), [_short(row[1]) if row is not None else "" for row in rows])
+            continue
+        name, one = row
+        percent, (low, high) = 100 * one.correct / one.samples, wilson_interval_percent(one.correct, one.samples)
+        axes.barh(
+            place, percent, height=0.7, color=series_colour(0), gid=tip(f"{name}: {percent:.1f} %, {low:.1f} to {high:.1f} %")
+        )
+        axes.plot([low, high], [place, place], color=MUTED, linewidth=1.5)
+        axes.text(max(percent, high) + 1, place, f"{percent:.0f}", va="center", color=MUTED)
+    axes.set_yticks(range(len(rows)), [_short(row[0]) if row is not None else "" for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 112)
     axes.set_xticks(range(0, 101, 20))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tidali.report.class_figures import class_accuracy, confusion_matrix
 from tidali.report.drawing import inline_svg, theme_css
 from tidali.report.insight import Insight
+from tidali.training.uncertainty import standard_error_percent
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -85,7 +86,8 @@ def insight_part(insight: Insight) -> dict[str, Any]:
         "correct": insight.correct,
         "samples": len(insight.labels),
         "top1_percent": insight.top1_percent,
-        "by_class": drawn(class_accuracy(names, [one.top1_percent for one in insight.by_class()]), "top-1 of each class"),
+        "standard_error_percent": standard_error_percent(insight.correct, len(insight.labels)),
+        "by_class": drawn(class_accuracy(names, insight.by_class()), "top-1 of each class"),
         "matrix": matrix,
         "pairs": [
             {
