@@ -20,7 +20,7 @@ from bench.training_loops import make_state
 from tidali.config import AmpChoice, CacheChoice, CompileChoice, DecoderChoice, DeviceChoice, Stem
 from tidali.console import say
 from tidali.dataset.contract import Dataset, Split
-from tidali.errors import TidaliError
+from tidali.errors import explain_out_of_memory
 from tidali.hardware.device import DevicePlan, plan_device, set_numerics
 from tidali.hardware.timing import WaitTimer
 from tidali.loading.data import Data
@@ -65,16 +65,12 @@ def bench_train(
     limits = ceiling_cases(plan, jpegs=sample_jpegs(dataset))
     rows, ceilings, diagnoses = [], [], []
     for res in resolutions:
-        try:
+        with explain_out_of_memory(f"bench train: {batch_size} images of {res} px", "give a smaller --batch-size"):
             route = data.batches("train", **batch_settings(dataset, res, batch_size)).route
             say(f"pixels {route.describe()}")
             cases = train_cases(data, plan, res=res, stem=stem, batch_size=batch_size)
             rates = measure({**cases, **limits}, repeats=repeats, title=f"training at {res}")
             synchronisations = host_synchronisations(cases[STEP].step, plan.device)
-        except torch.OutOfMemoryError:
-            raise TidaliError(
-                f"bench train: {batch_size} images of {res} px do not fit the GPU's memory; give a smaller --batch-size"
-            ) from None
         allowed = train_ceilings(rates, route, dataset.split("train"), plan, stem=stem, res=res)
         for case in CASES:
             shares = {"data_wait_share": rates[case].wait_share, "idle_share": rates[case].idle_share}

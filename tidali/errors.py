@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+_GPU, _MACHINE = "the GPU's memory", "the machine's memory"
+_NO_MEMORY = {
+    # torch's caching allocator and CUDA's runtime; cuBLAS and cuDNN; DALI's pools
+    _GPU: ("out of memory", "STATUS_ALLOC_FAILED", "CUDA allocation failed", "bytes on device"),
+    # torch's CPU allocator; the operating system; C++ libraries; oneDNN, of its work space; ONNX Runtime; DALI's pinned memory
+    _MACHINE: (
+        *("can't allocate memory", "Cannot allocate memory", "bad_alloc", "bad allocation", "could not create a primitive"),
+        *("Failed to allocate memory", "bytes on host"),
+    ),
+}
+"""Where memory ran out -> what libraries say then, whose exceptions have no class in common."""
+_HOW_TO_FREE = {
+    _GPU: "stop other programs that use the GPU, or choose --device cpu",
+    _MACHINE: "stop other programs, or raise the limit on memory if there is one",
+}
 
 
 class TidaliError(Exception):
@@ -56,3 +74,34 @@ def counted(count: int, noun: str) -> str:
 def span(lowest: str, highest: str) -> str:
     """'3 to 8'; '4' where both are equal."""
     return lowest if lowest == highest else f"{lowest} to {highest}"
+
+
+@contextmanager
+def explain_out_of_memory(what: str, fix: str = "") -> Iterator[None]:
+    """Where memory runs out, one line instead of a traceback.
+
+    Args:
+        what: needs the memory, such as ``batches of 256 images of 224 px``.
+        fix: how to need less; by default, how to have more.
+
+    Raises:
+        TidaliError: the GPU's memory does not suffice, or the machine's.
+    """
+    try:
+        yield
+    except TidaliError:
+        raise
+    except Exception as error:
+        where = _memory_that_ran_out(error)
+        if where is None:
+            raise
+        raise TidaliError(f"{what} do not fit {where}; {fix or _HOW_TO_FREE[where]}") from None
+
+
+def _memory_that_ran_out(error: Exception) -> str | None:
+    for where, texts in _NO_MEMORY.items():
+        if any(text in str(error) for text in texts):
+            return where
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return _MACHINE
+    return None

@@ -27,7 +27,7 @@ from tidali.dataset.contract import ClassName
 from tidali.doctor import parity
 from tidali.errors import UsageError
 from tidali.hardware.device import plan_device
-from tidali.model import export, served
+from tidali.model import export, export_inputs, served
 from tidali.model.checkpoint import ModelCard, load_checkpoint, save_checkpoint
 from tidali.model.export_inputs import photographs, synthetic
 from tidali.model.predict import Classifier
@@ -257,6 +257,18 @@ def test_a_wrong_file_is_not_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert np.abs(run(check_on[:1]) - model.logits(check_on[:1]).softmax(1).numpy()).max() < SAME
 
 
+def test_memory_that_runs_out_names_the_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(images: np.ndarray) -> np.ndarray:
+        raise Exception("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer of size 9")
+
+    model, size = _classifier(_tiny()), (20, 30)
+    monkeypatch.setattr(export, "to_pt2", lambda *_: b"")
+    monkeypatch.setattr(export, "open_pt2", lambda _: (run, json.dumps(export.describe(model.card, size))))
+    with pytest.raises(export.TidaliError, match=r"^batches of 64 images of \(20, 30\) px do not fit .*smaller --input-size"):
+        export.export_model(model, tmp_path / "x.pt2", "pt2", size, synthetic(size))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_extra_is_named(tidali, trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else found(name, *a))
@@ -324,3 +336,22 @@ def test_images_to_check_on(demo_data: Path) -> None:
     assert photographs(data, "val", (30, 50), 4).shape == (4, 30, 50, 3)
     assert synthetic((20, 30)).shape == (64, 20, 30, 3)
     assert np.ptp(synthetic((20, 30))) == 255
+
+
+def test_large_images_to_check_on_are_fewer(demo_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 images of 4,096 px would take 25 GB."""
+    monkeypatch.setattr(export_inputs, "_MOST_PIXELS", 3 * 20 * 30)
+    monkeypatch.setattr(export, "_BATCH_PIXELS", 2 * 20 * 30)
+    data = open_data(str(demo_data))
+    for images in (synthetic((20, 30)), photographs(data, "val", (20, 30))):
+        assert images.shape == (3, 20, 30, 3)
+        sizes: list[int] = []
+        model = _classifier(_tiny())
+
+        def run(batch: np.ndarray, sizes: list[int] = sizes, model: Classifier = model) -> np.ndarray:
+            sizes.append(len(batch))
+            return model.logits(batch).softmax(1).numpy()
+
+        assert export.compare(run, model, images).images == 3
+        assert sizes == [2, 1, 1]  # the last is of an image alone
+    assert photographs(data, "val", (40, 50)).shape == synthetic((40, 50)).shape == (1, 40, 50, 3)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import ResNet
 
 from tidali import load_model
 from tidali.dataset.contract import Dataset, iter_records, open_dataset
@@ -178,6 +179,20 @@ def test_bad_images_are_named_and_skipped(tidali, trained, val_files, tmp_path: 
     assert [Path(one["image"]).name for one in document["skipped"]] == ["cut.jpg", "text.png"]
     ended = tidali("predict", trained[0], tmp_path / "text.png", "--device", "cpu")
     assert (ended.code, ended.stdout) == (1, "")
+
+
+def test_memory_that_runs_out_names_the_batch(
+    tidali, trained, demo_data: Path, val_files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nOf the allocated memory ...")
+
+    monkeypatch.setattr(ResNet, "forward", fail)
+    for command in (("predict", trained[0], val_files[0]), ("eval", trained[0], "--data", demo_data)):
+        ended = tidali("--quiet", *command, "--device", "cpu")
+        assert (ended.code, ended.stdout) == (1, "")
+        assert ended.stderr.startswith("tidali: batches of 32 images of 32 px do not fit the GPU's memory; ")
+        assert ended.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("options", [(), ("--csv",), ("--json",)])

@@ -16,7 +16,7 @@ from tests.unit.test_cache_on_cuda import cached_on
 from tidali.config import Augment, Preprocess, TrainSettings, make_recipe
 from tidali.dataset.contract import Dataset, open_dataset
 from tidali.errors import TidaliError, UsageError
-from tidali.hardware.device import DevicePlan, explain_out_of_memory
+from tidali.hardware.device import DevicePlan
 from tidali.loading import dali as dali_module
 from tidali.loading import stream as stream_module
 from tidali.loading import thread_decoder
@@ -230,11 +230,6 @@ def test_memory_that_runs_out_in_training_names_batch_and_resolution(
     with pytest.raises(TidaliError, match=f"--batch-size 40 and images of 48 px do not fit .*{where}.*accumulate") as raised:
         train(settings, dataset)
     assert "\n" not in str(raised.value)
-
-
-def test_other_errors_are_not_called_memory() -> None:
-    with pytest.raises(RuntimeError, match="a bug"), explain_out_of_memory("this", "that"):
-        raise RuntimeError("a bug")
 
 
 def test_a_position_on_a_gpu_is_resumed_on_a_cpu() -> None:

@@ -24,7 +24,7 @@ from tidali.cli.model import export, predict
 from tidali.cli.report import plot, report
 from tidali.cli.study import study
 from tidali.cli.train import train
-from tidali.errors import Interrupted, TidaliError, UsageError
+from tidali.errors import Interrupted, TidaliError, UsageError, explain_out_of_memory
 from tidali.hardware.cpu_threads import limit_threads, wait_briefly
 from tidali.hardware.limits import raise_open_files_limit
 
@@ -91,7 +91,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # where the locale is not UTF-8, class names are printed as escapes
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(standalone_mode=False)
+        with explain_out_of_memory("the data of this command"):
+            code = app(standalone_mode=False)
         sys.stdout.flush()  # a full disk is reported here in one line; the interpreter's own flush at exit could not
     except TidaliError as error:
         if console.is_verbose():

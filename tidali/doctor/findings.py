@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tidali.doctor.parity import Row
-from tidali.errors import TidaliError
+from tidali.errors import TidaliError, explain_out_of_memory
 
 REINSTALL = "install tidali again in a new virtual environment"
 
@@ -45,7 +45,8 @@ def run_check(name: str, check: Callable[[], Finding | str], fix: str = REINSTAL
         fix: for errors that do not say how to fix them. Those of this package do, after a semicolon.
     """
     try:
-        found = check()
+        with explain_out_of_memory("the images of this check"):
+            found = check()
     except TidaliError as error:
         text, _, own_fix = str(error).partition("; ")
         found = failure(text, own_fix or fix)

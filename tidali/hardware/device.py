@@ -254,26 +254,6 @@ def numerics(deterministic: bool | None = None) -> Iterator[None]:
             torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-@contextmanager
-def explain_out_of_memory(what: str, fix: str) -> Iterator[None]:
-    """Where memory runs out, one line instead of a traceback.
-
-    Args:
-        what: needs the memory, such as ``batches of 256 images of 224 px``.
-        fix: how to need less.
-
-    Raises:
-        TidaliError: the GPU's memory does not suffice, or the machine's.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # torch's CPU allocator raises no class of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        where = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "the machine's memory"
-        raise TidaliError(f"{what} do not fit {where}; {fix}") from None
-
-
 def _cpu_name_and_flags() -> tuple[str, frozenset[str]]:
     try:
         text = Path("/proc/cpuinfo").read_text()

@@ -20,7 +20,7 @@ from torch.export.passes import move_to_device_pass
 
 from tidali import __version__
 from tidali.config import ExportFormat
-from tidali.errors import TidaliError
+from tidali.errors import TidaliError, explain_out_of_memory
 from tidali.files import write_atomically
 from tidali.hardware.limits import cpu_count
 from tidali.model.checkpoint import ModelCard
@@ -35,7 +35,8 @@ order of their sums: at most 2e-6 on 500 photographs at 64 and 224 px. With the 
 with an unclamped overshoot by 0.007."""
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _OPSET = 18  # torch's exporter is written for this one; newer ones exclude older runtimes
-_BATCH = 64  # of the check
+_BATCH, _BATCH_PIXELS = 64, 1 << 24
+"""Of the check: images at most, and pixels of all of them at most, unless one has more. 192 MiB as the file's float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,8 @@ def export_model(model: Classifier, path: Path, format: ExportFormat, size: tupl
         run, found = {"onnx": open_onnx, "pt2": open_pt2}[format](content)
     if json.loads(found) != metadata:
         raise TidaliError(f"{path}: not written, its metadata cannot be read back")
-    agreement = compare(run, model, check_on)
+    with explain_out_of_memory(f"batches of {_batch_size(size)} images of {size} px", "give a smaller --input-size"):
+        agreement = compare(run, model, check_on)
     if agreement.largest_difference > MOST_DIFFERENCE:
         raise TidaliError(
             f"{path}: not written, its probabilities differ from the model's by up to {agreement.largest_difference:.1e} "
@@ -115,7 +117,8 @@ def describe(card: ModelCard, size: tuple[int, int]) -> dict[str, Any]:
 def compare(run: Callable[[np.ndarray], np.ndarray], model: Classifier, images: np.ndarray) -> Agreement:
     """Compare the file's probabilities with those of `Classifier`, on all images in batches and on a single image."""
     expected = model.logits(images).softmax(1).numpy()
-    found = np.concatenate([run(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)])
+    batch = _batch_size((images.shape[1], images.shape[2]))
+    found = np.concatenate([run(images[i : i + batch]) for i in range(0, len(images), batch)])
     alone = run(images[:1])
     if found.shape != expected.shape or alone.shape != expected[:1].shape or found.dtype != np.float32:
         raise TidaliError(f"the file returns {found.dtype} {found.shape} for {len(images)} images, {alone.shape} for one")
@@ -125,6 +128,10 @@ def compare(run: Callable[[np.ndarray], np.ndarray], model: Classifier, images: 
         largest_difference=float(max(differences)),
         same_top1=int((found.argmax(1) == expected.argmax(1)).sum()),
     )
+
+
+def _batch_size(size: tuple[int, int]) -> int:
+    return max(min(_BATCH, _BATCH_PIXELS // (size[0] * size[1])), 1)
 
 
 def to_onnx(served: ServedModel, size: tuple[int, int], metadata: str) -> bytes:

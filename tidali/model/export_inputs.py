@@ -17,6 +17,8 @@ from tidali.model.checkpoint import ModelCard
 
 MOST_PHOTOGRAPHS = 500
 _SYNTHETIC = 64
+_MOST_PIXELS = 1 << 26
+"""Of all images together: 192 MiB, and as many float64 with the noise of `synthetic` 1.5 GiB. 500 images of 366 px."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,8 @@ def choose_inputs(card: ModelCard, checkpoint: str, data: str | None, size: tupl
             f"{checkpoint}: the data set that it was trained on ({card.settings.get('data', 'not named')}) is not here, so its "
             f"images' size is not known; give --data, or --input-size such as {side}"
         )
-    return Inputs(size=size, images=synthetic(size), what=f"{_SYNTHETIC} random images")
+    images = synthetic(size)
+    return Inputs(size=size, images=images, what=f"{len(images)} random images")
 
 
 def trained_on(card: ModelCard) -> Dataset | None:
@@ -69,7 +72,7 @@ def trained_on(card: ModelCard) -> Dataset | None:
 def photographs(dataset: Dataset, split: str, size: tuple[int, int], most: int = MOST_PHOTOGRAPHS) -> np.ndarray:
     """Images spread evenly over a split, (N, *size, 3) uint8 RGB; those of another size are cropped and resized."""
     samples = dataset.split(split).samples
-    count = min(most, samples)
+    count = min(most, samples, _images_that_fit(size))
     wanted = {i * samples // count for i in range(count)}
     out = []
     for number, (shard, record) in enumerate(iter_records(dataset, split)):
@@ -84,7 +87,13 @@ def photographs(dataset: Dataset, split: str, size: tuple[int, int], most: int =
 def synthetic(size: tuple[int, int]) -> np.ndarray:
     """Random smooth images with noise, (N, *size, 3) uint8: all grey levels, and edges of different sharpness."""
     random = np.random.default_rng(0)
-    coarse = random.integers(0, 256, (_SYNTHETIC, 6, 6, 3), np.uint8)
+    count = min(_SYNTHETIC, _images_that_fit(size))
+    coarse = random.integers(0, 256, (count, 6, 6, 3), np.uint8)
     smooth = np.stack([np.asarray(Image.fromarray(one).resize(size[::-1], Image.Resampling.BICUBIC)) for one in coarse])
-    noise = random.normal(0, random.uniform(0, 60, (_SYNTHETIC, 1, 1, 1)), smooth.shape)
+    noise = random.normal(0, random.uniform(0, 60, (count, 1, 1, 1)), smooth.shape)
     return (smooth + noise).clip(0, 255).astype(np.uint8)
+
+
+def _images_that_fit(size: tuple[int, int]) -> int:
+    height, width = size
+    return max(_MOST_PIXELS // (height * width), 1)

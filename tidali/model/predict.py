@@ -129,7 +129,7 @@ class Classifier:
 
     @numerics()
     def _forward(self, images: Tensor) -> Tensor:
-        return compute_logits(self.model, images.to(self.plan.device), self.plan, flip=self.flip).cpu()
+        return compute_logits(self.model, images, self.plan, flip=self.flip).cpu()
 
     def _score(self, label: int, probability: float) -> ClassScore:
         class_ = self.card.classes[label]

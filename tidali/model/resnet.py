@@ -15,7 +15,7 @@ from torchvision import models
 from torchvision.models import WeightsEnum
 
 from tidali.config import Arch, Stem, StemInit
-from tidali.errors import UsageError, some_of
+from tidali.errors import UsageError, explain_out_of_memory, some_of
 from tidali.hardware.device import DevicePlan
 
 
@@ -95,10 +95,15 @@ def compute_logits(model: nn.Module, images: Tensor, plan: DevicePlan, *, flip: 
     """(N, C) float32 logits, computed in the plan's precision.
 
     Args:
-        model: in evaluation mode, on the plan's device like the images.
+        model: in evaluation mode, on the plan's device.
+        images: on any device.
         flip: flip TTA (test-time augmentation): the mean of the logits of each image and of it flipped horizontally.
+
+    Raises:
+        TidaliError: the memory does not suffice.
     """
-    with plan.autocast():
+    with explain_out_of_memory(f"batches of {len(images)} images of {images.shape[-1]} px"), plan.autocast():
+        images = images.to(plan.device)
         logits: Tensor = model(images)
         if flip:
             logits = (logits.float() + model(images.flip(3)).float()) / 2

@@ -11,8 +11,8 @@ from torch import nn
 from tidali.config import AmpChoice, CacheChoice, DeviceChoice, check_res
 from tidali.console import progress_bar
 from tidali.dataset.contract import Dataset
-from tidali.errors import UsageError
-from tidali.hardware.device import DevicePlan, explain_out_of_memory, numerics
+from tidali.errors import UsageError, explain_out_of_memory
+from tidali.hardware.device import DevicePlan, numerics
 from tidali.hardware.ranks import joined_ranks
 from tidali.loading.data import Data
 from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard, open_checkpoint

@@ -17,9 +17,9 @@ from torch import Tensor
 from tidali.config import CacheChoice, TrainSettings
 from tidali.console import progress_bar, say
 from tidali.dataset.contract import Dataset
-from tidali.errors import DataLost, Interrupted, TidaliError, UsageError
+from tidali.errors import DataLost, Interrupted, TidaliError, UsageError, explain_out_of_memory
 from tidali.hardware.cpu_memory import keep_freed_memory
-from tidali.hardware.device import DevicePlan, explain_out_of_memory, numerics, plan_device
+from tidali.hardware.device import DevicePlan, numerics, plan_device
 from tidali.hardware.ranks import Ranks, joined_ranks
 from tidali.hardware.timing import Stopwatch
 from tidali.loading.augment import draw_mix, mix_batch
