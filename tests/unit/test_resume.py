@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tidali.config import TrainSettings, make_recipe
 from tidali.dataset.contract import Dataset, open_dataset
 from tidali.errors import TidaliError, UsageError
+from tidali.hardware.device import plan_device
 from tidali.loading import data as data_module
 from tidali.model.checkpoint import load_checkpoint, read_metadata
 from tidali.training import resume, run_files
@@ -46,6 +48,16 @@ def test_a_run_keeps_its_route_where_there_is_less_memory_now(
 ) -> None:
     assert finished.cache == "auto"
     monkeypatch.setattr(data_module, "free_memory_bytes", lambda device: 1)
+    assert train(finished, dataset, resume=True).last.samples == 32
+
+
+def test_a_device_that_needs_a_loss_scale_resumes_a_run_without_one(
+    finished: TrainSettings, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an older GPU does, where ``--amp auto`` is fp16, with the run of a CPU."""
+    half = replace(plan_device("cpu", "off", "off"), amp_dtype=torch.float16)
+    assert half.needs_scaler
+    monkeypatch.setattr(run_module, "plan_device", lambda *_: half)
     assert train(finished, dataset, resume=True).last.samples == 32
 
 

@@ -193,7 +193,8 @@ def _restore(tensors: Mapping[str, Tensor], document: Mapping[str, Any], state: 
     for parameter, values in state.optimizer.state.items():
         # The fused kernel walks parameter and momentum in memory order, so their layouts must agree (channels_last).
         values.update({key: torch.empty_like(parameter).copy_(value) for key, value in values.items() if value is not None})
-    state.scaler.load_state_dict(document["scaler"])
+    if document["scaler"]:  # empty where it was saved in a precision that needs none, by another device's --amp auto
+        state.scaler.load_state_dict(document["scaler"])
     state.step = document["step"]
     if rank == 0:  # rank 0 saved its own counts; the other ranks' counts of this epoch so far are lost
         meter.sums.copy_(tensors["meter"])
