@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import measured  # beside this file
 from typer.models import OptionInfo
@@ -69,12 +69,11 @@ class Parameter(NamedTuple):
 
 
 def _parameters(function: Callable[..., Any]) -> list[Parameter]:
-    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
     found = []
-    for name, hint in get_type_hints(function, include_extras=True).items():
-        if get_origin(hint) is Annotated:
-            type_, info = hint.__origin__, hint.__metadata__[0]
-            found.append(Parameter(name, type_, info, defaults[name]))
+    # Not by get_type_hints: Python 3.10's makes Optional[Annotated[...]] of what is None by default.
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if get_origin(hint := parameter.annotation) is Annotated:
+            found.append(Parameter(name, hint.__origin__, hint.__metadata__[0], parameter.default))
     return found
 
 

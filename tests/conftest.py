@@ -62,7 +62,7 @@ SLOW = (
 """Folders and files below this one whose tests are all slow, or many: together the others take less than a minute."""
 SLOW_FIXTURES = {"trained", "s3"}
 """A whole training run, and an S3 server."""
-EXPENSIVE_FIXTURES = {"trained", "wheel"}
+EXPENSIVE_FIXTURES = {"trained", "undisturbed", "wheel"}
 """One process runs all tests that use one of these, so that it is made once. pytest-xdist begins with the largest groups."""
 
 
@@ -84,15 +84,17 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 def _starts_python(function: Callable[..., Any], seen: set[CodeType]) -> bool:
     """Whether it refers to `sys.executable`, itself or by a function or list of its module."""
     function = inspect.unwrap(function)
-    names = _names(function.__code__)
+    if function.__code__ in seen:
+        return False
     seen.add(function.__code__)
+    names = _names(function.__code__)
     if "executable" in names:
         return True
     values = [function.__globals__[name] for name in names if name in function.__globals__]
     return any(isinstance(value, list) and sys.executable in value for value in values) or any(
         _starts_python(value, seen)
         for value in values
-        if isinstance(value, FunctionType) and value.__module__ == function.__module__ and value.__code__ not in seen
+        if isinstance(value, FunctionType) and value.__module__ == function.__module__
     )
 
 

@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
 # The fast tests with the lowest versions that pyproject.toml promises, in an environment of their own:
 #
-#   tests/lowest_versions.sh                              all of them at their lowest
-#   tests/lowest_versions.sh 'torch==2.11.*'              these versions, and what pip chooses for the others
+#   tests/lowest_versions.sh                                 the lowest version of each package, with the lowest Python
+#   tests/lowest_versions.sh python3.12 'torch==2.11.*'      this Python, these versions, and the newest of the others
 #
-# PYTHON is the interpreter to try (python3 by default), VENV the folder of the environment (a temporary one by default).
+# The first argument is a Python by name or by path. Without it, the lowest Python that pyproject.toml promises is looked for on
+# PATH and among pyenv's. VENV is the folder of the environment, which is kept (by default a temporary one, which is not).
 # By hand: it downloads several GB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=${VENV:-$(mktemp -d)/venv}
-"${PYTHON:-python3}" -m venv "$venv"
-constraints=$venv/constraints.txt
 if [ $# -gt 0 ]; then
-    printf '%s\n' "$@" > "$constraints"
+    candidates=("$1")
+    shift
 else
-    # "torch>=2.9" becomes "torch==2.9"; of what is only needed for tests, any version will do.
-    "$venv/bin/python" - pyproject.toml > "$constraints" <<'END'
-import re, sys
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10; pip brings its own copy
-    from pip._vendor import tomli as tomllib
-project = tomllib.loads(open(sys.argv[1]).read())["project"]
-extras = project["optional-dependencies"]
-for line in [*project["dependencies"], *extras["export"], *extras["tensorboard"]]:
-    name, version = re.match(r"([\w-]+)>=([\d.]+)", line).groups()
-    print(f"{name}=={version}")
-END
+    lowest=$(sed -n 's/^requires-python = ">=\(.*\)"$/\1/p' pyproject.toml)
+    candidates=("python$lowest" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$lowest".*"/bin/python$lowest")
 fi
-cat "$constraints"
-"$venv/bin/pip" install --quiet --disable-pip-version-check -c "$constraints" -e '.[test]'
-"$venv/bin/python" --version
-"$venv/bin/pip" list --disable-pip-version-check 2>/dev/null | grep -i -E "^($(sed 's/==.*//' "$constraints" | paste -sd'|' -)) "
-nice "$venv/bin/python" -m pytest -q -x -m "not slow" -p no:cacheprovider tests/unit tests/parity tests/packing tests/cli
+for python in "${candidates[@]}"; do # pyenv puts names on PATH that do not run
+    "$python" -c 'import venv' 2> /dev/null && break
+    python=
+done
+[ -n "$python" ] || { echo "none of these runs: ${candidates[*]}; give a Python as the first argument" >&2; exit 2; }
+
+if [ -z "${VENV:-}" ]; then
+    VENV=$(mktemp -d)/venv
+    trap 'rm -rf "$(dirname "$VENV")"' EXIT
+fi
+"$python" -m venv "$VENV"
+"$VENV/bin/python" -m pip install --quiet uv
+versions=("$@")
+[ $# -gt 0 ] || versions=(--resolution lowest-direct)
+"$VENV/bin/uv" pip install --python "$VENV/bin/python" "${versions[@]}" -e '.[test,ray]'
+"$VENV/bin/python" --version
+nice -n 5 "$VENV/bin/python" -m pytest -q -m "not slow" -p no:cacheprovider tests

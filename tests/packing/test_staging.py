@@ -64,19 +64,19 @@ def test_each_file_is_on_the_disk_before_it_has_its_name(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: Any
 ) -> None:
     synced, named = set(), []
-    fsync, replace = os.fsync, os.replace
+    fsync, replace = os.fsync, Path.replace
 
     def record_fsync(descriptor: int) -> None:
         synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
         fsync(descriptor)
 
-    def record_replace(source: Path, target: Path) -> None:
+    def record_replace(source: Path, target: Path) -> Path:
         assert str(source) in synced
         named.append(Path(target).name)
-        replace(source, target)
+        return replace(source, target)
 
     monkeypatch.setattr(os, "fsync", record_fsync)
-    monkeypatch.setattr(os, "replace", record_replace)
+    monkeypatch.setattr(Path, "replace", record_replace)  # Python 3.10's has os.replace of its own
     monkeypatch.setenv("TIDALI_CACHE", str(tmp_path / "cache"))
     staged = open_data(url)
     assert {*named, "dataset.json"} == set(contents(staged.root))

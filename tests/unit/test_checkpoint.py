@@ -138,7 +138,7 @@ def test_full_disk_leaves_the_old_file(monkeypatch, tmp_path: Path, failing: str
     elif failing == "fsync":
         monkeypatch.setattr(os, "fsync", full)
     else:
-        monkeypatch.setattr(os, "replace", full)
+        monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(TidaliError, match=r"last\.safetensors: cannot be written \(No space left on device\)"):
         write_atomically(path, b"new")
     monkeypatch.undo()
