@@ -312,10 +312,22 @@ def slowed(function: Any, before: Path | None = None) -> Any:
     return slow
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench") / "before.json"
+
+
+@pytest.fixture
+def before(tidali, quick, small, undisturbed: Path) -> Path:
+    """The document of a measurement without a delay, made once."""
+    if not undisturbed.exists():
+        assert tidali("bench", *small, "--repeats", 3, "--json", undisturbed).code == 0
+    return undisturbed
+
+
 @pytest.mark.slow
-def test_a_sleep_in_the_loader_is_found(tidali, quick, small, monkeypatch, tmp_path: Path) -> None:
-    before, after = tmp_path / "before.json", tmp_path / "after.json"
-    assert tidali("bench", *small, "--repeats", 3, "--json", before).code == 0
+def test_a_sleep_in_the_loader_is_found(tidali, quick, small, before: Path, monkeypatch, tmp_path: Path) -> None:
+    after = tmp_path / "after.json"
     monkeypatch.setattr(batches.Batches, "_batch", slowed(batches.Batches._batch, before))
     ended = tidali("bench", *small, "--repeats", 3, "--json", after, "--compare", before, "--tolerance", 60)
     assert ended.code == 1
@@ -330,9 +342,8 @@ def test_a_sleep_in_the_loader_is_found(tidali, quick, small, monkeypatch, tmp_p
 
 
 @pytest.mark.slow
-def test_a_wait_in_the_step_is_found(tidali, quick, small, monkeypatch, tmp_path: Path) -> None:
-    before, after = tmp_path / "before.json", tmp_path / "after.json"
-    assert tidali("bench", *small, "--repeats", 3, "--json", before).code == 0
+def test_a_wait_in_the_step_is_found(tidali, quick, small, before: Path, monkeypatch, tmp_path: Path) -> None:
+    after = tmp_path / "after.json"
     monkeypatch.setattr(engine, "train_step", slowed(engine.train_step, before))
     # What the cores would have idle if this process had them alone: another process must not use up the time that is lost here.
     monkeypatch.setattr(measure, "idle_s", lambda: cpu_count() * time.perf_counter() - time.process_time())

@@ -1,4 +1,4 @@
-"""SIGKILL at random steps, then resumed: the weights of the unbroken run, to the bit."""
+"""SIGTERM and SIGKILL at random steps, then resumed: the weights of the unbroken run, to the bit."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from tidali.config import Augment, CacheChoice, DeviceChoice, TrainSettings, make_recipe
 
 KILLS = int(os.environ.get("TIDALI_KILLS", "1"))
-"""Of one process with each cache; two ranks are killed once."""
+"""Runs of one process with each cache, each killed once; two ranks are killed once."""
 STEPS = 8  # two epochs of 160 images in batches of 40
 ON_GPU = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 ENVIRONMENT = {**ON_GPU, "CUDA_VISIBLE_DEVICES": ""}
 
-# python dies.py STEP ARGUMENTS...: the command, killed by itself after that step's weights and before they can be saved.
+# python dies.py STEP ARGUMENTS...: the command; it sends itself SIGKILL, or the signal in the environment, after that step's
+# weights and before they can be saved.
 DIES = """
 import os, signal, sys
 from tidali.training import engine
@@ -37,7 +38,7 @@ def train_step(state, images, targets):
     if state.step == last_step and int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
         if os.environ.get("FAILS"):
             raise TidaliError("this rank has failed")
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(os.environ.get("SIGNAL", signal.SIGKILL)))
     return logits
 
 engine.train_step = train_step
@@ -84,19 +85,37 @@ def check_same_run(whole: Path, broken: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["device", "off"])
+@pytest.mark.parametrize(("cache", "stopped"), [("device", False), ("off", True)], ids=["device", "off, stopped before"])
 def test_killed_at_random_steps_and_resumed(
-    tidali, demo_data: Path, tmp_path: Path, cache: CacheChoice, one_thread: None
+    tidali,
+    demo_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: CacheChoice,
+    stopped: bool,
+    one_thread: None,
 ) -> None:
+    """One of them is stopped by SIGTERM first, and killed after it was resumed."""
     undisturbed, killed = write_configs(tmp_path, demo_data, cache)
     whole = tmp_path / "whole"
     ended = tidali("train", "--config", undisturbed, "--out", whole)
     assert ended.code == 0, ended.stderr
     draws = random.Random(cache)
     for number in range(KILLS):
-        step, broken = draws.randint(1, STEPS), tmp_path / f"broken{number}"
-        died = run(1, tmp_path / "dies.py", step, "train", "--config", killed, "--out", broken)
+        stop, step = sorted(draws.sample(range(1, STEPS + 1), 2))
+        broken = tmp_path / f"broken{number}"
+        command: tuple[object, ...] = ("train", "--config", killed, "--out", broken)
+        if stopped:
+            monkeypatch.setitem(ENVIRONMENT, "SIGNAL", str(int(signal.SIGTERM)))
+            ended = run(1, tmp_path / "dies.py", stop, *command)
+            assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+            last_line = ended.stderr.splitlines()[-1]
+            assert last_line == f"tidali: stopped at step {stop}; resume with 'tidali train --resume {broken}'"
+            monkeypatch.delitem(ENVIRONMENT, "SIGNAL")
+            command = ("train", "--resume", broken)
+        died = run(1, tmp_path / "dies.py", step, *command)
         assert died.returncode == -signal.SIGKILL, died.stderr
+        assert died.stderr.count(f"resumed at step {stop}") == stopped
         resumed = tidali("train", "--resume", broken)
         assert resumed.code == 0, resumed.stderr
         assert resumed.stderr.count(f"resumed at step {step - 1}") == 1  # what was saved is the step before

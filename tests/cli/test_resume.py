@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed and gone on with; several ranks."""
+"""Several ranks that are stopped, and what may be given with ``--resume``; tests/cli/test_kills.py has what is resumed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from tidali.config import TrainSettings, make_recipe
 from tidali.dataset.contract import open_dataset
@@ -19,44 +18,7 @@ from tidali.hardware.device import plan_device
 from tidali.hardware.ranks import Ranks
 from tidali.training.setup import set_up
 
-TIDALI = [sys.executable, "-m", "tidali"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    a, b = load_file(one / "last.safetensors"), load_file(other / "last.safetensors")
-    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
-
-
-@pytest.mark.slow
-def test_a_run_that_is_stopped_then_killed_ends_with_the_same_weights(
-    tidali, demo_data: Path, tmp_path: Path, one_thread: None
-) -> None:
-    """Streamed; tests/cli/test_kills.py has the cache too."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    options = ["--res", "32", "--epochs", "3", "--batch-size", "40", "--deterministic", "--device", "cpu", "--cache", "off"]
-    command = ["train", "--data", str(demo_data), *options, "--out"]
-
-    process = subprocess.Popen([*TIDALI, *command, str(broken)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (broken / "metrics.jsonl").exists(), process)  # an epoch is done, the next one under way
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, said
-    assert "--resume" in said.splitlines()[-1]
-
-    resume = ["train", "--resume", str(broken)]
-    lines = len((broken / "metrics.jsonl").read_text().splitlines())
-    process = subprocess.Popen([*TIDALI, *resume], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: len((broken / "metrics.jsonl").read_text().splitlines()) > lines, process)
-    process.kill()
-    process.wait()
-
-    for arguments in (resume, [*command, whole]):
-        ended = tidali(*arguments)
-        assert ended.code == 0, ended.stderr
-    assert same_weights(whole, broken)
-    epochs = {json.loads(line)["epoch"] for line in (broken / "metrics.jsonl").read_text().splitlines()}
-    assert epochs == {1, 2, 3}
 
 
 @pytest.mark.slow
