@@ -81,3 +81,5 @@ def test_ranks_evaluate_to_the_same_figures(tidali, trained, demo_data: Path) ->
     assert score["top1_percent"] == expected["top1_percent"]
     assert score["top5_percent"] == expected["top5_percent"]
     assert score["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert score["classes"] == expected["classes"]
+    assert [one["key"] for one in score["confident_mistakes"]] == [one["key"] for one in expected["confident_mistakes"]]
