@@ -31,7 +31,7 @@ from shards.tar_files import (
 from tidali.dataset.contract import ADOPTED, MANIFEST_NAME, Manifest, is_shard_name
 from tidali.dataset.file_names import printable_path, shown
 from tidali.errors import DatasetError, TidaliError, UsageError
-from tidali.files import resumable, sync
+from tidali.files import remove_left_over, resumable, sync
 
 _SPLIT_ORDER = ("train", "val", "test")
 
@@ -73,6 +73,8 @@ def adopt(
         old = _old_manifest(folder)
         _, tars = find_tars(folder)
         _refuse_names(folder, tars)
+        for parent in {(folder / tar.name).parent for tar in tars}:
+            remove_left_over(parent)
         tars = _hold_out(tars, settings.val_fraction)
         if workers is None:
             workers = 1 if small_job(folder, tars) else default_workers()

@@ -139,7 +139,11 @@ def _all_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                     raise _Damaged(f"damaged at byte {end}: a header that leads backwards; download or write it again")
                 end, last = tar.offset, member.name
                 yield member
-    except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+    except _Damaged:
+        raise
+    except (
+        Exception
+    ) as error:  # of a damaged header tarfile raises OSError, ValueError, OverflowError, RecursionError and others
         file.seek(0)
         kind = other_kind(file.read(4096)) if not end else None
         if kind is not None and kind[0] != "a tar archive":

@@ -173,7 +173,8 @@ def selection_split(dataset: Dataset) -> str:
     for name in ("heldout", "val"):
         if name in dataset.manifest.splits and dataset.manifest.splits[name].samples:
             return name
-    raise UsageError(f"{dataset.root}: no val split to evaluate on; pack it again with --overwrite --val-fraction 0.1")
+    again = "adopt it again with" if dataset.manifest.adopted else "pack it again with --overwrite"
+    raise UsageError(f"{dataset.root}: no val split to evaluate on; {again} --val-fraction 0.1")
 
 
 def announce(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks: Ranks, setup: Setup) -> None:
