@@ -18,10 +18,9 @@ from braceexpand import braceexpand
 from shards.tar_samples import Label, TarContents, read_tar
 from tidali.dataset.contract import ClassName
 from tidali.dataset.file_names import name_key, printable_path, shown, split_of, visible_name, walk
-from tidali.errors import UsageError, some_of
+from tidali.errors import UsageError, counted, some_of
 
 _MOST_TARS = 1_000_000
-_MOST_NAMED = 3
 _SMALL_JOB_BYTES = 1 << 25
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4", ".tar.z")
 
@@ -191,17 +190,17 @@ def refuse_faults(tars: Iterable[Tar], summaries: Iterable[TarSummary]) -> None:
     """A test whose samples all have no label is unlabelled; of any other split every sample has one.
 
     Raises:
-        UsageError: names the first faults of all tars.
+        UsageError: names the first fault and counts the others.
     """
     unlabelled = unlabelled_splits(tars, summaries)
     faults = [
-        fault
+        (*summary.faults, *(() if tar.split in unlabelled else summary.label_faults))
         for tar, summary in zip(tars, summaries, strict=True)
-        for fault in (*summary.faults, *(() if tar.split in unlabelled else summary.label_faults))
     ]
-    if faults:
-        more = f"; and {len(faults) - 1:,} more: {some_of(faults[1:], _MOST_NAMED)}" if len(faults) > 1 else ""
-        raise UsageError(f"{faults[0]}{more}")
+    faulty = [of_tar for of_tar in faults if of_tar]
+    if faulty:
+        more = sum(map(len, faulty)) - 1
+        raise UsageError(f"{faulty[0][0]}" + (f"; and {more:,} more in {counted(len(faulty), 'tar')}" if more else ""))
 
 
 def unlabelled_splits(tars: Iterable[Tar], summaries: Iterable[TarSummary]) -> set[str]:

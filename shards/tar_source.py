@@ -31,8 +31,9 @@ from shards.tar_files import (
     small_job,
 )
 from shards.tar_samples import Label
+from tidali.dataset.contract import MANIFEST_NAME, ClassName, Manifest
 from tidali.dataset.file_names import is_image_name, printable_path, walk
-from tidali.errors import TidaliError, UsageError
+from tidali.errors import DatasetError, TidaliError, UsageError
 
 LAYOUT = "webdataset"
 
@@ -84,6 +85,8 @@ class TarSource:
         summaries = [listing.summary for listing in listings]
         refuse_faults(tars, summaries)
         classes, labels = make_classes(str(self.path), summaries, self.label_field, self.class_names)
+        if self.class_names is None and labels.numbers is None:
+            classes = _packed_classes(root, len(classes)) or classes
         splits = {
             split: _items([pair for pair in zip(tars, listings, strict=True) if pair[0].split == split], labels)
             for split in ("train", "val", "test")
@@ -103,6 +106,15 @@ class TarSource:
             fingerprint=fingerprint(splits),
             warnings=tuple(about_classes(str(self.path), classes, counts.tolist())),
         )
+
+
+def _packed_classes(root: Path, least: int) -> tuple[ClassName, ...] | None:
+    """Those of the packed data set that the tars are, if they are one."""
+    try:
+        manifest = Manifest.from_json((root / MANIFEST_NAME).read_text(encoding="utf-8"), "")
+    except (OSError, UnicodeDecodeError, DatasetError):
+        return None
+    return manifest.classes if len(manifest.classes) >= least else None
 
 
 class _TarListing(NamedTuple):

@@ -247,7 +247,7 @@ def test_a_fault_is_named(make: Any, contents: Any, tmp_path: Path, name: str) -
 def test_several_faults_are_counted(make: Any, tmp_path: Path) -> None:
     for number in range(3):
         make.tar(tmp_path / "tars" / f"{number}.tar", {"a.jpg": b"x", "b.jpg": b"x"})
-    with pytest.raises(UsageError, match=r"0\.tar: sample 'a': no label.*; and 5 more: .*1\.tar: sample 'b'.* and 2 more"):
+    with pytest.raises(UsageError, match=r"0\.tar: sample 'a': no label.*; and 5 more in 3 tars"):
         adopt(tmp_path / "tars")
 
 

@@ -97,6 +97,13 @@ def test_what_is_taken_for_tars(make: Any, tmp_path: Path) -> None:
         open_source(folder, "auto", label_field="x", class_names=None)
 
 
+def test_a_packed_data_set_keeps_its_classes(demo_data: Path, tmp_path: Path) -> None:
+    pack(open_source(demo_data, "auto", label_field=None, class_names=None), tmp_path / "packed")
+    assert open_dataset(tmp_path / "packed").manifest.classes == open_dataset(demo_data).manifest.classes
+    for split in ("train", "val"):
+        assert pairs_of(tmp_path / "packed", split) == pairs_of(demo_data, split)
+
+
 NAMES = {
     "two splits in one name": (
         ["train-val-0.tar", "train-1.tar"],
