@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import io
 import os
@@ -64,7 +65,7 @@ SLOW = (
 """Folders and files below this one whose tests are all slow, or many: together the others take less than a minute."""
 SLOW_FIXTURES = {"trained", "s3"}
 """A whole training run, and an S3 server."""
-EXPENSIVE_FIXTURES = {"trained", "undisturbed", "wheel"}
+EXPENSIVE_FIXTURES = {"site", "trained", "undisturbed", "wheel"}
 """One process runs all tests that use one of these, so that it is made once. pytest-xdist begins with the largest groups."""
 
 
@@ -214,6 +215,24 @@ def write_photos() -> Callable[..., Path]:
         return root
 
     return write
+
+
+@pytest.fixture(scope="session")
+def serious_findings() -> Callable[[Path, list[Path]], list[str]]:
+    """``serious_findings(folder, pages)``: what axe-core finds in the pages below the folder, in both themes, a line each."""
+    path = Path(__file__).parent / "docs" / "accessibility.py"
+    spec = importlib.util.spec_from_file_location("accessibility", path)
+    assert spec is not None and spec.loader is not None
+    accessibility = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(accessibility)
+    if reason := accessibility.missing():
+        pytest.skip(reason)
+
+    def look(folder: Path, pages: list[Path]) -> list[str]:
+        found = [one for dark in (False, True) for one in accessibility.findings(folder, pages, dark=dark)]
+        return accessibility.serious(found)
+
+    return look
 
 
 class Ended(NamedTuple):

@@ -127,6 +127,10 @@ def test_hard_samples_name_their_file_and_classes(one, demo_data: Path, tidali) 
     assert alts[-1][0] in one[0].read_text().partition("Other hard samples")[2]
 
 
+def test_axe_finds_nothing_serious(one, serious_findings) -> None:
+    assert serious_findings(one[0].parent, [one[0]]) == []
+
+
 def test_report_has_the_results_of_the_run(one, trained, read_page) -> None:
     page, summary = read_page(one[0]), json.loads((trained[0] / "summary.json").read_text())
     results = {row[0]: row[1] for row in table(page, "result")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import typer
 
 from bench import measure
+from bench.plot import write_plot
 from tidali.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -138,23 +140,40 @@ def test_the_commands_run(page: Path, tidali, tmp_path: Path, monkeypatch: pytes
                 Path(file).write_text(ended.stdout)
 
 
-def test_the_site_builds_and_asks_for_nothing(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation's site, built from another folder than the repository."""
     pytest.importorskip("mkdocs", reason="the extra 'docs' is not installed")
     pytest.importorskip("material", reason="the extra 'docs' is not installed")
     pytest.importorskip("mkdocstrings", reason="the extra 'docs' is not installed")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", str(ROOT / "mkdocs.yml")]
-    build += ["--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(build, capture_output=True, text=True, cwd=tmp_path)  # from any folder
+    folder = tmp_path_factory.mktemp("built")
+    build += ["--site-dir", str(folder / "site")]
+    done = subprocess.run(build, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    pages = list((tmp_path / "site").rglob("*.html"))
+    return folder / "site"
+
+
+def test_the_site_builds_and_asks_for_nothing(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
     assert len(pages) >= len(PAGES)
-    assert [path.name for path in (tmp_path / "site").rglob("*.py")] == []
-    records = set((tmp_path / "site" / "bench" / "results").iterdir())
-    linked = re.findall(r'href="([^"]+bench/results/[^"]+)"', (tmp_path / "site" / "results" / "index.html").read_text())
+    assert [path.name for path in site.rglob("*.py")] == []
+    records = set((site / "bench" / "results").iterdir())
+    linked = re.findall(r'href="([^"]+bench/results/[^"]+)"', (site / "results" / "index.html").read_text())
     assert linked
-    assert {(tmp_path / "site" / "results" / link).resolve() for link in linked} <= records
-    assert "&gt;&gt;&gt;" not in (tmp_path / "site" / "api" / "index.html").read_text()  # examples can be copied as they are
+    assert {(site / "results" / link).resolve() for link in linked} <= records
+    assert "&gt;&gt;&gt;" not in (site / "api" / "index.html").read_text()  # examples can be copied as they are
     for page in pages:
         loaded = re.findall(r"<(?:script|img|iframe)[^>]* src=\"?([^\"\s>]+)", page.read_text())
         loaded += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|preconnect|icon)[^>]* href=\"?([^\"\s>]+)", page.read_text())
         assert [address for address in loaded if re.match(r"(https?:)?//", address)] == [], page
+
+
+def test_axe_finds_nothing_serious_in_the_site(site: Path, serious_findings) -> None:
+    assert serious_findings(site, [site / "index.html", site / "recipes" / "index.html"]) == []
+
+
+def test_axe_finds_nothing_serious_in_a_benchmarks_page(tmp_path: Path, serious_findings) -> None:
+    record = next((ROOT / "bench" / "results").glob("train_*.json"))
+    write_plot(json.loads(record.read_text()), tmp_path / "bench.html")
+    assert serious_findings(tmp_path, [tmp_path / "bench.html"]) == []

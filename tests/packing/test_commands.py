@@ -6,13 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 from tidali.cli.data import parse_size
 from tidali.dataset.contract import Manifest, open_dataset
@@ -205,7 +206,7 @@ def test_contact_sheet(tidali: Any, packed: Path, tmp_path: Path) -> None:
         assert tidali("info", packed, "--sheet", tmp_path / f"{name}.png").code == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as sheet:
-        assert sheet.size == (8 * 134 + 6, 6 * 148 + 6)
+        assert sheet.size == (8 * 134 + 6, 20 + 6 * 162 + 6)
         assert len(sheet.convert("RGB").getcolors(1 << 24) or []) > 1000
     few = tidali("info", packed, "--sheet", tmp_path / "val.png", "--split", "test")
     assert few.code == 0
@@ -241,11 +242,50 @@ def test_contact_sheet_of_what_the_network_sees(tidali: Any, packed: Path, tmp_p
             return image.convert("RGB")
 
     plain = sheet("plain", "--set", "augment.flip=none")
-    assert plain.size == (8 * 134 + 6, 6 * 148 + 6)
+    assert plain.size == (8 * 134 + 6, 20 + 6 * 162 + 6)
     assert plain == sheet("again", "--set", "augment.flip=none")
     for number, change in enumerate(["augment.flip=random", "augment.erase=1", "augment.mixup_alpha=1"]):
         assert sheet(str(number), "--set", "augment.flip=none", "--set", change) != plain
     assert sheet("small", "--set", "augment.flip=none", "--res", 32) != plain
+    # The same images as without a recipe, each with what becomes of it to its right: its centre square, 40 of 48 x 40 pixels.
+    assert tidali("info", packed, "--sheet", tmp_path / "stored.png").code == 0
+    with Image.open(tmp_path / "stored.png") as image:
+        stored = image.convert("RGB")
+    for number in range(8):
+        before, after = cell(plain, 2 * number), cell(plain, 2 * number + 1)
+        assert before == cell(stored, number)
+        square = before.crop((10, 10, 118, 118)).resize(after.size)
+        # Enlarged by two filters, in another order: the noise differs by some levels. Two of these images differ by 40.
+        assert max(ImageStat.Stat(ImageChops.difference(square, after)).mean) < 12
+
+
+def cell(sheet: Image.Image, number: int) -> Image.Image:
+    """The picture of one cell, without its caption."""
+    left, top = 6 + number % 8 * 134, 26 + number // 8 * 162
+    return sheet.crop((left, top, left + 128, top + 128))
+
+
+def test_outliers(tidali: Any, tmp_path: Path, write_photos: Any) -> None:
+    """A copy under another class, a small, a large, a black and a white image are found, by the names of their files."""
+    source = write_photos(tmp_path / "source", {"a": 12, "b": 12}, size=(64, 48))
+    shutil.copy(source / "a" / "003.jpg", source / "b" / "copied.jpg")
+    for name, size, colour in (("small", (20, 16), "grey"), ("large", (300, 200), "grey"), ("black", (64, 48), "black")):
+        Image.new("RGB", size, colour).save(source / "a" / f"{name}.png")
+    Image.new("RGB", (64, 48), "white").save(source / "b" / "white.png")
+    assert tidali("shard", source, tmp_path / "data", "--workers", 1).code == 0
+    ended = tidali("info", tmp_path / "data", "--sheet", tmp_path / "odd.png", "--outliers")
+    assert ended.code == 0, ended.stderr
+    found: dict[str, list[str]] = {}
+    for line in ended.stderr.splitlines():
+        kind, _, rest = line.partition(": ")
+        found.setdefault(kind, []).append(rest.split(" (")[0])
+    assert sorted(found["byte for byte the same"]) == ["a/003.jpg", "b/copied.jpg"]
+    assert found["smallest"][0] == "a/small.png"
+    assert found["largest"][0] == "a/large.png"
+    assert found["darkest"][0] == "a/black.png"
+    assert {"a/black.png", "b/white.png"} <= set(found["most unusual colours for their class"][:4])
+    with Image.open(tmp_path / "odd.png") as image:
+        assert image.width == 8 * 134 + 6
 
 
 @pytest.mark.parametrize(
@@ -254,6 +294,8 @@ def test_contact_sheet_of_what_the_network_sees(tidali: Any, packed: Path, tmp_p
         (["--recipe", "modern"], "--sheet"),
         (["--sheet", "x.png", "--res", "64"], "--recipe"),
         (["--sheet", "x.png", "--recipe", "modern", "--res", "4"], "--res 4"),
+        (["--outliers"], "--sheet"),
+        (["--sheet", "x.png", "--recipe", "modern", "--outliers"], "--recipe"),
         (["--sheet", "x.png", "--recipe", "modern", "--set", "augment.zoom=1"], "augment.zoom"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -221,7 +220,9 @@ def info(
     seed: Annotated[int, sheet_option(min=0, help="Random seed of the choice of samples.")] = 0,
     recipe: Annotated[
         RecipeName | None,
-        sheet_option(help="Show the images as the network sees them in training with this recipe.", show_default="as stored"),
+        sheet_option(
+            help="Show beside each image how the network sees it in training with this recipe.", show_default="as stored"
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -234,32 +235,37 @@ def info(
     res: Annotated[
         int | None, sheet_option(help="With --recipe: input side in pixels.", show_default="as in 'tidali train'")
     ] = None,
+    outliers: Annotated[
+        bool,
+        sheet_option(
+            "--outliers",
+            help="Instead of random samples: duplicates, and the smallest, largest, darkest and most unusual images.",
+        ),
+    ] = False,
 ) -> None:
     """Show what a packed data set holds."""
     from tidali.dataset.source import open_data, read_manifest
 
-    if sheet is None and (recipe is not None or set_ or res is not None):
-        raise UsageError("--recipe, --set and --res apply to the contact sheet; add --sheet FILE.png")
+    if sheet is None and (recipe is not None or set_ or res is not None or outliers):
+        raise UsageError("--recipe, --set, --res and --outliers apply to the contact sheet; add --sheet FILE.png")
+    if outliers and recipe is not None:
+        raise UsageError("--outliers shows images as they are stored; leave out --recipe")
     if recipe is None and (set_ or res is not None):
         raise UsageError("--set and --res change what a recipe shows; add --recipe modern")
     if sheet is not None:
-        from shards.sheet import SHEET_IMAGES, contact_sheet, draw_sheet
-        from tidali.files import write_atomically
+        from tidali.cli.sheet import before_and_after, odd_samples, random_samples, write_sheet
 
         output_file(sheet, "--sheet")
         dataset = open_data(data)
-        if recipe is None:
-            image = contact_sheet(dataset, split, seed=seed)
+        if outliers:
+            sections = odd_samples(dataset, split)
+        elif recipe is None:
+            sections = random_samples(dataset, split, seed)
         else:
-            from tidali.loading.preview import seen_images
-
             chosen, side = change(make_recipe(recipe), set_ or ()), res if res is not None else dataset.default_res
             check_res(side)
-            image = draw_sheet(seen_images(dataset, split, chosen, res=side, count=SHEET_IMAGES, seed=seed))
-        png = io.BytesIO()
-        image.save(png, format="PNG")
-        write_atomically(sheet, png.getvalue())
-        say(f"wrote {sheet}")
+            sections = before_and_after(dataset, split, chosen, side, seed)
+        write_sheet(sheet, sections)
     manifest = read_manifest(data)
     if json_:
         print(json.dumps(_info_document(data, manifest)))

@@ -38,6 +38,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "info": (
         ("tidali info data/pets", "splits, classes, sizes"),
         ("tidali info data/pets --sheet sheet.png", "look at random samples"),
+        ("tidali info data/pets --sheet odd.png --outliers", "find duplicates, broken pictures and wrong labels"),
         ("tidali info data/pets --sheet seen.png --recipe modern --set augment.shift_px=4", "look at what the network sees"),
         ("tidali info data/pets --json | jq .splits", "for a program"),
     ),

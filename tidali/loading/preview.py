@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -11,16 +13,25 @@ from tidali.dataset.contract import ClassName, Dataset
 from tidali.loading.augment import draw_mix, mix_batch
 from tidali.loading.batches import Training
 from tidali.loading.data import Data
+from tidali.loading.order import epoch_order
 
 
-def seen_images(
-    dataset: Dataset, split: str, recipe: Recipe, *, res: int, count: int, seed: int = 0
-) -> list[tuple[Image.Image, str]]:
+class Seen(NamedTuple):
+    """A training image."""
+
+    position: int
+    """Of the sample in the split's stored order."""
+    image: Image.Image
+    """RGB, res x res."""
+    caption: str
+    """The class's name; where images are mixed both names and their shares in percent."""
+
+
+def seen_images(dataset: Dataset, split: str, recipe: Recipe, *, res: int, count: int, seed: int = 0) -> list[Seen]:
     """The first images of the first epoch that ``tidali train`` with this recipe and seed would take, by the same code.
 
     Returns:
-        At most ``count`` RGB images, each with its class's name, or where images are mixed with both names and their shares in
-        percent.
+        At most ``count``.
 
     Raises:
         DatasetError, UsageError, TidaliError: there is no such split, it has no labels, or it cannot be read.
@@ -36,9 +47,11 @@ def seen_images(
         mix = draw_mix(augment.mixup_alpha, augment.cutmix_alpha, seed=seed, epoch=0, step=0)
         images, targets = mix_batch(images, labels, mix, len(classes))
     pixels = 255 * (images.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean))
+    order = epoch_order(dataset.split(split).samples, seed, 0)[:count].tolist()
+    positions = [place for place in order if place not in data.corrupt(split)]  # a corrupt sample is missing from its batch
     return [
-        (Image.fromarray(image.round().clamp(0, 255).to(torch.uint8).numpy()), _caption(target, classes))
-        for image, target in zip(pixels, targets, strict=True)
+        Seen(place, Image.fromarray(image.round().clamp(0, 255).to(torch.uint8).numpy()), _caption(target, classes))
+        for place, image, target in zip(positions, pixels, targets, strict=True)
     ]
 
 
