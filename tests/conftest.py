@@ -222,7 +222,8 @@ def serious_findings() -> Callable[[Path, list[Path]], list[str]]:
     """``serious_findings(folder, pages)``: what axe-core finds in the pages below the folder, in both themes, a line each."""
     path = Path(__file__).parent / "docs" / "accessibility.py"
     spec = importlib.util.spec_from_file_location("accessibility", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     accessibility = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(accessibility)
     if reason := accessibility.missing():
