@@ -39,20 +39,20 @@ SHARD_SAMPLES = 8
 
 @pytest.fixture(scope="module")
 def whole(make: Any, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """320 train samples in 40 shards, in a folder and behind the URL."""
+    """160 train samples in 20 shards, in a folder and behind the URL."""
     folder = tmp_path_factory.mktemp("limited")
-    source = make.zip(make.tiny_tree(train=80, val=2), folder / "tiny.zip")
+    source = make.zip(make.tiny_tree(train=40, val=2), folder / "tiny.zip")
     make.pack(source, folder / "data", shard_samples=SHARD_SAMPLES)
     make.pack(source, URL, shard_samples=SHARD_SAMPLES)
     dataset = open_dataset(folder / "data")
-    assert len(dataset.split("train").shards) == 40
+    assert len(dataset.split("train").shards) == 20
     return dataset
 
 
 @pytest.fixture
 def limit_bytes(whole: Dataset) -> int:
-    """A third of what a copy of everything takes on a disk."""
-    return taken_bytes(whole.root) // 3
+    """Half of what a copy of everything takes on a disk."""
+    return taken_bytes(whole.root) // 2
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_shard_in_use_stays_and_others_make_room(
         os.close(copy.hold(shard))
         assert taken_bytes(limited.root) <= limit_bytes
     assert first.name in tars(limited)
-    assert 2 < len(tars(limited)) < 40
+    assert 2 < len(tars(limited)) < 20
     assert set(fetched.values()) == {1}
     for name in tars(limited):
         assert (limited.root / name).read_bytes() == (whole.root / name).read_bytes()
@@ -152,10 +152,13 @@ def test_what_is_needed_next_is_fetched_and_what_is_needed_last_is_dropped(limit
                 thread.join()
     order = [shard.name for shard in shards]
     here = sorted(fetched, key=order.index)
-    assert here == order[1 : 1 + len(here)]
+    assert here[:-1] == order[1 : len(here)]  # for the last one there may be room where a larger one before it has none
     assert len(here) > 5
-    os.close(copy.hold(shards[-1]))  # has to be had at once: the last of those ahead makes room
-    assert tars(limited) == {*here[:-1], order[-1]}
+    os.close(copy.hold(shards[-1]))  # has to be had at once: the last of those ahead make room
+    left = tars(limited) - {order[-1]}
+    assert len(tars(limited)) == len(left) + 1
+    assert left == set(here[: len(left)])
+    assert len(here) - 2 <= len(left) < len(here)
     assert set(fetched.values()) == {1}
 
 
@@ -269,7 +272,7 @@ def images(batches: Batches) -> list[torch.Tensor]:
 
 @pytest.fixture
 def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a third of the data set holds it."""
+    """So that half of the data set holds it."""
     monkeypatch.setattr(window_module, "WINDOW_SAMPLES", 1)
     monkeypatch.setattr(window_module, "WINDOW_SHARDS", 3)
 
@@ -285,12 +288,11 @@ def test_two_epochs_on_two_ranks_read_every_sample_once(
         for _ in zip(*ranks, strict=True):  # in step, as ranks are that add up their gradients
             assert taken_bytes(limited.root) <= limit_bytes
     counts = [count for name, count in fetched.items() if name.startswith("train") and name.endswith(".tar")]
-    print(sum(counts), sorted(counts), len(tars(limited)))
-    assert len(counts) == 40
-    assert sum(counts) <= 2 * 40 + len(tars(limited))  # once an epoch, and ahead for the third one
+    assert len(counts) == 20
+    assert sum(counts) <= 2 * 20 + len(tars(limited))  # once an epoch, and ahead for the third one
     orders = [ranks[0]._epoch_order(epoch) for epoch in range(2)]
     for order in orders:
-        assert torch.equal(order.sort().values, torch.arange(320))
+        assert torch.equal(order.sort().values, torch.arange(160))
     assert not torch.equal(*orders)
 
 
@@ -305,7 +307,7 @@ def test_batches_are_those_of_the_whole_data_set_in_the_same_order(
     there = loader(whole, 4)
     assert "window" not in there.state_dict()["order"]
     everything = torch.cat(images(there))
-    assert len(everything) == 320
+    assert len(everything) == 160
     torch.testing.assert_close(torch.cat(first).sum(0), everything.sum(0))  # the same images, added up in another order
     there.load_state_dict({**state, "epoch": 0, "step": 0})
     assert all(map(torch.equal, images(there), first))
@@ -331,7 +333,7 @@ def test_a_batch_that_is_abandoned_holds_nothing(limited: Dataset, small_window:
     ("saved", "message"),
     [
         (None, "this run began with the whole data set on the disk; unset it"),
-        (30, "this run began with a window of 30 shards; set it to {} bytes or more"),
+        (8, "this run began with a window of 8 shards; set it to {} bytes or more"),
     ],
 )
 def test_a_window_that_the_limit_does_not_hold_is_refused(
@@ -366,7 +368,7 @@ def test_a_limit_below_one_batch_says_what_is_needed(
     least = loader(open_data(URL), 4)
     assert least.shuffle is not None
     assert least.shuffle.window == 1
-    assert sum(len(batch) for batch in images(least)) == 320
+    assert sum(len(batch) for batch in images(least)) == 160
 
 
 # ----------------------------------------------------------------------------------------------------------------- training
@@ -377,17 +379,17 @@ def test_a_run_whose_store_is_gone_is_saved_and_goes_on_from_a_whole_copy(
 ) -> None:
     """To the weights, to the bit, of a run that was left alone."""
 
-    def small(num_classes: int, stem: str, *, stem_bias: bool) -> nn.Module:
+    def small(arch: str, num_classes: int, stem: str, *, stem_bias: bool) -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 4))
 
-    monkeypatch.setattr("tidali.training.setup.build_resnet18", small)  # what a run reads does not depend on the network
-    monkeypatch.setenv("TIDALI_CACHE_LIMIT", str(3 * limit_bytes // 2))
+    monkeypatch.setattr("tidali.training.setup.build_resnet", small)  # what a run reads does not depend on the network
+    monkeypatch.setenv("TIDALI_CACHE_LIMIT", str(5 * limit_bytes // 4))
     monkeypatch.setenv("TIDALI_CACHE", str(tmp_path / "cache"))
     settings = TrainSettings(
         data=URL,
         out=str(tmp_path / "alone"),
         res=32,
-        recipe=make_recipe("modern", epochs=2, batch_size=16),
+        recipe=make_recipe("modern", epochs=2, batch_size=8),
         device="cpu",
         cache="off",
         deterministic=True,
@@ -397,7 +399,7 @@ def test_a_run_whose_store_is_gone_is_saved_and_goes_on_from_a_whole_copy(
 
     def gone_after_a_while() -> Iterator[Exception | None]:
         while True:
-            yield None if next(requests) < 30 else ConnectionError("refused")
+            yield None if next(requests) < 14 else ConnectionError("refused")
 
     cut = replace(settings, out=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:

@@ -245,8 +245,8 @@ def _is_tar(name: str) -> bool:
 
 
 def _taken_bytes(status: os.stat_result) -> int:
-    """A file that is fetched has its full size and few blocks yet; a finished one takes whole blocks."""
-    return max(status.st_size, 512 * status.st_blocks)
+    """What it takes when it is whole: one that is being fetched has its full size, and few of its blocks yet."""
+    return max(-(-status.st_size // BLOCK_BYTES) * BLOCK_BYTES, 512 * status.st_blocks)
 
 
 def _lock_at_once(descriptor: int) -> bool:

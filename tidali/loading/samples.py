@@ -145,7 +145,8 @@ class SampleTable:
 
     def _map(self, shard: int) -> _Mapped:
         with self._mapping:  # two threads must not map one tar: the first's mapping would end while it is read
-            if shard not in self._tars:
+            tar = self._tars.get(shard)
+            if tar is None:
                 path = self.dataset.root / self.shards[shard].name
                 try:
                     tar = _Mapped(self.dataset.open_tar(self.shards[shard]), keep_open=self.dataset.copy is not None)
@@ -153,7 +154,7 @@ class SampleTable:
                     fix = way_out(error) or self.dataset.fix
                     raise DatasetError(f"{path}: cannot be mapped ({os.strerror(error.errno or 0)}); {fix}") from None
                 self._tars[shard] = tar
-            return self._tars[shard]
+            return tar
 
 
 class _Mapped:
