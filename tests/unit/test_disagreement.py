@@ -35,7 +35,8 @@ def test_counts_classes_and_pictures(demo_data: Path) -> None:
     assert [one["file"] for one in of_b["pictures"]] == [sources[1], sources[0]]  # the one with the higher loss first
     names = [one.name for one in first.classes]
     true = int(first.labels[3])
-    assert of_a["pictures"][0]["lines"] == [names[true], f"a: {names[true]}", f"b: {names[(true + 1) % 4]}"]
+    assert of_a["pictures"][0]["lines"] == [names[true], f"● {names[true]}", f"■ {names[(true + 1) % 4]}"]
+    assert of_a["pictures"][0]["alt"].endswith(f"predicted by a: {names[true]}; by b: {names[(true + 1) % 4]}")
     for name, one, other, difference in part["table"]:
         of_class = first.labels == names.index(name)
         expected = [100 * float((model.predicted == model.labels)[of_class].double().mean()) for model in (first, second)]

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from tidali.errors import counted
 from tidali.report.class_figures import class_differences
+from tidali.report.drawing import legend_entries
 from tidali.report.insight import Insight
 from tidali.report.page import drawn
 from tidali.training.uncertainty import McNemar
@@ -54,6 +56,7 @@ def disagreement_part(first: Insight, second: Insight, names: Sequence[str]) -> 
             {
                 "name": names[place],
                 "samples": int(which.sum()),
+                "counted": counted(int(which.sum()), "sample"),
                 "pictures": [_picture(index, both, names) for index in _hardest(which, both[1 - place])],
             }
             for place, which in enumerate(alone)
@@ -71,11 +74,13 @@ def _hardest(which: Tensor, wrong: Insight) -> list[int]:
 def _picture(index: int, both: Sequence[Insight], names: Sequence[str]) -> dict[str, Any]:
     classes = both[0].classes
     true = classes[int(both[0].labels[index])].name
-    said = [f"{name}: {classes[int(insight.predicted[index])].name}" for name, insight in zip(names, both, strict=True)]
+    predicted = [classes[int(insight.predicted[index])].name for insight in both]
+    said = [f"{name}: {one}" for name, one in zip(names, predicted, strict=True)]
+    marks = [entry["mark"] for entry in legend_entries(list(names))]  # names of runs are too long for a caption
     file = both[0].sample(index)[1].source
     return {
         "src": both[0].picture(index),
         "file": file,
-        "lines": [true, *said],
+        "lines": [true, *(f"{mark} {one}" for mark, one in zip(marks, predicted, strict=True))],
         "alt": f"{file}: true class {true}; predicted by {'; by '.join(said)}",
     }
