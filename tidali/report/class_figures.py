@@ -38,10 +38,9 @@ def class_accuracy(names: Sequence[str], accuracies: Sequence[ClassAccuracy]) ->
             continue
         name, one = row
         percent, (low, high) = 100 * one.correct / one.samples, wilson_interval_percent(one.correct, one.samples)
-        axes.barh(
-            place, percent, height=0.7, color=series_colour(0), gid=tip(f"{name}: {percent:.1f} %, {low:.1f} to {high:.1f} %")
-        )
-        axes.plot([low, high], [place, place], color=MUTED, linewidth=1.5)
+        shown = tip(f"{name}: {percent:.1f} %, {low:.1f} to {high:.1f} %")
+        axes.barh(place, percent, height=0.7, color=series_colour(0), alpha=0.6, gid=shown)  # the line on it can be seen
+        axes.plot([low, high], [place, place], color=INK, linewidth=1.3)
         axes.text(max(percent, high) + 1, place, f"{percent:.0f}", va="center", color=MUTED)
     axes.set_yticks(range(len(rows)), [_short(row[0]) if row is not None else "" for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
