@@ -511,9 +511,10 @@ def test_a_large_picture_on_a_sheet_and_in_an_export(make: Any, tidali: Any, tmp
     from tidali.dataset.contract import open_dataset
     from tidali.model.export_inputs import photographs
 
-    make.folder({f"train/{c}/{n}.png": make.encode(make.image(n), "PNG") for c in "ab" for n in range(2)}, tmp_path / "source")
+    images = {f"train/{c}/{n}.png": make.encode(make.image(n, 100, 120), "PNG") for c in "ab" for n in range(2)}
+    make.folder(images, tmp_path / "source")
     make.pack(tmp_path / "source", tmp_path / "packed")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)  # the letters of the captions have less
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)  # the letters of a heading or caption have less
     assert photographs(open_dataset(tmp_path / "packed"), "train", (8, 8)).shape == (4, 8, 8, 3)
     done = tidali("info", tmp_path / "packed", "--sheet", tmp_path / "sheet.png")
     assert done.code == 0, done.stderr
