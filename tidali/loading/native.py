@@ -125,7 +125,7 @@ def colour(library: Any, images: Chosen, *, colours: Tensor, lowest: Tensor, hig
     """As `resample`, of images that are res x res already."""
     res = out.shape[1]
     assert images.stored.shape[1:] == out.shape[1:]
-    return _map_colours(library.tidali_colour, images, (ctypes.c_int64(res),), colours, (lowest, highest), 4 * res + 4, out)
+    return _map_colours(library.tidali_colour, images, (ctypes.c_int64(res),), colours, (lowest, highest), 4 * res + 1, out)
 
 
 def _map_colours(

@@ -99,40 +99,7 @@ static inline void store_pixel(pixel p, const struct colour *c, enum map map, fl
   memcpy(out, &p, sizeof p);
 }
 
-/* One row with its colours mapped. Pixels are `step` floats apart; where that is 3, the next pixel overwrites the fourth float.
-   Four at a time where 16 bytes can be read of them. */
-static inline void load_row_as(const uint8_t *source, int64_t width, const struct colour *c, enum map map, int flip, int64_t step,
-                               float *row) {
-  int64_t x = 0, four_from = flip ? 2 : 0, four_to = width - (flip ? 4 : 6);
-  while (x < width) {
-    bytes b = {0};
-    if (x >= four_from && x <= four_to) {
-      memcpy(&b, source + 3 * (flip ? width - 4 - x : x), 16);
-      for (int k = 0; k < 4; k++) store_pixel(pixel_of(b, flip ? 3 - k : k), c, map, row + step * (x + k));
-      x += 4;
-    } else {
-      memcpy(&b, source + 3 * (flip ? width - 1 - x : x), 3);
-      store_pixel(pixel_of(b, 0), c, map, row + step * x++);
-    }
-  }
-}
-
-static void load_row(const uint8_t *source, int64_t width, const struct colour *c, int flip, int64_t step, float *row) {
-  if (c->map == NONE)
-    load_row_as(source, width, c, NONE, 0, step, row);
-  else if (c->map == MIXING)
-    load_row_as(source, width, c, MIXING, flip, step, row);
-  else if (flip)
-    load_row_as(source, width, c, DIAGONAL, 1, step, row);
-  else
-    load_row_as(source, width, c, DIAGONAL, 0, step, row);
-}
-
-static inline const uint8_t *image_of(struct images i, int64_t n, int64_t bytes) {
-  return i.pixels + (i.samples ? i.samples[n] : n) * bytes;
-}
-
-/* The pixels of a row from its last one to its first, five at a time. 16 bytes from `flipped` + 3 * width on are overwritten. */
+/* The pixels of a row from its last one to its first, five at a time. */
 static void flip_row(const uint8_t *source, int64_t width, uint8_t *flipped) {
   int64_t x = 0;
   for (; x < width - 5; x += 5) {
@@ -142,6 +109,34 @@ static void flip_row(const uint8_t *source, int64_t width, uint8_t *flipped) {
     memcpy(flipped + 3 * x, &b, 16);
   }
   for (; x < width; x++) memcpy(flipped + 3 * x, source + 3 * (width - 1 - x), 3);
+}
+
+/* One row with its colours mapped. Pixels are `step` floats apart; where that is 3, the next pixel overwrites the fourth float.
+   Four at a time where 16 bytes can be read of them. */
+static inline void load_row_as(const uint8_t *source, int64_t width, const struct colour *c, enum map map, int64_t step, float *row) {
+  int64_t x = 0;
+  bytes b = {0};
+  for (; x <= width - 6; x += 4) {
+    memcpy(&b, source + 3 * x, 16);
+    for (int k = 0; k < 4; k++) store_pixel(pixel_of(b, k), c, map, row + step * (x + k));
+  }
+  for (; x < width; x++) {
+    memcpy(&b, source + 3 * x, 3);
+    store_pixel(pixel_of(b, 0), c, map, row + step * x);
+  }
+}
+
+static void load_row(const uint8_t *source, int64_t width, const struct colour *c, int64_t step, float *row) {
+  if (c->map == NONE)
+    load_row_as(source, width, c, NONE, step, row);
+  else if (c->map == MIXING)
+    load_row_as(source, width, c, MIXING, step, row);
+  else
+    load_row_as(source, width, c, DIAGONAL, step, row);
+}
+
+static inline const uint8_t *image_of(struct images i, int64_t n, int64_t bytes) {
+  return i.pixels + (i.samples ? i.samples[n] : n) * bytes;
 }
 
 /* What the twelve elements of four pixels are times, plus and clamped to, where no channel depends on another. */
@@ -184,11 +179,11 @@ static void scale_row(const uint8_t *source, int64_t length, const struct scalin
   }
 }
 
-/* Images begin..end - 1, res x res, with their colours mapped. `scratch`: 4 * res + 4 floats. */
+/* Images begin..end - 1, res x res, with their colours mapped. `scratch`: 4 * res + 1 floats. */
 void tidali_colour(struct images i, int64_t begin, int64_t end, int64_t res, const float *colours, int64_t one_colour,
                    float *scratch, struct output o) {
   int64_t length = 3 * res;
-  uint8_t *flipped = (uint8_t *)(scratch + length);
+  uint8_t *flipped = (uint8_t *)(scratch + length + 1); /* past the last pixel's fourth float */
   for (int64_t n = begin; n < end; n++) {
     const uint8_t *source = image_of(i, n, length * res);
     int flip = i.flips && i.flips[n];
@@ -199,7 +194,7 @@ void tidali_colour(struct images i, int64_t begin, int64_t end, int64_t res, con
       const uint8_t *pixels = flip ? flipped : source;
       float *out = o.bfloat16 || c.map == MIXING ? scratch : (float *)o.values + row * length;
       if (c.map == MIXING)
-        load_row(pixels, res, &c, 0, 3, out);
+        load_row(pixels, res, &c, 3, out);
       else
         scale_row(pixels, length, &s, out);
       if (out == scratch) store_row(out, row, length, o);
@@ -217,18 +212,20 @@ struct resizer {
   int64_t done;      /* rows resized along x */
   pair *line;        /* two rows of pixels, with `taps` more on both sides that repeat their borders */
   float *rows, *sum; /* row y stands at y % (taps + 2) */
+  uint8_t *flipped;  /* a row of pixels */
 };
 
 static inline int64_t pitch_of(int64_t res) { return 3 * res + 8; } /* past the last pixel's fourth float */
 
 static size_t scratch_floats(int64_t width, int64_t res, int64_t vertical_taps, int64_t horizontal_taps) {
-  return 8 * (width + 2 * horizontal_taps) + (vertical_taps + 3) * pitch_of(res);
+  return 8 * (width + 2 * horizontal_taps) + (vertical_taps + 3) * pitch_of(res) + width;
 }
 
 static void place_scratch(struct resizer *r, float *scratch) {
   r->line = (pair *)scratch;
   r->rows = (float *)(r->line + r->width + 2 * r->horizontal.taps);
   r->sum = r->rows + (r->vertical.taps + 2) * pitch_of(r->res);
+  r->flipped = (uint8_t *)(r->sum + pitch_of(r->res));
 }
 
 static inline float *row_of(const struct resizer *r, int64_t y) {
@@ -241,7 +238,8 @@ static void resize_two_rows(struct resizer *r) {
   for (int64_t k = 0; k < 2; k++) {
     pixel *line = (pixel *)r->line + k;
     const uint8_t *row = r->pixels + inside(r->done + k, r->height) * r->pixel_pitch;
-    load_row(row, width, &r->colour, r->flip, 8, (float *)(line + 2 * taps));
+    if (r->flip) flip_row(row, width, r->flipped), row = r->flipped;
+    load_row(row, width, &r->colour, 8, (float *)(line + 2 * taps));
     for (int64_t x = 0; x < taps; x++) {
       line[2 * x] = line[2 * taps];
       line[2 * (taps + width + x)] = line[2 * (taps + width - 1)];

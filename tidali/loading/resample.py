@@ -92,16 +92,13 @@ def flip_where(pixels: Tensor, flags: Tensor) -> Tensor:
 class Products(Protocol):
     """How ``Y = A_y X A_x^T`` is computed."""
 
-    def normalise(self, images: Chosen, affine: Affine, out: Tensor) -> None:
-        """(N, res, res, 3) uint8 pixels -> ``out`` of the same shape: both matrices are the identity."""
-        ...
-
     def prepare(self, taps: Taps, size: int, max_scale: float) -> Any:
         """An axis's matrix in this one's own form."""
         ...
 
-    def __call__(self, images: Chosen, vertical: Any, horizontal: Any, affine: Affine, out: Tensor) -> None:
-        """(N, H, W, 3) uint8 pixels and two prepared matrices -> (N, res, res, 3) ``out``."""
+    def __call__(self, images: Chosen, matrices: tuple[Any, Any] | None, affine: Affine, out: Tensor) -> None:
+        """(N, H, W, 3) uint8 pixels and two prepared matrices, vertical and horizontal, -> (N, res, res, 3) ``out``. None: both
+        are the identity."""
         ...
 
 
@@ -114,9 +111,8 @@ class TorchProducts:
         image_bytes = 3 * res * res * torch.float32.itemsize
         self._chunk = torch.get_num_threads() * max(_CPU_CHUNK_BYTES // image_bytes, 1)
 
-    def normalise(self, images: Chosen, affine: Affine, out: Tensor) -> None:
+    def _normalise(self, pixels: Tensor, affine: Affine, out: Tensor) -> None:
         """Whole rows at a time: a broadcast over three channels is not vectorised."""
-        pixels = take(images)
         chunk = self._chunk
         if len(affine.colours) > 1:
             for i in range(0, len(pixels), chunk):
@@ -135,9 +131,12 @@ class TorchProducts:
     def prepare(self, taps: Taps, size: int, max_scale: float) -> Band:
         return make_band(taps, size, max_scale=max_scale, block_rows=self._block_rows)
 
-    def __call__(self, images: Chosen, vertical: Band, horizontal: Band, affine: Affine, out: Tensor) -> None:
+    def __call__(self, images: Chosen, matrices: tuple[Band, Band] | None, affine: Affine, out: Tensor) -> None:
         pixels = take(images)
-        chunk = self._chunk
+        if matrices is None:
+            self._normalise(pixels, affine, out)
+            return
+        (vertical, horizontal), chunk = matrices, self._chunk
         for i in range(0, len(pixels), chunk):
             part = slice(i, i + chunk)
             own = affine if len(affine.colours) == 1 else affine._replace(colours=affine.colours[part])
@@ -175,19 +174,16 @@ class CompiledProducts:
     def over(
         self, images: Chosen, matrices: tuple[native.Axis, native.Axis] | None, affine: Affine, out: Tensor
     ) -> native.Pass:
-        """What makes ``out``, part by part. ``matrices``: both axes'; None where the images have their size already."""
+        """The same, part by part."""
         if matrices is None:
             return native.colour(self._library, images, **affine._asdict(), out=out)
         return native.resample(self._library, images, *matrices, **affine._asdict(), out=out)
 
-    def normalise(self, images: Chosen, affine: Affine, out: Tensor) -> None:
-        native.in_parallel(self.over(images, None, affine, out), len(out))
-
     def prepare(self, taps: Taps, size: int, max_scale: float) -> native.Axis:
         return native.make_axis(*taps, size=size)
 
-    def __call__(self, images: Chosen, vertical: native.Axis, horizontal: native.Axis, affine: Affine, out: Tensor) -> None:
-        native.in_parallel(self.over(images, (vertical, horizontal), affine, out), len(out))
+    def __call__(self, images: Chosen, matrices: tuple[native.Axis, native.Axis] | None, affine: Affine, out: Tensor) -> None:
+        native.in_parallel(self.over(images, matrices, affine, out), len(out))
 
 
 def choose_products(res: int, dtype: torch.dtype) -> Products:
@@ -267,11 +263,7 @@ class Resample:
         images = self._memory.empty((chosen.num_images, self._res, self._res, 3), self._dtype)
         if chosen.num_images:
             with torch.autocast(pixels.device.type, enabled=False):  # it would make the products bfloat16
-                matrices, affine = self._changed(boxes, colour)
-                if matrices is None:
-                    self._products.normalise(chosen, affine, images)
-                else:
-                    self._products(chosen, *matrices, affine, images)
+                self._products(chosen, *self._changed(boxes, colour), images)
         return images.permute(0, 3, 1, 2)
 
     def in_pieces(self, count: int, boxes: Tensor | None, colour: Tensor | None, flips: Tensor | None) -> Pieces | None:
