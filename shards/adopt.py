@@ -6,14 +6,14 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from shards.adopt_tar import AdoptTask, adopt_tar, beside, is_record
-from shards.executor import default_workers, run_tasks
-from shards.pack import PackReport, Progress, about_repeated, library_versions, publish_manifest
+from shards.executor import default_workers, in_task_order, run_tasks
+from shards.pack import PackReport, Progress, about_repeated, library_versions, publish_manifest, samples_done
 from shards.plan import plan_id
 from shards.record import build_manifest
 from shards.store import LocalStore
@@ -28,6 +28,7 @@ from shards.tar_files import (
     summarise_for_index,
     unlabelled_splits,
 )
+from shards.write import ShardResult
 from tidali.dataset.contract import ADOPTED, MANIFEST_NAME, Manifest, is_shard_name
 from tidali.dataset.file_names import printable_path, shown
 from tidali.errors import DatasetError, TidaliError, UsageError
@@ -79,7 +80,7 @@ def adopt(
         if workers is None:
             workers = 1 if small_job(folder, tars) else default_workers()
         summarise_one = functools.partial(summarise_for_index, root=folder, label_field=settings.label_field)
-        summaries = _in_order(summarise_one, tars, workers)
+        summaries: list[TarSummary] = in_task_order(run_tasks(summarise_one, tars, workers))
         refuse_faults(tars, summaries)
         classes, labels = make_classes(str(folder), summaries, settings.label_field, class_names)
         source = _describe(folder, tars, summaries)
@@ -87,7 +88,8 @@ def adopt(
         _refuse_foreign_files(folder, tars)
         _remove_stale(folder, old, tars, plan)
         job = functools.partial(adopt_tar, root=folder, labels=labels, plan=plan, max_pixels=settings.max_pixels)
-        results = _in_order(job, _tasks(tars, summaries), workers, _samples_done(summaries, progress))
+        on_done = samples_done([summary.samples for summary in summaries], progress)
+        results: list[ShardResult] = in_task_order(run_tasks(job, _tasks(tars, summaries), workers), on_done)
         unlabelled = unlabelled_splits(tars, summaries)
         splits = [split for split in _SPLIT_ORDER if any(tar.split == split for tar in tars)]
         manifest = build_manifest(
@@ -110,30 +112,6 @@ def adopt(
         left_out=sum((Counter(summary.left_out) for summary in summaries), Counter()),
         warnings=warnings,
     )
-
-
-def _in_order(
-    job: Callable[[Any], Any], tasks: Sequence[Any], workers: int, on_done: Callable[[int], None] | None = None
-) -> list[Any]:
-    results = {}
-    for index, result in run_tasks(job, tasks, workers):
-        results[index] = result
-        if on_done is not None:
-            on_done(index)
-    return [results[index] for index in range(len(tasks))]
-
-
-def _samples_done(summaries: Sequence[TarSummary], progress: Progress | None) -> Callable[[int], None] | None:
-    if progress is None:
-        return None
-    done, total = 0, sum(summary.samples for summary in summaries)
-
-    def count(index: int) -> None:
-        nonlocal done
-        done += summaries[index].samples
-        progress(done, total)
-
-    return count
 
 
 # ------------------------------------------------------------------------------------------------------------ what is refused

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
@@ -31,6 +31,20 @@ def run_tasks(job: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterat
     if workers <= 1:
         return ((index, job(task)) for index, task in enumerate(tasks))
     return _run_in_pool(job, tasks, workers)
+
+
+def in_task_order(found: Iterable[tuple[int, R]], on_done: Callable[[int], None] = lambda index: None) -> list[R]:
+    """The results of all tasks.
+
+    Args:
+        found: each task's index and result, in any order.
+        on_done: called with the index of each task as it finishes.
+    """
+    results = {}
+    for index, result in found:
+        results[index] = result
+        on_done(index)
+    return [results[index] for index in range(len(results))]
 
 
 def default_workers() -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from shards.describe import QUARANTINE
 from shards.duplicates import find_repeated
-from shards.executor import default_workers, run_tasks, start_early
+from shards.executor import default_workers, in_task_order, run_tasks, start_early
 from shards.plan import PackSettings, Plan, make_plan
 from shards.record import build_manifest
 from shards.scan import Scan, Source
@@ -139,19 +139,29 @@ def _write_shards(
         plan_id=plan.id,
         digits=label_digits(len(plan.classes)),
     )
-    results: dict[int, ShardResult] = {}
-    done = 0
     try:
-        for index, result in run(job, plan.tasks):
-            results[index] = result
-            done += len(plan.tasks[index])
-            if progress is not None:
-                progress(done, plan.samples)
+        return in_task_order(run(job, plan.tasks), samples_done([len(task) for task in plan.tasks], progress))
     except BaseException:
         with suppress(OSError, TidaliError):
             _sweep(store, plan)  # a stopped worker's partial files may be what filled the disk
         raise
-    return [results[index] for index in range(len(plan.tasks))]
+
+
+def samples_done(samples: Sequence[int], progress: Progress | None) -> Callable[[int], None]:
+    """What is called with the index of each task that is done, to call ``progress``.
+
+    Args:
+        samples: of each task.
+    """
+    done, total = 0, sum(samples)
+
+    def count(index: int) -> None:
+        nonlocal done
+        done += samples[index]
+        if progress is not None:
+            progress(done, total)
+
+    return count
 
 
 # ----------------------------------------------------------------------------------------------------------------------- DEST

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shards.executor import default_workers, run_tasks
+from shards.executor import default_workers, in_task_order, run_tasks
 from shards.items import Item, Items, ItemsBuilder
 from shards.scan import FileSource, Scan, Source, fingerprint
 from shards.source import Read, Unreadable
@@ -80,8 +80,7 @@ class TarSource:
         root, tars = find_tars(self.path)
         job = functools.partial(_list_tar, root=root, label_field=self.label_field)
         workers = 1 if small_job(root, tars) else default_workers()
-        found = dict(run_tasks(job, tars, workers))
-        listings = [found[number] for number in range(len(tars))]
+        listings: list[_TarListing] = in_task_order(run_tasks(job, tars, workers))
         summaries = [listing.summary for listing in listings]
         refuse_faults(tars, summaries)
         classes, labels = make_classes(str(self.path), summaries, self.label_field, self.class_names)

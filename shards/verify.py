@@ -16,7 +16,7 @@ import numpy as np
 from shards.check import Fault, ShardCheck, check_shard
 from shards.check_image import SecondDecoder
 from shards.duplicates import find_repeated, name_repeated
-from shards.executor import default_workers, run_tasks
+from shards.executor import default_workers, in_task_order, run_tasks
 from shards.pack import PLAN_NAME
 from shards.plan import plan_id
 from shards.record import build_manifest
@@ -102,8 +102,7 @@ def _check_shards(
     )
     if workers is None:
         workers = default_workers() if sum(shard.samples for _, shard in shards) > 20_000 or decode else 1
-    checks = dict(run_tasks(job, shards, workers))
-    return [checks[index] for index in range(len(shards))]
+    return in_task_order(run_tasks(job, shards, workers))
 
 
 def _labels(manifest: Manifest) -> Labels:

@@ -69,7 +69,7 @@ def _write(
     task: ShardTask, folder: Path, reader: Reader, settings: PackSettings, plan_id: str, digits: int
 ) -> tuple[dict[str, Any], Contents]:
     path = folder / task.file_names[0]
-    limit_bytes = bytes_limit(settings.max_pixels)
+    limit_bytes, resizing = bytes_limit(settings.max_pixels), settings.resizing
     with reader.open() as read, replacing(path) as temporary, open(temporary, "wb", buffering=1 << 20) as tar:
         shard = _OpenShard(task, folder, digits, tar)
         for ordinal, item in task.samples:
@@ -77,7 +77,7 @@ def _write(
             data = b""
             try:
                 data = read(item, limit_bytes)
-                image = inspect(data, max_pixels=settings.max_pixels, resizing=settings.resizing)
+                image = inspect(data, max_pixels=settings.max_pixels, resizing=resizing)
             except (Unreadable, Unusable) as error:
                 shard.description.quarantine(
                     key, Described(key, item.name, item.label), str(error), getattr(error, "data", data)
