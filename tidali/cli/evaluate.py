@@ -23,10 +23,8 @@ from tidali.cli.options import (
 
 if TYPE_CHECKING:
     from tidali.report.insight import Insight
-    from tidali.training.calibration import ConfidenceBin
     from tidali.training.evaluation import ResolutionScore
     from tidali.training.metrics import Score
-    from tidali.training.predictions import ClassAccuracy
     from tidali.training.uncertainty import McNemar
 
 _LOWEST_CLASSES, _MISTAKES = 10, 10
@@ -119,15 +117,15 @@ def _print_scores(title: str, rows: Sequence[ResolutionScore]) -> None:
 def _print_insight(insight: Insight) -> None:
     from tidali.console import print_table
     from tidali.dataset.file_names import printable_path
+    from tidali.training.uncertainty import interval_text
 
-    names = [one.name for one in insight.classes]
-    classes = [(name, one) for name, one in zip(names, insight.by_class(), strict=True) if one.samples]
+    names, classes = [one.name for one in insight.classes], insight.lowest_classes()
     print_table(
         f"Lowest of {len(classes)} classes" if len(classes) > _LOWEST_CLASSES else "Classes",
         ("class", "top-1 %", "95 % interval", "correct", "samples"),
         [
-            (name, f"{100 * one.correct / one.samples:.1f}", _interval(one), one.correct, one.samples)
-            for name, one in sorted(classes, key=lambda row: row[1].correct / row[1].samples)[:_LOWEST_CLASSES]
+            (name, f"{one.top1_percent:.1f}", interval_text(one.correct, one.samples), one.correct, one.samples)
+            for name, one in classes[:_LOWEST_CLASSES]
         ],
     )
     print_table(
@@ -138,7 +136,7 @@ def _print_insight(insight: Insight) -> None:
                 f"{one.low_percent:.0f} to {one.high_percent:.0f}",
                 f"{one.mean_confidence_percent:.1f}",
                 f"{one.top1_percent:.1f}",
-                _interval(one),
+                interval_text(one.correct, one.samples),
                 one.samples,
             )
             for one in insight.reliability()
@@ -160,13 +158,6 @@ def _print_insight(insight: Insight) -> None:
             ],
             left=3,
         )
-
-
-def _interval(one: ClassAccuracy | ConfidenceBin) -> str:
-    from tidali.training.uncertainty import wilson_interval_percent
-
-    low, high = wilson_interval_percent(one.correct, one.samples)
-    return f"{low:.1f} to {high:.1f}"
 
 
 def _print_differences(names: Sequence[str], evaluated: Sequence[Sequence[ResolutionScore]], tests: Sequence[McNemar]) -> None:

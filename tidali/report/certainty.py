@@ -9,7 +9,7 @@ from tidali.report.drawing import MUTED, PALE, WIDTH_IN, house_style, series_col
 from tidali.report.insight import Insight
 from tidali.report.page import drawn
 from tidali.training.calibration import ConfidenceBin
-from tidali.training.uncertainty import wilson_interval_percent
+from tidali.training.uncertainty import interval_text, wilson_interval_percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 def certainty_part(insight: Insight) -> dict[str, Any]:
     """The values of the template's ``certainty`` macro."""
     curve = insight.reliability()
-    names = [one.name for one in insight.classes]
-    classes = [(name, one) for name, one in zip(names, insight.by_class(), strict=True) if one.samples]
     return {
         "top1_percent": insight.top1_percent,
         "confidence_percent": 100 * float(insight.confidences.double().mean()),
@@ -30,14 +28,14 @@ def certainty_part(insight: Insight) -> dict[str, Any]:
                 f"{one.low_percent:.0f} to {one.high_percent:.0f}",
                 f"{one.mean_confidence_percent:.1f}",
                 f"{one.top1_percent:.1f}",
-                _interval(one.correct, one.samples),
+                interval_text(one.correct, one.samples),
                 f"{one.samples:,}",
             )
             for one in curve
         ],
         "classes": [
-            (name, f"{100 * one.correct / one.samples:.1f}", _interval(one.correct, one.samples), f"{one.samples:,}")
-            for name, one in sorted(classes, key=lambda row: row[1].correct / row[1].samples)
+            (name, f"{100 * one.correct / one.samples:.1f}", interval_text(one.correct, one.samples), f"{one.samples:,}")
+            for name, one in insight.lowest_classes()
         ],
     }
 
@@ -67,8 +65,3 @@ def reliability_diagram(curve: Sequence[ConfidenceBin]) -> Figure:
     )
     lower.set(xlabel="confidence, %", ylabel="samples, %", ylim=(0, None))
     return figure
-
-
-def _interval(correct: int, samples: int) -> str:
-    low, high = wilson_interval_percent(correct, samples)
-    return f"{low:.1f} to {high:.1f}"

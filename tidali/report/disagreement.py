@@ -12,7 +12,7 @@ from tidali.report.class_figures import class_differences
 from tidali.report.drawing import legend_entries
 from tidali.report.insight import Insight
 from tidali.report.page import drawn
-from tidali.training.uncertainty import McNemar
+from tidali.training.predictions import largest
 
 _PICTURES = 8
 """At most so many images are shown of those that one model alone predicts correctly."""
@@ -39,9 +39,8 @@ def disagreement_part(first: Insight, second: Insight, names: Sequence[str]) -> 
     right = [insight.hits for insight in both]
     accuracies = [[one.top1_percent for one in insight.by_class()] for insight in both]
     alone = [right[0] & ~right[1], right[1] & ~right[0]]
-    test = McNemar(samples=len(first.labels), first_only=int(alone[0].sum()), second_only=int(alone[1].sum()))
     return {
-        "test": test,
+        "test": first.compare(second),
         "names": names,
         "samples": len(first.labels),
         "both": int((right[0] & right[1]).sum()),
@@ -67,8 +66,7 @@ def disagreement_part(first: Insight, second: Insight, names: Sequence[str]) -> 
 def _hardest(which: Tensor, wrong: Insight) -> list[int]:
     """Of these samples the ones that the model which is wrong about them finds hardest."""
     found = which.nonzero()[:, 0]
-    order = wrong.losses[found].sort(descending=True, stable=True).indices
-    return found[order][:_PICTURES].tolist()
+    return found[largest(wrong.losses[found], _PICTURES)].tolist()
 
 
 def _picture(index: int, both: Sequence[Insight], names: Sequence[str]) -> dict[str, Any]:

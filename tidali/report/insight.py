@@ -13,7 +13,7 @@ from PIL import Image
 from tidali.dataset.contract import ClassName, Dataset, SampleRecord, Shard, read_record
 from tidali.images.stored import stored_image
 from tidali.training.evaluation import EvalOptions, ResolutionScore, evaluate_checkpoints
-from tidali.training.predictions import Predictions
+from tidali.training.predictions import ClassAccuracy, Predictions
 
 PICTURE_SIDE_PX = 256
 """Larger images are reduced to this side for a page. It shows them at 96 CSS pixels, so sharply on screens of up to 2.7 dots
@@ -33,6 +33,11 @@ class Insight(Predictions):
     @property
     def classes(self) -> tuple[ClassName, ...]:
         return self.dataset.manifest.classes
+
+    def lowest_classes(self) -> list[tuple[str, ClassAccuracy]]:
+        """The classes that have samples, with their accuracies, the lowest first."""
+        found = [(one.name, accuracy) for one, accuracy in zip(self.classes, self.by_class(), strict=True) if accuracy.samples]
+        return sorted(found, key=lambda row: row[1].correct / row[1].samples)
 
     def sample(self, index: int) -> tuple[Shard, SampleRecord]:
         """Where a sample is stored, with the name that it had in the source.

@@ -13,7 +13,7 @@ from typing import Any
 from tidali import __version__
 from tidali.console import warn
 from tidali.dataset.source import open_data
-from tidali.errors import TidaliError, UsageError
+from tidali.errors import TidaliError, UsageError, counted
 from tidali.files import write_atomically
 from tidali.model.checkpoint import SUFFIX, load_checkpoint
 from tidali.model.resnet import title_of
@@ -57,7 +57,8 @@ def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> 
             notes.append(note)
     differing = differing_settings(runs)
     first, names = runs[0], [run.name for run in runs]
-    classes = [_classes(run) for run in runs]
+    seen = {run.folder: insight for run, insight in insights}
+    classes = [_classes(run, seen.get(run.folder)) for run in runs]
     chance_percent = dict.fromkeys(100 / count for count in classes if count is not None)
     found = [insight for _, insight in insights]
     disagreement = None
@@ -99,8 +100,10 @@ def _insight(run: Run, data: str | None) -> Insight:
     return inspect_checkpoint(str(run.folder / f"last{SUFFIX}"), dataset, EvalOptions(split=run.split))
 
 
-def _classes(run: Run) -> int | None:
+def _classes(run: Run, insight: Insight | None) -> int | None:
     """How many classes the model has; None where its weights cannot be read."""
+    if insight is not None:
+        return insight.class_count
     try:
         return len(load_checkpoint(run.folder / f"last{SUFFIX}")[0].classes)
     except TidaliError:
@@ -128,7 +131,7 @@ def _summary(run: Run, classes: int | None) -> dict[str, dict[str, str]]:
     minutes = summary.get("minutes", sum(_numbers(run, "epoch_s")) / 60)
     top1, samples = f"{run.split}_top1_percent", last.get(f"{run.split}_samples")
     about = [f"{samples:,} of {run.split}" if samples is not None else run.split]
-    about += [f"{classes:,} class{'es' if classes > 1 else ''}"] if classes is not None else []
+    about += [counted(classes, "class")] if classes is not None else []
     finished = f"{len(run.epochs)} of {run.settings.get('epochs', '?')} epochs"
     return {
         "best top-1": {"value": f"{_accuracy(best, top1, samples)}{_PERCENT}", "note": f"epoch {best['epoch']}"},

@@ -92,17 +92,17 @@ class Predictions:
 
     def hardest(self, count: int) -> list[int]:
         """Indices of the samples with the highest loss, highest first."""
-        return _largest(self.losses, count)
+        return largest(self.losses, count)
 
     def confident_mistakes(self, count: int) -> list[int]:
         """Indices of the wrong predictions with the highest confidence, highest first."""
         wrong = (~self.hits).nonzero()[:, 0]
-        return wrong[_largest(self.confidences[wrong], count)].tolist()
+        return wrong[largest(self.confidences[wrong], count)].tolist()
 
     def examples(self, pair: Confusion, count: int) -> list[int]:
         """Indices of samples of a confused pair, those with the highest loss first."""
         found = ((self.labels == pair.true) & (self.predicted == pair.predicted)).nonzero()[:, 0]
-        return found[_largest(self.losses[found], count)].tolist()
+        return found[largest(self.losses[found], count)].tolist()
 
     def reliability(self) -> list[ConfidenceBin]:
         """Accuracy by confidence."""
@@ -178,7 +178,7 @@ class PredictionLog:
         )
 
 
-def _largest(values: Tensor, count: int) -> list[int]:
+def largest(values: Tensor, count: int) -> list[int]:
     """Indices of the largest values, largest first; ties in order."""
     found: list[int] = torch.sort(values, descending=True, stable=True).indices[:count].tolist()
     return found

@@ -34,6 +34,12 @@ def wilson_interval_percent(correct: int, samples: int) -> tuple[float, float]:
     return 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0)
 
 
+def interval_text(correct: int, samples: int) -> str:
+    """'61.2 to 73.4': `wilson_interval_percent`, for people."""
+    low, high = wilson_interval_percent(correct, samples)
+    return f"{low:.1f} to {high:.1f}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class McNemar:
     """McNemar's test (1947) of two classifiers on the same samples. Only samples that one alone has right tell them apart."""
