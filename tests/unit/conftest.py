@@ -140,7 +140,9 @@ def replace_bytes() -> Callable[..., str]:
         assert at + len(data) <= record.size_bytes
         tar = bytearray((folder / shard.name).read_bytes())
         tar[record.offset + at : record.offset + at + len(data)] = data
-        (folder / shard.name).write_bytes(tar)
+        changed = folder / f"{shard.name}.changed"
+        changed.write_bytes(tar)
+        changed.replace(folder / shard.name)  # a loader may still be reading ahead in the old one, whose memory would be gone
         if right_crc:
             document = json.loads((folder / shard.record_name).read_bytes())
             document.pop("checksum")
