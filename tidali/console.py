@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -192,8 +192,8 @@ def progress_bar(*, show: bool = True) -> Progress:
         def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
             task, room = self.task, options.max_width - 1
             total = "?" if task.total is None else f"{task.total:,.0f}"
-            remaining = TimeRemainingColumn().render(task).plain
-            figures = [f"{task.completed:,.0f}/{total}", remaining, *task.fields.get("notes", ())]
+            remaining = [] if task.time_remaining is None else [TimeRemainingColumn().render(task).plain]
+            figures = [f"{task.completed:,.0f}/{total}", *remaining, *task.fields.get("notes", ())]
             shown = fitting([task.description, *figures], room)
             bar_width = min(room - cell_len(_GAP.join(shown)) - len(_GAP), 40)
             line = Table.grid(padding=(0, len(_GAP), 0, 0))
@@ -230,25 +230,34 @@ def fitting(texts: Sequence[str], width: int) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------------- tables
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> None:
-    """Print a table on standard output. The first ``left`` columns are aligned to the left, the others to the right.
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int | Collection[int] = 1
+) -> None:
+    """Print a table on standard output. The first ``left`` columns, or the columns of these numbers, are aligned to the left,
+    the others to the right.
 
     Where a terminal is too narrow, headings and cells are wrapped. If that does not do, the columns that have no room stand in
     a table below, beside the first column again.
     """
+    for line, style in table_lines(title, columns, rows, line_width(results), left=left):
+        show_line(line, style=style)
+
+
+def table_lines(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], width: int | None, *, left: int | Collection[int] = 1
+) -> list[tuple[str, str | None]]:
+    """The lines of `print_table`, each with its style."""
     cells = [[str(cell) for cell in row] for row in rows]
-    if title:
-        show(title, style="bold")
-    for number, (chosen, widths) in enumerate(_tables(columns, cells, line_width(results))):
-        if number:
-            show("")
-        lines = [[row[place] for place in chosen] for row in ([*columns], *cells)]
-        aligned = [place < left for place in chosen]
-        for place, row in enumerate(lines):
-            for line in _row_lines(row, widths, aligned):
-                show_line(line, style="bold" if place == 0 else None)
-            if place == 0:
-                show_line("─" * (sum(widths) + len(_GAP) * (len(widths) - 1)))
+    left_columns = range(left) if isinstance(left, int) else left
+    out: list[tuple[str, str | None]] = [(line, "bold") for line in wrap(title, width)] if title else []
+    for number, (chosen, widths) in enumerate(_tables(columns, cells, width)):
+        aligned = [place in left_columns for place in chosen]
+        out += [("", None)] if number else []
+        out += [(line, "bold") for line in _row_lines([columns[place] for place in chosen], widths, aligned)]
+        out.append(("─" * _total(widths), None))
+        for row in cells:
+            out += [(line, None) for line in _row_lines([row[place] for place in chosen], widths, aligned)]
+    return out
 
 
 def show_line(line: str, *, style: str | None = None) -> None:

@@ -148,6 +148,24 @@ def resumable(place: str | Path) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------------------- locking
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a file or folder, see `lock`. False where the file system has no locks.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextmanager
 def lock(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold an existing file or folder: one process at a time does. The kernel releases it when the process dies.

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from tidali.dataset.contract import open_dataset
 from tidali.hardware.device import plan_device
 
-FOLDER = {"config.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors", "summary.json"}
+FOLDER = {"config.json", "metrics.jsonl", "steps.jsonl", "summary.json"}
+FOLDER |= {"best.safetensors", "last.safetensors", "state.safetensors"}
 
 
 def test_ranks_share_the_demo_data_that_one_of_them_makes(tmp_path: Path) -> None:
@@ -60,6 +61,15 @@ def test_run_folder(trained, demo_data: Path) -> None:
         assert 0 <= epoch["data_wait_share"] <= 1
         assert 0 <= epoch["val_top1_percent"] <= epoch["val_top5_percent"] == 100  # of four classes
 
+    steps = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["epoch"]) for line in steps] == [(step, step / 5) for step in range(1, 11)]
+    for number, epoch in enumerate(epochs):
+        of_epoch = steps[5 * number : 5 * number + 5]
+        # Batches of equal size: the epoch's mean is the mean of the steps' means.
+        assert sum(line["train_loss"] for line in of_epoch) / 5 == pytest.approx(epoch["train_loss"])
+        assert all(line["images_per_s"] > 0 for line in of_epoch)
+        assert (epoch["classes"], epoch["train_samples"], epoch["train_left_out"]) == (4, 160, 0)
+
     summary = json.loads((out / "summary.json").read_text())
     assert summary["evaluated_on"] == "val"
     assert summary["best"]["top1_percent"] == max(epoch["val_top1_percent"] for epoch in epochs)
@@ -82,7 +92,13 @@ def test_checkpoint_carries_its_classes(trained, demo_data: Path) -> None:
 def test_what_train_prints(trained) -> None:
     out, ended = trained
     summary = json.loads((out / "summary.json").read_text())
-    assert f"{summary['best']['top1_percent']:.2f}" in ended.stdout
+    assert f"{summary['best']['top1_percent']:.1f}" in ended.stdout
+    assert "top-5" not in ended.stdout  # of four classes
+    assert "few images: 32 images of val" in ended.stdout
+    assert (
+        f"next: a page with curves, confusions and the hardest images\n  tidali report {out} -o {out}/report.html"
+        in ended.stderr
+    )
     amp = f"amp     {plan_device('cpu', 'auto', 'off').dtype_name}"
     for told in ("160 train images, 4 classes", amp, "compile off: ", "epoch 2/2  train loss "):
         assert told in ended.stderr
@@ -94,10 +110,10 @@ def test_eval_prints_the_runs_own_figure(tidali, trained, demo_data: Path, given
     best = json.loads((out / "summary.json").read_text())["best"]
     table = tidali("eval", out / given, "--data", demo_data, "--device", "cpu")
     assert (table.code, table.stderr) == (0, "")
+    assert "few images: 32 images of val" in table.stdout
     row = next(line for line in table.stdout.splitlines() if line.startswith("32 "))
-    res, top1, _, _, top5, _, _, loss, _, samples = row.split()
-    expected = [f"{best['top1_percent']:.2f}", f"{best['top5_percent']:.2f}", f"{best['loss']:.4f}"]
-    assert [res, top1, top5, loss, samples] == ["32", *expected, "32"]
+    res, top1, _, _, loss, _, samples = row.split()
+    assert [res, top1, loss, samples] == ["32", f"{best['top1_percent']:.1f}", f"{best['loss']:.3f}", "32"]  # of four classes
 
 
 def test_eval_json_at_several_resolutions(tidali, trained, demo_data: Path) -> None:

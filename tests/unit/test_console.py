@@ -125,7 +125,7 @@ def test_a_progress_bar_is_one_line_that_drops_the_least_important(columns: int,
     assert line.startswith("epoch 3/20")
     shown = [note for note in ("1,250/2,500", *notes) if note in line]
     assert shown == ["1,250/2,500", *notes][: len(shown)]
-    assert len(shown) == {20: 0, 30: 1, 40: 1, 60: 3, 80: 4, 120: 5}[columns]
+    assert len(shown) == {20: 0, 30: 1, 40: 2, 60: 3, 80: 4, 120: 5}[columns]
     assert "…" not in line
 
 

@@ -9,7 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tidali.config import TrainSettings, change, make_recipe
 from tidali.errors import UsageError
@@ -42,6 +44,43 @@ def test_a_run(write_run) -> None:
     assert run.settings["recipe"] == "modern"
     assert run.settings["augment.flip"] == "random"
     assert (run.settings["res"], run.settings["lr"], run.settings["augment.crop_scale"]) == ("64", "0.05", "none")
+
+
+def set_lines(folder: str, *lines: dict[str, Any]) -> None:
+    text = "".join(json.dumps({"epoch": number, **line}) + "\n" for number, line in enumerate(lines, start=1))
+    Path(folder, "metrics.jsonl").write_text(text)
+
+
+def test_of_equal_accuracies_the_best_epoch_is_that_with_the_lower_loss(write_run) -> None:
+    folder = write_run("a")
+    losses = (1.5, 1.2, 1.2, 1.4)
+    set_lines(
+        folder, *({"val_top1_percent": 60.0, "val_loss": loss} for loss in losses), {"val_top1_percent": 9, "val_loss": 0.1}
+    )
+    assert read_runs([folder])[0].best_epoch["epoch"] == 2
+    # An earlier version took the first of them, and its weights are in best.safetensors.
+    Path(folder, "summary.json").write_text(json.dumps({"best_epoch": 1}))
+    assert read_runs([folder])[0].best_epoch["epoch"] == 1
+
+
+def test_a_run_is_judged_by_what_it_logged(write_run) -> None:
+    folder = write_run("a", ["batch_size=64"])
+    line = {"val_top1_percent": 25.0, "val_loss": 1.4, "val_samples": 400, "step": 40, "classes": 4, "train_samples": 64}
+    set_lines(folder, {**line, "train_left_out": 36, "largest_class_percent": 25.0})
+    kinds = [finding.kind for finding in read_runs([folder])[0].findings]
+    assert kinds == ["at chance", "left out"]
+
+
+def test_a_run_of_an_earlier_version_is_judged_by_its_weights_classes(write_run) -> None:
+    """It did not log the number of classes; the header of a safetensors file has them."""
+    folder = write_run("a")
+    set_lines(folder, {"val_top1_percent": 25.0, "val_loss": 1.4, "val_samples": 400, "step": 4000})
+    assert read_runs([folder])[0].findings == []
+    card = json.dumps({"classes": [{"id": name, "name": name} for name in "abcd"]})
+    save_file({"w": np.zeros(1)}, Path(folder, "last.safetensors"), metadata={"tidali": card})
+    assert [finding.kind for finding in read_runs([folder])[0].findings] == ["at chance"]
+    Path(folder, "last.safetensors").write_bytes(b"\xff" * 7)
+    assert read_runs([folder])[0].findings == []
 
 
 def test_held_out_comes_before_val(write_run) -> None:

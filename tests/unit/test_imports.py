@@ -39,7 +39,8 @@ HEAVY = {
     *("matplotlib", "jinja2"),
 }
 STANDARD_LIBRARY_ONLY = {
-    *("tidali.errors", "tidali.files", "tidali.config", "tidali.training.schedule"),
+    *("tidali.errors", "tidali.files", "tidali.config", "tidali.training.schedule", "tidali.training.judgement"),
+    *("tidali.training.history", "tidali.training.run_index"),
     *("tidali.hardware.timing", "tidali.hardware.limits", "tidali.hardware.processes"),
     *(name for name in MODULES if name.startswith("tidali.dataset")),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,14 @@ def test_nothing_counted_is_zero_and_not_a_division_by_zero() -> None:
     score = Meter(torch.device("cpu")).read()
     assert score == Score(samples=0, loss_sum=0.0, correct1=0, correct5=0)
     assert score.to_dict() == {"samples": 0, "loss": 0.0, "top1_percent": 0.0, "top5_percent": 0.0}
+
+
+def test_of_equal_accuracies_the_lower_loss_is_better() -> None:
+    score = Score(samples=10, loss_sum=12.0, correct1=5, correct5=9)
+    assert replace(score, correct1=6, loss_sum=99.0).is_better(score)
+    assert replace(score, loss_sum=11.9).is_better(score)
+    assert not score.is_better(score)
+    assert not replace(score, correct5=10).is_better(score)
 
 
 def test_log_is_one_object_a_line(tmp_path: Path) -> None:

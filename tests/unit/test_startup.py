@@ -1,9 +1,10 @@
-"""Asking for help must not cost an import of torch."""
+"""Asking for help, or for a list of runs, must not cost an import of torch."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +25,9 @@ HEAVY = (
 )
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["train", "--help"], ["train", "--res", "31"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["runs", str(Path(__file__).parent)], ["train", "--help"], ["train", "--res", "31"]]
+)
 def test_nothing_heavy_is_imported(argv: list[str]) -> None:
     program = f"""
 import atexit, sys

@@ -20,8 +20,10 @@ from tidali.cli.options import (
     MaxBadOption,
     parse_resolutions,
 )
+from tidali.training.judgement import Figures, Finding, judge, loss_text, shows_top5
 
 if TYPE_CHECKING:
+    from tidali.dataset.contract import Dataset
     from tidali.report.insight import Insight
     from tidali.training.evaluation import ResolutionScore
     from tidali.training.metrics import Score
@@ -72,8 +74,9 @@ def eval_(
         return
     tests = [other.predictions.compare(own.predictions) for own, other in zip(*evaluated, strict=True)] if against else []
     insights = [[insight_of(row, dataset, split) for row in rows] for rows in evaluated]
+    findings = [[_findings(row, dataset, split) for row in rows] for rows in evaluated]
     if json_:
-        scores = [list(map(_score_document, *both)) for both in zip(evaluated, insights, strict=True)]
+        scores = [list(map(_score_document, *every)) for every in zip(evaluated, insights, findings, strict=True)]
         document = {"checkpoint": checkpoint, "data": data, "split": split, "flip": flip, "scores": scores[0]}
         if against is not None:
             differences = [
@@ -84,8 +87,9 @@ def eval_(
         print(json.dumps(document))
         return
     where = f"on {split} of {data}" + (", with flip TTA" if flip else "")
-    for name, rows, seen in zip(names, evaluated, insights, strict=True):
-        _print_scores(f"{name} {where}", rows)
+    for name, rows, seen, found in zip(names, evaluated, insights, findings, strict=True):
+        _print_scores(f"{name} {where}", rows, len(dataset.manifest.classes))
+        _print_findings([(row.res, one) for row, one in zip(rows, found, strict=True)])
         if len(seen) == 1 and against is None:
             _print_insight(seen[0])
     if against is not None:
@@ -93,25 +97,51 @@ def eval_(
 
 
 def with_error(percent: float, standard_error: float) -> str:
-    """'81.25 ± 6.90': an accuracy and its standard error."""
-    return f"{percent:.2f} ± {standard_error:.2f}"
+    """'81.2 ± 6.9': an accuracy and its standard error."""
+    return f"{percent:.1f} ± {standard_error:.1f}"
 
 
-def _accuracies(score: Score) -> tuple[str, str]:
-    return (
-        with_error(score.top1_percent, score.top1_standard_error_percent),
-        with_error(score.top5_percent, score.top5_standard_error_percent),
-    )
+def _accuracies(score: Score, classes: int) -> tuple[str, ...]:
+    """Top-1 and, where it can be wrong, top-5."""
+    top1 = with_error(score.top1_percent, score.top1_standard_error_percent)
+    top5 = with_error(score.top5_percent, score.top5_standard_error_percent)
+    return (top1, top5) if shows_top5(classes) else (top1,)
 
 
-def _print_scores(title: str, rows: Sequence[ResolutionScore]) -> None:
+def _print_scores(title: str, rows: Sequence[ResolutionScore], classes: int) -> None:
     from tidali.console import print_table
 
     cells = []
     for row in rows:
-        ece = f"{row.predictions.calibration_error_percent:.2f}"
-        cells.append((row.res, *_accuracies(row.score), f"{row.score.loss:.4f}", ece, row.score.samples))
-    print_table(f"{title} (± one standard error)", ("res", "top-1 %", "top-5 %", "loss", "ECE %", "samples"), cells)
+        ece = f"{row.predictions.calibration_error_percent:.1f}"
+        cells.append((row.res, *_accuracies(row.score, classes), loss_text(row.score.loss), ece, f"{row.score.samples:,}"))
+    accuracies = ("top-1 %", "top-5 %") if shows_top5(classes) else ("top-1 %",)
+    print_table(f"{title} (± one standard error)", ("res", *accuracies, "loss", "ECE %", "samples"), cells)
+
+
+def _print_findings(found: Sequence[tuple[int, Sequence[Finding]]]) -> None:
+    """Once where they are the same at all resolutions."""
+    from tidali.console import show
+
+    at_res: dict[str, list[str]] = {}
+    for res, findings in found:
+        for finding in findings:
+            at_res.setdefault(str(finding), []).append(str(res))
+    for text, sides in at_res.items():
+        show(text if len(sides) == len(found) else f"at {', '.join(sides)} px: {text}")
+
+
+def _findings(row: ResolutionScore, dataset: Dataset, split: str) -> list[Finding]:
+    counts = dataset.split(split).class_counts
+    figures = Figures(
+        split=split,
+        samples=row.score.samples,
+        classes=len(dataset.manifest.classes),
+        top1_percent=row.score.top1_percent,
+        loss=row.score.loss,
+        largest_class_percent=100 * max(counts) / sum(counts),
+    )
+    return judge(figures)
 
 
 def _print_insight(insight: Insight) -> None:
@@ -121,7 +151,7 @@ def _print_insight(insight: Insight) -> None:
 
     names, classes = [one.name for one in insight.classes], insight.lowest_classes()
     print_table(
-        f"Lowest of {len(classes)} classes" if len(classes) > _LOWEST_CLASSES else "Classes",
+        f"Lowest of {len(classes):,} classes" if len(classes) > _LOWEST_CLASSES else "Classes",
         ("class", "top-1 %", "95 % interval", "correct", "samples"),
         [
             (name, f"{one.top1_percent:.1f}", interval_text(one.correct, one.samples), one.correct, one.samples)
@@ -129,7 +159,7 @@ def _print_insight(insight: Insight) -> None:
         ],
     )
     print_table(
-        f"Accuracy by confidence: expected calibration error (ECE) {insight.calibration_error_percent:.2f} %",
+        f"Accuracy by confidence: expected calibration error (ECE) {insight.calibration_error_percent:.1f} %",
         ("confidence %", "mean", "top-1 %", "95 % interval", "samples"),
         [
             (
@@ -169,7 +199,7 @@ def _print_differences(names: Sequence[str], evaluated: Sequence[Sequence[Resolu
         [
             (
                 own.res if own.res == other.res else f"{own.res} against {other.res}",
-                f"{test.difference_percent:+.2f} ± {test.standard_error_percent:.2f}",
+                f"{test.difference_percent:+.1f} ± {test.standard_error_percent:.1f}",
                 test.second_only,
                 test.first_only,
                 f"{test.p_value:.2g}{', exact' if test.exact else ''}",
@@ -179,7 +209,7 @@ def _print_differences(names: Sequence[str], evaluated: Sequence[Sequence[Resolu
     )
 
 
-def _score_document(row: ResolutionScore, insight: Insight) -> dict[str, Any]:
+def _score_document(row: ResolutionScore, insight: Insight, findings: Sequence[Finding]) -> dict[str, Any]:
     return {
         "res": row.res,
         **row.score.to_dict(),
@@ -192,6 +222,7 @@ def _score_document(row: ResolutionScore, insight: Insight) -> dict[str, Any]:
         "calibration_error_percent": insight.calibration_error_percent,
         "reliability": [{**asdict(one), "top1_percent": one.top1_percent} for one in insight.reliability()],
         "confident_mistakes": list(_mistake_documents(insight)),
+        "findings": [str(finding) for finding in findings],
     }
 
 

@@ -70,6 +70,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("tidali report runs/NAME", "learning curves, confusion matrix, calibration and mistakes on one page"),
         ("tidali report runs/A runs/B -o compared.html", "two runs side by side"),
     ),
+    "runs": (
+        ("tidali runs", "what is below runs/, and how it went"),
+        ("tidali runs --watch", "how far the running ones are"),
+        ("tidali runs --sort best --html runs/index.html", "a page that links the reports"),
+    ),
     "eval": (
         ("tidali eval runs/NAME --data data/pets", "the best epoch's weights on val"),
         ("tidali eval runs/NAME/last --data data/pets --res 64,128,224", "the last epoch's weights at three resolutions"),

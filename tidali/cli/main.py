@@ -22,6 +22,7 @@ from tidali.cli.evaluate import eval_
 from tidali.cli.examples import CommandWithExamples, ProgramWithExamples
 from tidali.cli.model import export, predict
 from tidali.cli.report import plot, report
+from tidali.cli.runs import runs
 from tidali.cli.study import study
 from tidali.cli.train import train
 from tidali.errors import Interrupted, TidaliError, UsageError, explain_out_of_memory
@@ -40,7 +41,7 @@ app = typer.Typer(
 
 for panel, functions in {
     "Data": (shard, adopt, demo, verify, info, download),
-    "Model": (train, study, eval_, predict, export, plot, report),
+    "Model": (train, study, eval_, predict, export, plot, report, runs),
     "Measure": (bench, doctor),
 }.items():
     for function in functions:

@@ -48,10 +48,10 @@ def study(
             "tidali study runs in one process; under torchrun, use 'tidali train --config' with the config.json of a row"
         )
 
-    from tidali.console import print_table, say
+    from tidali.console import print_table, say, show, suggest
     from tidali.dataset.source import open_data
     from tidali.study.run import StudySettings, run_study
-    from tidali.study.table import COLUMNS, cells, measured_on, notes, rows_not_run
+    from tidali.study.table import COLUMNS, cells, findings, measured_on, notes, rows_not_run
 
     settings = StudySettings(
         data=data,
@@ -68,6 +68,12 @@ def study(
     )
     document = run_study(settings, open_data(data), command=shlex.join(["tidali", *sys.argv[1:]]))
     print_table(settings.out, COLUMNS, [cells(row, short=True) for row in document["rows"]])
+    for finding in findings(document):
+        show(finding)
     for note in (measured_on(document), *notes(document), *rows_not_run(document)):
         say(note)
     say(f"{Path(settings.out) / 'study.html'}: learning curves and pictures")
+    runs = [Path(settings.out) / row["runs"][0]["folder"] for row in document["rows"] if row["runs"]]
+    if runs:
+        page = Path(settings.out) / "report.html"
+        suggest("the rows side by side, with the accuracy of every class", "tidali", "report", *runs, "-o", page)

@@ -29,6 +29,7 @@ from tidali.cli.options import (
 )
 from tidali.config import Recipe, Stem, StemInit, TrainSettings, change, check_res, default_recipe, make_recipe
 from tidali.errors import UsageError
+from tidali.training.judgement import loss_text, shows_top5
 
 
 def train(
@@ -163,8 +164,9 @@ def train(
 
 def _run(settings: TrainSettings, *, out: str | None, resume: bool = False) -> None:
     """Train in the folder, or in a new one of a name of its own, and print the results."""
-    from tidali.console import is_main_rank, print_table, say
+    from tidali.console import is_main_rank, print_table, say, show, suggest
     from tidali.dataset.source import open_data
+    from tidali.training.history import read_runs
     from tidali.training.run import train
     from tidali.training.run_folder import new_run_folder
 
@@ -173,14 +175,24 @@ def _run(settings: TrainSettings, *, out: str | None, resume: bool = False) -> N
         result = train(replace(settings, out=folder), open_data(settings.data), resume=resume)
     if not is_main_rank():
         return
-    rows = [
-        ("best", result.best_epoch, *_score_cells(result.best)),
-        ("last", settings.recipe.epochs, *_score_cells(result.last)),
-    ]
+    (run,) = read_runs([str(result.out)])
+    figures = run.figures
+    assert figures is not None
+    named = [("best", result.best_epoch, result.best), ("last", settings.recipe.epochs, result.last)]
     if result.last_flip is not None:
-        rows.append(("last, with flip TTA", settings.recipe.epochs, *_score_cells(result.last_flip)))
-    print_table(f"{result.out}", ("", "epoch", "top-1 %", "top-5 %", "loss"), rows)
-    say(f"{result.images_per_s:.0f} images/s in training, {result.minutes:.1f} min in total")
+        named.append(("last, with flip TTA", settings.recipe.epochs, result.last_flip))
+    rows = [(name, epoch, *_score_cells(score, figures.classes)) for name, epoch, score in named]
+    accuracies = ("top-1 %", "top-5 %") if shows_top5(figures.classes) else ("top-1 %",)
+    print_table(f"{result.out}", ("", "epoch", *accuracies, "loss"), rows)
+    for finding in run.findings:
+        show(str(finding))
+    say(f"{result.images_per_s:,.0f} images/s in training, {result.minutes:.1f} min in total")
+    suggest(
+        "a page with curves, confusions and the hardest images",
+        *("tidali", "report", result.out),
+        "-o",
+        result.out / "report.html",
+    )
 
 
 def _saved_settings(path: Path, option: str) -> TrainSettings:
@@ -205,8 +217,9 @@ def _refuse_other_options(context: typer.Context, option: str, *allowed: str) ->
             raise UsageError(f"--{name.replace('_', '-')}: not together with --{option}, which takes that run's settings")
 
 
-def _score_cells(score: Any) -> tuple[str, str, str]:
-    return f"{score.top1_percent:.2f}", f"{score.top5_percent:.2f}", f"{score.loss:.4f}"
+def _score_cells(score: Any, classes: int) -> tuple[str, ...]:
+    top5 = (f"{score.top5_percent:.1f}",) if shows_top5(classes) else ()
+    return f"{score.top1_percent:.1f}", *top5, loss_text(score.loss)
 
 
 def demo_data() -> Path:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from tidali.report.class_figures import class_accuracy, confusion_matrix
 from tidali.report.drawing import inline_svg, theme_css
-from tidali.report.insight import Insight
 from tidali.training.uncertainty import standard_error_percent
 
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
+
+    from tidali.report.insight import Insight
 
 _TEMPLATES = Path(__file__).parent
 _PAIRS, _PICTURES_OF_A_PAIR, _HARDEST = 10, 4, 12

@@ -25,6 +25,7 @@ from tidali.report.insight import Insight, inspect_checkpoint
 from tidali.report.page import BEST_IS_BIASED, drawn, insight_part, render
 from tidali.training.evaluation import EvalOptions
 from tidali.training.history import Run, differing_settings, labels
+from tidali.training.judgement import shows_top5
 from tidali.training.uncertainty import standard_error_percent
 
 _PERCENT = "\N{NO-BREAK SPACE}%"
@@ -117,6 +118,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         for run in runs
         if run.summary is None
     ]
+    notes += [f"{run.name}: {finding}" for run in runs for finding in run.findings]
     if any(run.split == "val" for run in runs):
         notes.append(BEST_IS_BIASED)
     notes.append("± is one standard error: how far an accuracy counted on so many samples is usually from the true one.")
@@ -195,7 +197,9 @@ def _measures(run: Run) -> dict[str, str]:
     device: Mapping[str, Any] = summary.get("device", {})
     return {
         "last: top-1, %": _accuracy(last, top1, samples),
-        "last: top-5, %": _accuracy(last, f"{run.split}_top5_percent", samples),
+        "last: top-5, %": "-"
+        if run.figures and not shows_top5(run.figures.classes)
+        else _accuracy(last, f"{run.split}_top5_percent", samples),
         "last: loss": _figure(last, f"{run.split}_loss", 4),
         "last, with flip TTA: top-1, %": _accuracy(summary.get("last_flip") or {}, "top1_percent", samples),
         "best: top-1, %": _accuracy(best, top1, samples),

@@ -16,7 +16,7 @@ from tidali.report.figures import Evaluated, accuracy_against_gmacs, accuracy_ag
 from tidali.report.insight import Insight, inspect_checkpoint
 from tidali.report.page import drawn, insight_part, render
 from tidali.study.explain import explain
-from tidali.study.table import measured_on, notes
+from tidali.study.table import findings, measured_on, notes
 from tidali.training.evaluation import EvalOptions
 from tidali.training.history import Run, read_runs
 from tidali.training.uncertainty import standard_error_percent
@@ -52,7 +52,7 @@ def write_study_page(study: Mapping[str, Any], folder: Path, dataset: Dataset) -
         study=study,
         title=f"The transfer-learning study on {study['data']['name']}",
         made=f"{study['date']} · {measured_on(study)}",
-        notes=[*notes(study), _uncertainty(insight, len(study["seeds"]))],
+        notes=[*findings(study), *notes(study), _uncertainty(insight, len(study["seeds"]))],
         rows=rows,
         gmacs=drawn(accuracy_against_gmacs(models), "top-1 against multiply-adds"),
         resolution=drawn(accuracy_against_resolution(lines), "top-1 against resolution") if lines else None,

@@ -35,6 +35,7 @@ from tidali.study.page import write_study_page
 from tidali.study.rows import IMAGENET, ROWS, Row, needed_by, scaled
 from tidali.study.table import describe, markdown
 from tidali.training.evaluation import EvalOptions, evaluate_checkpoint, evaluate_served
+from tidali.training.history import read_runs
 from tidali.training.resume import STATE_NAME
 from tidali.training.run import train
 from tidali.training.run_folder import write_json
@@ -229,6 +230,13 @@ class Study:
                 }
                 for res in row.eval_sizes
             ],
+            "findings": list(
+                dict.fromkeys(
+                    str(finding)
+                    for run in read_runs([str(self.folder(row.name, seed)) for seed in self.seeds])
+                    for finding in run.findings
+                )
+            ),
             "runs": [
                 {
                     "seed": seed,

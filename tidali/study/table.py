@@ -107,6 +107,11 @@ def notes(study: Mapping[str, Any]) -> list[str]:
     return out
 
 
+def findings(study: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the results of rows, and what to try."""
+    return [f"Row {row['row']}: {text}" for row in study["rows"] for text in row.get("findings", ())]
+
+
 def rows_not_run(study: Mapping[str, Any]) -> list[str]:
     return [f"Row {row['row']} was not run: {row['reason']}." for row in study["rows"] if row["status"] != "done"]
 
@@ -116,7 +121,7 @@ def markdown(study: Mapping[str, Any]) -> str:
     lines = [f"# The study on {study['data']['name']}", "", f"`{study['command']}`, {study['date']}", ""]
     lines += [f"| {' | '.join(COLUMNS)} |", f"|{'|'.join(['---'] * 2 + ['---:'] * (len(COLUMNS) - 2))}|"]
     lines += [f"| {' | '.join(cells(row))} |" for row in study["rows"]]
-    remarks = [measured_on(study), *notes(study), *rows_not_run(study)]
+    remarks = [measured_on(study), *notes(study), *findings(study), *rows_not_run(study)]
     measured = [row for row in study["rows"] if row["at_resolution"]]
     if measured:
         sizes = [one["res"] for one in measured[0]["at_resolution"]]

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tidali.errors import UsageError
+from tidali.training.judgement import Figures, Finding, judge
 
 _NOT_COMPARED = {"out"}
 """Settings that name a run's place and do not change its results."""
 _MAX_DIFFERENCES = 3
+_LONGEST_HEADER = 1 << 24
+_LAST_BYTES = 1 << 12
 _SPLITS = ("heldout", "val")
 
 
@@ -26,7 +32,7 @@ class Run:
     settings: Mapping[str, str]
     """Every setting in config.json, by the name that ``--set`` takes, as text."""
     epochs: tuple[Mapping[str, Any], ...]
-    """The lines of metrics.jsonl: finished epochs in order, at least one."""
+    """The lines of metrics.jsonl: finished epochs in order; at least one, but for `open_run`."""
     summary: Mapping[str, Any] | None
     """The content of summary.json; None before the run has ended."""
 
@@ -37,12 +43,54 @@ class Run:
 
     @property
     def best_epoch(self) -> Mapping[str, Any]:
-        """The first epoch with the highest top-1, which training also chooses."""
-        return max(self.epochs, key=lambda epoch: float(epoch[f"{self.split}_top1_percent"]))
+        """The epoch whose weights are the best ones: with the highest top-1, of equals with the lowest loss, of equals the
+        first. Earlier versions took the first with the highest top-1, so what a finished run says of itself comes first."""
+        chosen = (self.summary or {}).get("best_epoch")
+        of_number = {epoch["epoch"]: epoch for epoch in self.epochs}
+        return of_number.get(chosen) or max(self.epochs, key=self._rank)
+
+    def _rank(self, epoch: Mapping[str, Any]) -> tuple[float, float]:
+        loss = _number(epoch.get(f"{self.split}_loss"))
+        return float(epoch[f"{self.split}_top1_percent"]), -math.inf if math.isnan(loss) else -loss
+
+    @property
+    def figures(self) -> Figures | None:
+        """The result after the last epoch, to be judged; None where it is not known how many classes there are."""
+        last = self.epochs[-1]
+        classes = last.get("classes") or _classes_of(self.folder)
+        if not isinstance(classes, int) or classes < 1:
+            return None
+
+        def count(value: object) -> int:
+            number = _number(value)
+            return int(number) if math.isfinite(number) else 0
+
+        return Figures(
+            split=self.split,
+            samples=count(last.get(f"{self.split}_samples")),
+            classes=classes,
+            top1_percent=float(last[f"{self.split}_top1_percent"]),
+            loss=self.column(f"{self.split}_loss")[-1],
+            largest_class_percent=last.get("largest_class_percent"),
+            losses=self.column(f"{self.split}_loss"),
+            train_losses=self.column("train_loss"),
+            train_top1_percent=self.column("train_top1_percent")[-1],
+            train_samples=count(last.get("train_samples")),
+            train_left_out=count(last.get("train_left_out")),
+            batch_size=count(self.settings.get("batch_size")),
+            lr=_number(self.settings.get("lr")),
+            ema_decay=_number(self.settings.get("ema_decay", 0)),
+            steps=count(last.get("step")),
+        )
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What is wrong with the result, and what to try."""
+        return [] if self.figures is None else judge(self.figures)
 
     def column(self, field: str) -> list[float]:
         """A field's value in every epoch; NaN where it is missing."""
-        return [float(epoch.get(field, "nan")) for epoch in self.epochs]
+        return [_number(epoch.get(field)) for epoch in self.epochs]
 
 
 def read_runs(given: Sequence[str]) -> list[Run]:
@@ -55,9 +103,13 @@ def read_runs(given: Sequence[str]) -> list[Run]:
     """
     folders = [Path(one) for one in given]
     names = [folder.absolute().name for folder in folders]
-    return [
-        _read_run(folder, name if names.count(name) == 1 else str(folder)) for folder, name in zip(folders, names, strict=True)
+    runs = [
+        open_run(folder, name if names.count(name) == 1 else str(folder)) for folder, name in zip(folders, names, strict=True)
     ]
+    for run in runs:
+        if not run.epochs:
+            raise UsageError(f"{run.folder}: no finished epoch yet (metrics.jsonl is missing or empty)")
+    return runs
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -78,22 +130,41 @@ def labels(runs: Sequence[Run]) -> list[str]:
     return out
 
 
-def _read_run(folder: Path, name: str) -> Run:
+def open_run(folder: Path, name: str) -> Run:
+    """A run that may have no finished epoch yet.
+
+    Raises:
+        UsageError: not a run folder.
+    """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such run folder")
-    config = _json_object(folder / "config.json")
+    config = json_object(folder / "config.json")
     if config is None or not isinstance(config.get("recipe"), dict):
         raise UsageError(f"{folder}: not a run folder of 'tidali train': it has no such config.json")
-    epochs = _epochs(folder / "metrics.jsonl")
-    if not epochs:
-        raise UsageError(f"{folder}: no finished epoch yet (metrics.jsonl is missing or empty)")
     return Run(
         folder=folder,
         name=name,
         settings=dict(_flattened(config)),
-        epochs=epochs,
-        summary=_json_object(folder / "summary.json"),
+        epochs=_epochs(folder / "metrics.jsonl"),
+        summary=json_object(folder / "summary.json"),
     )
+
+
+def last_step(folder: Path) -> dict[str, Any] | None:
+    """The last line of the run's steps.jsonl that is whole; None without one. Reads no more than the end of the file."""
+    try:
+        with (folder / "steps.jsonl").open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - _LAST_BYTES, 0))
+            lines = file.read().splitlines(keepends=True)
+    except OSError:
+        return None
+    for line in reversed(lines):
+        with suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict) and line.endswith(b"\n"):
+                return found
+    return None
 
 
 def _epochs(path: Path) -> tuple[Mapping[str, Any], ...]:
@@ -107,19 +178,40 @@ def _epochs(path: Path) -> tuple[Mapping[str, Any], ...]:
     for line in lines:
         try:
             entry = json.loads(line)
-            if any(f"{split}_top1_percent" in entry for split in _SPLITS):
+            if any(isinstance(entry.get(f"{split}_top1_percent"), int | float) for split in _SPLITS):
                 entries[int(entry["epoch"])] = entry
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             continue
     return tuple(entries[number] for number in sorted(entries))
 
 
-def _json_object(path: Path) -> dict[str, Any] | None:
+def json_object(path: Path) -> dict[str, Any] | None:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return document if isinstance(document, dict) else None
+
+
+def _classes_of(folder: Path) -> int | None:
+    """The number of classes by the metadata of the run's weights, as earlier versions did not log it: a safetensors file begins
+    with the length of its header in 8 bytes, then the header, which is JSON (`tidali.model.checkpoint`)."""
+    for path in (folder / "last.safetensors", folder / "best.safetensors"):
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER)))
+            return len(json.loads(header["__metadata__"]["tidali"])["classes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _number(value: object) -> float:
+    """NaN where it is none, as in a file that was damaged."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _flattened(document: Mapping[str, Any], section: str = "") -> list[tuple[str, str]]:

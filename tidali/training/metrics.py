@@ -49,6 +49,10 @@ class Score:
     def top5_standard_error_percent(self) -> float:
         return standard_error_percent(self.correct5, self.samples)
 
+    def is_better(self, other: Score) -> bool:
+        """By top-1, and where that is equal, by the loss. Of the same samples."""
+        return (self.correct1, -self.loss) > (other.correct1, -other.loss)
+
     def to_dict(self) -> dict[str, float]:
         return {
             "samples": self.samples,
@@ -103,13 +107,17 @@ def _score(sums: Tensor) -> Score:
 
 
 class JsonlLog:
-    """Appends JSON objects to a file, one per line, each flushed to disk."""
+    """Appends JSON objects to a file, one per line."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, sync: bool = True) -> None:
+        """
+        Args:
+            sync: each line is flushed to the disk, and survives a power cut.
+        """
+        self._path, self._sync = path, sync
 
-    def keep_through(self, epoch: int) -> None:
-        """Remove the lines of later epochs, which a killed run will write again, and an incomplete last line.
+    def keep_through(self, last: int, field: str = "epoch") -> None:
+        """Remove the lines of later epochs, or steps, which a killed run will write again, and an incomplete last line.
 
         Raises:
             TidaliError: the file cannot be written.
@@ -117,7 +125,7 @@ class JsonlLog:
         if not self._path.exists():
             return
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epoch]
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)[field] <= last]
         if kept != lines:
             write_atomically(self._path, "".join(kept).encode())
 
@@ -130,6 +138,7 @@ class JsonlLog:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(fields) + "\n")
                 file.flush()
-                os.fsync(file.fileno())
+                if self._sync:
+                    os.fsync(file.fileno())
         except OSError as error:
             raise TidaliError(f"{self._path}: cannot be written ({error.strerror})") from None

@@ -25,11 +25,13 @@ from tidali.hardware.timing import Stopwatch
 from tidali.loading.augment import draw_mix, mix_batch
 from tidali.training.engine import EpochResult, all_finite, evaluate, train_epoch
 from tidali.training.interrupt import StopRequest
+from tidali.training.judgement import loss_text
 from tidali.training.metrics import JsonlLog, Meter, Score
 from tidali.training.resume import STATE_NAME, Progress, copy_state, load_state, saved_route
 from tidali.training.run_files import RunFiles
 from tidali.training.run_folder import RunResult, epoch_fields, make_run_folder, summary, write_json
 from tidali.training.setup import announce, set_up
+from tidali.training.step_log import StepLog
 from tidali.training.tensorboard import TensorBoardLog
 
 EPOCH_SAVE_S = 30.0
@@ -114,10 +116,19 @@ class Run:
             write_json(self.out / "config.json", self.settings.to_dict())
         self.log = JsonlLog(self.out / "metrics.jsonl")
         self.events: TensorBoardLog | None = None
+        self.steps: StepLog | None = None
         if self.ranks.is_main:
+            self.files.hold()
             self.log.keep_through(self.progress.epoch)
             if self.settings.tensorboard:
                 self.events = TensorBoardLog(self.out / "tensorboard", first_epoch=self.progress.epoch + 1)
+            self.steps = StepLog(
+                self.out,
+                epoch_steps=len(self.train_batches),
+                batch_size=self.settings.recipe.batch_size,
+                step=self.state.step,
+                tensorboard=self.settings.tensorboard,
+            )
             announce(self.settings, self.dataset, self.plan, self.ranks, self.setup)
             if resume:
                 say(f"resumed at step {self.state.step}")
@@ -133,15 +144,19 @@ class Run:
         with progress_bar(show=self.ranks.is_main) as bar:
             task = bar.add_task(f"epoch {number}/{recipe.epochs}", total=len(self.train_batches))
             watch = Stopwatch()
+            if self.steps is not None:
+                self.steps.begin_epoch(self.state.step, self.meter.read())
 
             def on_step(waited_s: float) -> None:
                 score = self.meter.peek()
                 self.require(math.isfinite(score.loss_sum), "the loss is")
+                if self.steps is not None:
+                    self.steps.update(self.state.step, self.state.schedule(self.state.step - 1), score)
                 if not bar.disable and score.samples:
                     done = self.state.step - progress.epoch * len(self.train_batches)
                     rate = score.samples * self.ranks.world_size / watch.peek_s()
                     notes = (
-                        f"loss {score.loss:.3f}",
+                        f"loss {loss_text(score.loss)}",
                         f"top-1 {score.top1_percent:.1f} %",
                         f"{rate:,.0f} images/s",
                         f"waiting for data {100 * waited_s / watch.peek_s():.1f} %",
@@ -164,7 +179,7 @@ class Run:
         self.ranks.broadcast_buffers(self.state.evaluated)
         score = self.evaluate()
         self.require(math.isfinite(score.loss_sum), "the loss is")
-        is_best = progress.best is None or score.correct1 > progress.best.correct1
+        is_best = progress.best is None or score.is_better(progress.best)
         if is_best:
             progress.best, progress.best_epoch = score, number
         progress.last, progress.epoch = score, number
@@ -263,14 +278,13 @@ class Run:
             "lr": self.state.schedule(self.state.step - 1),
             **epoch_fields(trained, score, self.select_on),
         }
-        self.log.write(**fields)
+        self.log.write(**fields, **self.setup.facts())
         if self.events is not None:
             self.events.write(**fields)
         compiling = f"  compiling took {trained.compile_s:.1f} s" if trained.compile_s else ""
         say(
-            f"epoch {number}/{recipe.epochs}  train loss {trained.score.loss:.3f} top-1 {trained.score.top1_percent:.1f} %  "
-            f"{self.select_on} loss {score.loss:.3f} top-1 {score.top1_percent:.1f} %  {trained.images_per_s:,.0f} images/s  "
-            f"waiting for data {100 * trained.data_wait_share:.1f} %{compiling}"
+            f"epoch {number}/{recipe.epochs}  train {_in_words(trained.score)}  {self.select_on} {_in_words(score)}  "
+            f"{trained.images_per_s:,.0f} images/s  waiting for data {100 * trained.data_wait_share:.1f} %{compiling}"
         )
 
     def save_state(self, position: Mapping[str, Any] | None = None, *, beside_training: bool = False) -> None:
@@ -308,3 +322,7 @@ class Run:
         if self.ranks.is_main:
             write_json(self.out / "summary.json", summary(result, self.plan, self.select_on))
         return result
+
+
+def _in_words(score: Score) -> str:
+    return f"loss {loss_text(score.loss)} top-1 {score.top1_percent:.1f} %"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor, nn
 
+from tidali.errors import TidaliError
+from tidali.files import lock
 from tidali.model.checkpoint import SUFFIX, ModelCard, save_checkpoint
 from tidali.training.resume import STATE_NAME, SavedState, write_state
+
+_LOCK_ATTEMPTS = 3
 
 
 class RunFiles:
@@ -25,12 +31,30 @@ class RunFiles:
         self._kept: dict[str, tuple[Mapping[str, Tensor], ModelCard]] = {}  # since the last save, by the file's name
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="tidali-save")
         self._writing: Future[None] | None = None
+        self._held = ExitStack()
 
     def __enter__(self) -> RunFiles:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._writer.shutdown()  # waits for what is being written
+        self._held.close()
+
+    def hold(self) -> None:
+        """Lock the folder until the run ends, so that no other process trains in it, and `tidali runs` sees that it goes on.
+
+        Raises:
+            TidaliError: another process trains in it.
+        """
+        for attempt in range(_LOCK_ATTEMPTS):
+            try:
+                with suppress(OSError):  # a file system without locks
+                    self._held.enter_context(lock(self._out, wait=False))
+                return
+            except TidaliError:  # it may also have been looked at in this moment
+                if attempt == _LOCK_ATTEMPTS - 1:
+                    raise
+                time.sleep(0.05)
 
     def keep(self, model: nn.Module, card: ModelCard, *, is_best: bool) -> None:
         """Copy the weights, where they are, for the next save: training changes them meanwhile."""

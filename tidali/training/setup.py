@@ -41,6 +41,18 @@ class Setup:
     load_report: LoadReport | None
     data: Data
 
+    def facts(self) -> dict[str, float]:
+        """What a reader of metrics.jsonl needs to judge its figures (`tidali.training.judgement`), the same for every epoch."""
+        manifest = self.data.dataset.manifest
+        evaluated, recipe = manifest.splits[self.select_on], self.state.recipe
+        trained = min(len(self.train_batches) * recipe.batch_size, self.train_batches.samples)
+        return {
+            "classes": len(manifest.classes),
+            "largest_class_percent": 100 * max(evaluated.class_counts) / evaluated.samples,
+            "train_samples": trained,
+            "train_left_out": self.train_batches.samples - trained,
+        }
+
 
 def set_up(
     settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks: Ranks, *, cache: CacheChoice | None = None
