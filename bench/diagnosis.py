@@ -7,8 +7,13 @@ from typing import Literal
 
 from bench.ceilings import Ceiling
 from bench.measure import Rates
+from tidali.errors import counted
 
-Culprit = Literal["the loader", "the step", "the loop around the step"]
+Culprit = Literal["the loader", "the step", "the loop around the step", "not known"]
+
+MIN_REPEATS = 3
+BUSY_SHARE = 0.25
+"""With more of the cores' time used by other processes, differences between cases are those of what was left to them."""
 
 LOST_SHARE = 0.15
 """How much slower than the step on synthetic data end-to-end training must be before the step alone no longer explains its
@@ -43,7 +48,7 @@ def diagnose(
     step_on_host: bool,
     synchronisations: int | None = None,
 ) -> Diagnosis:
-    """Name the culprit, and the figures that show it.
+    """Name the culprit, where the figures show one, and the figures.
 
     Args:
         loader, step, end_to_end: the loader alone, the step on data that is already on the device, and both, in images/s.
@@ -55,7 +60,10 @@ def diagnose(
     # A loader that prefetches makes nobody wait, and still uses cores that the step could use.
     costly_loader = step.median / loader.median > LOST_SHARE
     culprit: Culprit
-    if reached >= 1 - LOST_SHARE and wait <= LOST_SHARE:
+    unknown = _why_unknown(loader, step, end_to_end)
+    if unknown is not None:
+        culprit, why = "not known", f"what limits it is not known: {unknown}"
+    elif reached >= 1 - LOST_SHARE and wait <= LOST_SHARE:
         culprit = "the step"
         why = f"the step is the bottleneck{_share_of(step_ceiling, step)}"
         if step_on_host and step.idle_share is not None and step.idle_share > IDLE_SHARE:
@@ -83,6 +91,25 @@ def diagnose(
         host_synchronisations=synchronisations,
         line=f"{res} px: waiting for data {100 * wait:.1f} %: {why}",
     )
+
+
+def _why_unknown(loader: Rates, step: Rates, end_to_end: Rates) -> str | None:
+    """Why the figures do not support a verdict; None if they do."""
+    every = (loader, step, end_to_end)
+    repeats, busy = min(len(one.per_s) for one in every), max(one.others_share or 0.0 for one in every)
+    if repeats < MIN_REPEATS:
+        return f"{counted(repeats, 'measurement')} of each case cannot show it; give --repeats 5"
+    if busy > BUSY_SHARE:
+        return f"other processes used up to {100 * busy:.0f} % of the cores; measure again when the machine is free"
+    if end_to_end.median > (1 + LOST_SHARE) * step.median:
+        return (
+            f"end to end reached {end_to_end.median:,.0f} images/s and the step, which is a part of it, {step.median:,.0f}: "
+            "the machine's speed changed meanwhile; measure again"
+        )
+    lost = end_to_end.median < (1 - LOST_SHARE) * step.median
+    if lost and (end_to_end.wait_share or 0.0) <= LOST_SHARE and max(end_to_end.per_s) >= min(step.per_s):
+        return "the measurements of the step and of end to end overlap; give more --repeats"
+    return None
 
 
 def _share_of(ceiling: Ceiling | None, rates: Rates) -> str:

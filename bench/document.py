@@ -44,6 +44,7 @@ def make_document(benchmark: str, plan: DevicePlan, dataset: Dataset | None = No
 def make_row(case: str, rates: Rates, ceiling: Ceiling | None, **fields: Any) -> dict[str, Any]:
     """One measured case."""
     row = {"case": case, **fields, "images_per_s": rates.to_dict(), "measured": rates.measured()}
+    row |= {"others_share": rates.others_share} if rates.others_share is not None else {}
     return {**row, **(ceiling.fields(rates) if ceiling is not None else {})}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -51,6 +51,8 @@ class Rates:
     """Fraction of the measured time that the step waited for its data, 0..1; None if the case has no `WaitTimer`."""
     idle_share: float | None = None
     """Fraction of the cores' time that no process used, 0..1; None if the kernel does not report it."""
+    others_share: float | None = None
+    """Fraction of the cores' time that processes other than this one and its own used, 0..1; None likewise."""
 
     @property
     def median(self) -> float:
@@ -73,6 +75,7 @@ class Rates:
             first_step_s=parts[0].first_step_s,
             wait_share=share("wait_share"),
             idle_share=share("idle_share"),
+            others_share=share("others_share"),
             **sums,
         )
 
@@ -128,15 +131,17 @@ class Case:
         warmup_s = warm_up.elapsed_s()
 
         waited_s = self.wait.total_s if self.wait is not None else 0.0
-        idle_before_s, watch = idle_s(), Stopwatch(self.device)
+        idle_before_s, own_before_s, watch = idle_s(), own_cpu_s(), Stopwatch(self.device)
         images, steps = 0.0, 0
         while not self._may_end(steps, watch.peek_s(), min_seconds):
             images += self.step()
             steps += 1
         seconds, idle_after_s = watch.elapsed_s(), idle_s()
-        idle_share = None
+        idle_share, others_share = None, None
         if idle_before_s is not None and idle_after_s is not None:
-            idle_share = min((idle_after_s - idle_before_s) / (seconds * affinity_count()), 1.0)
+            cores_s = seconds * affinity_count()
+            idle_share = min((idle_after_s - idle_before_s) / cores_s, 1.0)
+            others_share = min(max(1 - idle_share - (own_cpu_s() - own_before_s) / cores_s, 0.0), 1.0)
         return Rates(
             per_s=(images / seconds,),
             first_step_s=first_step_s,
@@ -146,6 +151,7 @@ class Case:
             seconds=seconds,
             wait_share=(self.wait.total_s - waited_s) / seconds if self.wait is not None else None,
             idle_share=idle_share,
+            others_share=others_share,
         )
 
     def _may_end(self, steps: int, seconds: float, min_seconds: float) -> bool:
@@ -213,3 +219,21 @@ def idle_s() -> float | None:
     except (OSError, AttributeError, IndexError, ValueError):
         return None
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def own_cpu_s() -> float:
+    """Processor time of this process and of all that it started, ended ones included, in seconds; 0 without /proc."""
+    ticks: dict[int, int] = {}
+    children: dict[int, list[int]] = {}
+    for stat in _STAT.parent.glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, IndexError):  # it ended in this moment
+            fields = stat.read_text(errors="replace").rpartition(")")[2].split()  # behind the name, which may hold anything
+            process = int(stat.parent.name)
+            ticks[process] = sum(map(int, fields[11:15]))  # in user and kernel mode, its own and its ended children's
+            children.setdefault(int(fields[1]), []).append(process)
+    found, own = [os.getpid()], 0
+    while found:
+        process = found.pop()
+        own += ticks.get(process, 0)
+        found += children.get(process, [])
+    return own / os.sysconf("SC_CLK_TCK")

@@ -15,6 +15,8 @@ from tidali.files import write_atomically
 WHERE = ("res", "stem", "batch_size", "threads", "samples", "ranks")
 """A row's fields that distinguish it from other rows of the same case."""
 
+NOTED_SHARE = 0.1
+"""Of the cores' time: what other processes used of it is said from here on."""
 _CEILING_UNITS = {"images": ("images/s", 1.0), "bytes": ("GB/s", 1e9), "flop": ("TFLOP/s", 1e12)}
 
 
@@ -119,6 +121,12 @@ def _show_rows(document: Mapping[str, Any]) -> None:
         if "not_run" in row:  # below the table: a reason is a sentence, and would widen its column
             where = f" ({label(row)})" if label(row) else ""
             show_line(f"not run: {row['case']}{where}: {row['not_run']}")
+
+    others = max((row.get("others_share") or 0.0 for row in rows), default=0.0)
+    if others > NOTED_SHARE:
+        show_line(
+            f"other processes used up to {100 * others:.0f} % of the cores: on a machine that does nothing else it is faster"
+        )
 
 
 def _cells(row: Mapping[str, Any], extra: list[str]) -> list[str]:

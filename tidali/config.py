@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -309,7 +310,9 @@ def change(recipe: Recipe, changes: Sequence[str]) -> Recipe:
         place = document["augment"] if section == "augment" else document
         if not equals or section not in ("", "augment") or field not in place or isinstance(place[field], dict):
             names = [name for name in document if name != "augment"] + [f"augment.{name}" for name in document["augment"]]
-            raise UsageError(f"--set {text}: give field=value, with one of {', '.join(names)}")
+            close = difflib.get_close_matches(path, names, n=1)
+            hint = f"did you mean {close[0]}? Give" if close and close[0] != path else "give"
+            raise UsageError(f"--set {text}: {hint} field=value, with one of {', '.join(names)}")
         if field == "train_sizes":
             value = f"[{value.strip('[]')}]"  # ``64,128`` as well as ``[64,128]``
         try:

@@ -107,6 +107,11 @@ def show(text: str, *, hang: int = _HANG, style: str | None = None) -> None:
     _print_lines(results, text, hang=hang, style=style)
 
 
+def show_command(command: str, *, indent: int) -> None:
+    """Print a shell command on standard output, ready to copy."""
+    show_line(wrap_command(command, line_width(results), indent=indent))
+
+
 def suggest(what: str, *words: object) -> None:
     """Print a command that a user may want next, ready to copy, unless ``--quiet`` was given.
 

@@ -39,6 +39,10 @@ class DatasetError(TidaliError):
     """A packed data set that is missing, damaged or of an unknown format version."""
 
 
+class NoDatasetError(DatasetError, UsageError):
+    """There is no packed data set where one was named: wrong use, so the command exits with 2."""
+
+
 class Interrupted(TidaliError):
     """The run was asked to stop, and its state is saved."""
 

@@ -28,6 +28,12 @@ CASES = {
         (["train", "--seed", "99999999999999999999"], "--seed"),
         (["train", "--recipe", "old"], "--recipe"),
         (["train", "--set", "lr=high"], "--set lr=high"),
+        (["train", "--set", "lrr=1"], "--set lrr=1: did you mean lr? Give field=value"),
+        (["train", "--set", "shift_px=1"], "did you mean augment.shift_px?"),
+        (["train", "--data", "nowhere"], "nowhere: no dataset.json here; make a data set with"),
+        (["eval", "{run}", "--data", "nowhere"], "nowhere: no dataset.json"),
+        (["bench", "--data", "nowhere"], "nowhere: no dataset.json"),
+        (["info", "nowhere"], "nowhere: no dataset.json"),
         (["train", "--set", "accumulate=65"], "accumulate 65: at least 1, with two of 128 samples"),
         (["train", "--set", "train_sizes=64,16"], "train_sizes [64, 16]: at least 32 pixels"),
         (["train", "--set", "train_sizes=big"], "--set train_sizes=big"),
@@ -65,13 +71,12 @@ CASES = {
         (["shard", "{file}", "new"], "{file}: neither a folder nor a readable zip"),
     ],
     FAILED: [
-        (["train", "--data", "nowhere"], "nowhere: no dataset.json here; make a data set with"),
         (["train", "--data", "{damaged}"], "train-000000.tar: "),
         ([*TRAIN, "--out", "{file}"], "--out {file}: cannot be made (File exists)"),
         ([*TRAIN, "--device", "cuda"], "--device cuda: "),
-        (["eval", "{run}", "--data", "nowhere"], "nowhere: no dataset.json"),
         (["eval", "{run}", "--data", "{demo}", "--split", "test"], "no 'test' split"),
-        (["bench", "--data", "nowhere"], "nowhere: no dataset.json"),
+        (["bench", "--device", "cuda"], "--device cuda: "),
+        (["train", "--device", "cuda"], "--device cuda: "),
     ],
 }
 

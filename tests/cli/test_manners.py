@@ -152,7 +152,7 @@ def test_warnings_and_errors_are_printed_with_quiet_too(tidali, normal: None, tm
     ended = tidali("-q", "shard", source, tmp_path / "packed", "--workers", 1)
     assert "warning: not usable as images: 1 file;" in ended.stderr
     ended = tidali("--quiet", "info", tmp_path / "none")
-    assert ended.code == 1
+    assert ended.code == 2
     assert ended.stderr.startswith("tidali: ")
 
 

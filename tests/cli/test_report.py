@@ -234,7 +234,7 @@ WRONG = [
     (["report", "{begun}"], 2, "{begun}: no finished epoch yet"),
     (["report", "{run}", "-o", "nowhere/report.html"], 2, "--out nowhere/report.html: there is no folder nowhere"),
     (["report", "{run}", "-o", "."], 2, "--out .: is a folder"),
-    (["report", "{run}", "--data", "nowhere"], 1, "nowhere: no dataset.json"),
+    (["report", "{run}", "--data", "nowhere"], 2, "nowhere: no dataset.json"),
 ]
 
 

@@ -183,7 +183,7 @@ def test_verify(tidali: Any, packed: Path, make: Any, tiny_zip: Path, tmp_path: 
     assert "train-000007.tar: is in no split of the manifest; remove it" in bad.stdout
     assert "2 faults" in bad.stderr
     none = tidali("verify", tmp_path)
-    assert none.code == 1
+    assert none.code == 2
     assert "no dataset.json here" in none.stderr
 
 

@@ -27,7 +27,7 @@ from tidali.model.resnet import resnet_gmacs
 
 
 def rates(value: float, **more: float) -> Rates:
-    return Rates(per_s=(value,), **more)
+    return Rates(per_s=(value,) * 3, **more)
 
 
 def test_forward_gmacs_are_the_published_ones() -> None:

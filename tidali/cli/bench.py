@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -113,8 +114,12 @@ def bench(
 
     from bench.compare import load
     from bench.report import show, write_json
-    from tidali.console import say
+    from tidali.console import say, suggest
 
+    if case == "all" or case in USED_BY["device"]:
+        from tidali.hardware.device import plan_device
+
+        plan_device(device, amp, compile)  # refused before the demo data are written
     old = load(Path(compare), "training peers" if training else case) if compare is not None else None
     shared: dict[str, Any] = {"resolutions": resolutions, "repeats": repeats}
     on_device: dict[str, Any] = {
@@ -178,6 +183,9 @@ def bench(
         show(document)
     if json_ is not None:
         write_json(document, json_)
+    else:
+        again = ("tidali", *sys.argv[1:], "--json", "bench.json")
+        suggest("keep the figures of another run, for 'tidali bench --compare bench.json' later", *again)
     if plot is not None:
         from bench.plot import write_plot
 

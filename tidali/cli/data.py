@@ -13,7 +13,7 @@ import typer
 
 from tidali.cli.options import JsonOption, RecipeName, output_file
 from tidali.config import Kernel, change, check_res, make_recipe
-from tidali.console import print_table, progress_bar, say, show, warn
+from tidali.console import print_table, progress_bar, say, show, suggest, warn
 from tidali.dataset.file_names import describe_left_out, visible_name
 from tidali.errors import TidaliError, UsageError, counted, span
 
@@ -31,6 +31,18 @@ _NOTED = {
     "hold 12 bits, declare that in the files (sBIT in PNG, MaxSampleValue in TIFF), or scale them first",
 }
 """What is said after packing of images of a kind, by the name it is counted under."""
+
+_IN_WORDS = {
+    "exif_rotated": "turned by EXIF",
+    "cmyk": "in CMYK",
+    "alpha": "with transparent pixels",
+    "sixteen_bit": "of 16 bits",
+    "sixteen_bit_dark": "of 16 bits and nearly black",
+    "reencoded": "converted to PNG",
+}
+"""Other kinds are called by the name they are counted under."""
+_LISTED_CLASSES = 50
+_LISTED_ENDS = 10
 
 # One for each group of options in the help. Called as typer.Option.
 which_option = partial(typer.Option, rich_help_panel="Which images")
@@ -157,6 +169,7 @@ def shard(
             progress=progress,
         )
     print_pack(report)
+    _suggest_next(source, dest, report)
     if strict and report.manifest.quarantine:
         raise TidaliError(f"{dest}: --strict allows no quarantined file, and there are {len(report.manifest.quarantine):,}")
 
@@ -371,17 +384,45 @@ def _print_splits(title: str, manifest: Manifest) -> None:
     print_table(title, ("split", "samples", "shards", "MB", "per class", "height x width", "stored as"), rows)
 
 
+def _suggest_next(source: Path, dest: str, report: PackReport) -> None:
+    splits = report.manifest.splits
+    if any(splits[name].samples and splits[name].labelled for name in ("val", "heldout") if name in splits):
+        suggest("train on it", "tidali", "train", "--data", dest)
+    else:
+        again = ("tidali", "shard", source, dest, "--overwrite", "--val-fraction", 0.1)
+        suggest("hold out a tenth of each class, as training needs a split to evaluate on", *again)
+
+
+def _print_classes(manifest: Manifest) -> None:
+    """Each class and its images in each split. Of very many classes only those with the fewest and the most."""
+    splits = [split for split in manifest.splits.values() if split.class_counts]
+    names = [one.name if one.name == one.id else f"{one.name} ({one.id})" for one in manifest.classes]
+    rows = [(name, *(split.class_counts[label] for split in splits)) for label, name in enumerate(names)]
+    title = ""
+    if len(rows) > _LISTED_CLASSES and splits:
+        rows = sorted(rows, key=lambda row: row[1])
+        rows = rows[:_LISTED_ENDS] + rows[-_LISTED_ENDS:]
+        title = f"the classes with the fewest and the most images of {splits[0].name}; --json has all"
+    if splits:
+        cells = [(name, *(f"{count:,}" for count in counts)) for name, *counts in rows]
+        print_table(title, ("class", *(split.name for split in splits)), cells)
+
+
 def _print_info(data: str, manifest: Manifest) -> None:
     _print_splits(f"{data}: {counted(len(manifest.classes), 'class')}", manifest)
+    _print_classes(manifest)
     facts: list[tuple[str, object]] = [
         ("source", f"{manifest.source.get('name')} ({manifest.source.get('layout')})"),
         ("settings", ", ".join(f"{key} {value}" for key, value in manifest.settings.items() if value is not None)),
         ("mean of train", ", ".join(f"{value:.4f}" for value in manifest.mean)),
         ("std of train", ", ".join(f"{value:.4f}" for value in manifest.std)),
-        ("noticed", ", ".join(f"{count:,} {name}" for name, count in manifest.counts.items()) or "nothing unusual"),
+        (
+            "noticed",
+            ", ".join(f"{n:,} {_IN_WORDS.get(kind, kind)}" for kind, n in manifest.counts.items()) or "nothing unusual",
+        ),
         ("packed with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         ("format", manifest.version),
-        ("quarantined", len(manifest.quarantine)),
+        ("quarantined", f"{len(manifest.quarantine):,}"),
     ]
     for name, fact in facts:
         show(f"{name:<14} {fact}", hang=15)

@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from tidali.console import line_width, results, show, show_line, wrap_command
+from tidali.console import show, show_command, wrap
 
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "": (
@@ -94,10 +94,18 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
+_VALUES = {"<str>": "TEXT", "<int>": "N", "<int range>": "N", "<float>": "X", "<float range>": "X", "<path>": "PATH"}
+"""typer's words for what an option takes, and ours."""
+_COLUMN = 17
+"""What an option takes is wrapped to so many columns, so that its explanation has room."""
+
+
 class CommandWithExamples(TyperCommand):
     """Prints the command's examples below its help, in a form that can be copied."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        for parameter in self.get_params(ctx):
+            _say_what_it_takes(parameter)
         super().format_help(ctx, formatter)
         _print_examples(self.name or "")
 
@@ -106,16 +114,43 @@ class ProgramWithExamples(TyperGroup):
     """The same for the program itself."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        for parameter in self.get_params(ctx):
+            _say_what_it_takes(parameter)
         super().format_help(ctx, formatter)
         _print_examples("")
+
+
+def _say_what_it_takes(parameter: Any) -> None:
+    """Nothing for a flag or an argument, whose name says it; choices with spaces between them, so that the column is wrapped
+    there and not inside one."""
+    usual = getattr(parameter, "display_type_rich", None)  # of typer's newer versions
+    if usual is None:
+        return
+    is_argument = parameter.param_type_name == "argument"
+    if is_argument and parameter.metavar is None:
+        parameter.metavar = parameter.name.upper()
+
+    def shown(*args: Any, **kwargs: Any) -> str | None:
+        if is_argument or getattr(parameter, "is_flag", False):
+            return None
+        text = usual(*args, **kwargs)
+        if text is not None and "|" in text and text.startswith("<"):
+            text = text.strip("<>").replace("|", " | ")
+        text = _VALUES.get(text, text)
+        least, most = getattr(parameter, "min", None), getattr(parameter, "max", None)
+        if least is not None:
+            text = f"{text}, {least} or more" if most is None else f"{text}, {least} to {most}"
+        return "\n".join(wrap(text, _COLUMN, hang=0)) if text else text
+
+    parameter.display_type_rich = shown
+    parameter._get_number_range_help_str = lambda: None
 
 
 def _print_examples(command: str) -> None:
     examples = EXAMPLES.get(command)
     if examples:
-        width = line_width(results)
         show(" Examples", style="bold")
         for line, what in examples:
             show(f"\n   # {what}", hang=5, style="dim")
-            show_line(wrap_command(line, width, indent=3))
+            show_command(line, indent=3)
         show("")

@@ -128,6 +128,10 @@ def train(
     chosen = made(recipe or "modern")  # refused before the data is opened
     if res is not None:
         check_res(res)
+    if data is None:
+        from tidali.hardware.device import plan_device
+
+        plan_device(device, amp, compile)  # refused before the demo data are written
     folder = data if data is not None else str(demo_data())
 
     if res is None or recipe is None:

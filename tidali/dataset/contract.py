@@ -28,7 +28,7 @@ from typing import Any
 
 from tidali.dataset.limited_copy import LimitedCopy
 from tidali.dataset.shard_bytes import BLOCK_BYTES, Component, label_digits
-from tidali.errors import DatasetError, UsageError
+from tidali.errors import DatasetError, NoDatasetError, UsageError
 
 FORMAT = "tidali-dataset"
 FORMAT_VERSION = 1
@@ -316,7 +316,7 @@ def manifest_text(root: Path) -> str:
     try:
         return (root / MANIFEST_NAME).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DatasetError(f"{root}: no {MANIFEST_NAME} here; make a data set with 'tidali shard SOURCE {root}'") from None
+        raise NoDatasetError(f"{root}: no {MANIFEST_NAME} here; make a data set with 'tidali shard SOURCE {root}'") from None
 
 
 def open_dataset(root: Path) -> Dataset:

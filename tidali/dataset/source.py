@@ -13,7 +13,7 @@ from tidali.dataset.contract import MANIFEST_NAME, Dataset, Manifest, Shard, ope
 from tidali.dataset.fetch import fetch, retrying
 from tidali.dataset.limited_copy import PARALLEL_FETCHES, LimitedCopy
 from tidali.dataset.remote import is_remote, reached
-from tidali.errors import DatasetError, TidaliError
+from tidali.errors import DatasetError, NoDatasetError, TidaliError
 from tidali.files import cache_folder, cache_limit_bytes, lock, remove_left_over, replacing, write_atomically
 
 
@@ -123,5 +123,5 @@ def _remote_manifest(url: str) -> tuple[bytes, Manifest]:
         try:
             data: bytes = fs.cat_file(f"{root}/{MANIFEST_NAME}")
         except FileNotFoundError:
-            raise DatasetError(f"{url}: no {MANIFEST_NAME} here; make a data set with 'tidali shard SOURCE {url}'") from None
+            raise NoDatasetError(f"{url}: no {MANIFEST_NAME} here; make a data set with 'tidali shard SOURCE {url}'") from None
     return data, Manifest.from_json(data.decode("utf-8", "replace"), f"{url}/{MANIFEST_NAME}")
