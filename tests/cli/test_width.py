@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,26 +40,31 @@ def on_a_terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("argv", "widths"),
     [
-        ("info", "{demo}"),
-        ("verify", "{demo}"),
-        ("runs", "{runs}"),
-        ("eval", "{run}", "--data", "{demo}", "--device", "cpu"),
-        ("predict", "{run}", "{photos}", "--top", "2", "--device", "cpu"),
+        (("info", "demo"), WIDTHS),
+        (("verify", "demo"), WIDTHS),
+        (("runs", "."), WIDTHS),
+        (("eval", "run", "--data", "demo", "--device", "cpu"), WIDTHS[:1]),
+        (("predict", "run", "photos", "--top", "2", "--device", "cpu"), WIDTHS[:1]),
     ],
     ids=lambda argv: argv[0],
 )
-def test_results_and_messages(tidali, trained, demo_data: Path, write_photos, tmp_path: Path, on_a_terminal, argv) -> None:
-    photos = write_photos(tmp_path / "photos", {"a": 2})
-    places = {"demo": demo_data, "run": trained[0], "runs": trained[0].parent, "photos": photos}
-    given = [argument.format(**places) for argument in argv]
-    wide = tidali(*given)
-    width = on_a_terminal()
-    narrow = tidali(*given)
-    assert (wide.code, narrow.code) == (0, 0)
-    check(narrow.stdout, wide.stdout, width)
-    check(narrow.stderr, wide.stderr, width)
+def test_results_and_messages(
+    tidali, trained, demo_data: Path, write_photos, tmp_path: Path, monkeypatch, argv, widths
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a path of many letters is one word
+    Path("demo").symlink_to(demo_data)
+    shutil.copytree(trained[0], "run")
+    write_photos(Path("photos"), {"a": 2})
+    wide = tidali(*argv)
+    assert wide.code == 0
+    for width in widths:
+        monkeypatch.setattr(console, "line_width", lambda _, width=width: width)
+        narrow = tidali(*argv)
+        assert narrow.code == 0
+        check(narrow.stdout, wide.stdout, width)
+        check(narrow.stderr, wide.stderr, width)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
