@@ -192,6 +192,11 @@ def test_info(tidali: Any, packed: Path, tmp_path: Path) -> None:
     assert shown.code == 0
     for text in ("4 classes", "tiny.zip (tiny-imagenet)", "mean of train", "simplejpeg", "quarantined"):
         assert text in shown.stdout
+    rows = [line.split() for line in shown.stdout.splitlines()]
+    manifest = open_dataset(packed).manifest
+    for label, one in enumerate(manifest.classes):  # each class with its images in each split
+        counts = [str(split.class_counts[label]) for split in manifest.splits.values() if split.class_counts]
+        assert any(row[0] == one.name.split()[0] and row[-len(counts) :] == counts for row in rows if row)
     document = json.loads(tidali("info", packed, "--json").stdout)
     manifest = open_dataset(packed).manifest
     assert document["splits"]["train"]["samples"] == 48

@@ -502,7 +502,7 @@ def test_shard_says_what_becomes_of_alpha_and_of_dark_samples(make: Any, tidali:
     done = tidali("shard", tmp_path / "source", tmp_path / "packed", "--workers", 1)
     assert done.code == 0
     said = " ".join(done.stderr.split())
-    assert "3 images have transparent pixels" in said
+    assert "3 images with transparent pixels" in said
     assert "1 images with 16-bit samples" in said
 
 

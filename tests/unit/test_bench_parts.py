@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import subprocess
+import time
 import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -20,7 +23,7 @@ from bench.compare import compare
 from bench.diagnosis import diagnose
 from bench.document import environment
 from bench.loader_growth import powers_of_two
-from bench.measure import Rates
+from bench.measure import Rates, own_cpu_s
 from tidali.errors import UsageError
 from tidali.hardware.device import plan_device
 from tidali.model.resnet import resnet_gmacs
@@ -105,6 +108,52 @@ def test_neither_of_them() -> None:
     diagnosis = found(loader=5000, step=90, both=45, wait=0.01)
     assert diagnosis.culprit == "the loop around the step"
     assert "50 %" in diagnosis.line
+
+
+def verdict(loader: Rates, step: Rates, both: Rates) -> Any:
+    return diagnose(64, loader=loader, step=step, end_to_end=both, loader_ceiling=None, step_ceiling=None, step_on_host=False)
+
+
+@pytest.mark.parametrize(
+    ("loader", "step", "both", "why"),
+    [
+        (rates(50.0), Rates(per_s=(90.0,)), rates(40.0, wait_share=0.6), "1 measurement of each case cannot show it"),
+        (rates(50.0), rates(90.0), Rates(per_s=(40.0, 41.0), wait_share=0.6), "2 measurements of each case"),
+        (
+            rates(50.0),
+            rates(90.0, others_share=0.4),
+            rates(40.0, wait_share=0.6),
+            "other processes used up to 40 % of the cores",
+        ),
+        # The step is a part of end to end, so it cannot take longer.
+        (rates(200.0), rates(60.0), rates(90.0, wait_share=0.01), "end to end reached 90 images/s and the step"),
+        (
+            rates(200.0),
+            Rates(per_s=(50.0, 90.0, 91.0)),
+            Rates(per_s=(40.0, 60.0, 61.0), wait_share=0.01),
+            "the measurements of the step and of end to end overlap",
+        ),
+    ],
+)
+def test_figures_that_do_not_show_what_limits_name_nothing(loader: Rates, step: Rates, both: Rates, why: str) -> None:
+    diagnosis = verdict(loader, step, both)
+    assert diagnosis.culprit == "not known"
+    assert f"what limits it is not known: {why}" in diagnosis.line
+    assert "bottleneck" not in diagnosis.line
+
+
+def test_what_this_process_and_its_children_use_is_their_own() -> None:
+    """A child's time counts while it runs and after it ended."""
+    before_s = own_cpu_s()
+    burn = "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done"
+    with subprocess.Popen(["bash", "-c", f"{burn}; read line"], stdin=subprocess.PIPE) as child:
+        while own_cpu_s() - before_s < 0.1:
+            time.sleep(0.05)
+        assert child.stdin is not None
+        child.stdin.close()
+    times = os.times()
+    # Linux counts in ticks of 10 ms, for this process and for its children.
+    assert own_cpu_s() == pytest.approx(times.user + times.system + times.children_user + times.children_system, abs=0.1)
 
 
 # ----------------------------------------------------------------------------------------------------------------- comparison

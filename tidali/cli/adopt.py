@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from tidali.cli.data import ClassNamesOption, LabelFieldOption, WorkersOption, pack_progress, print_pack
+from tidali.cli.data import ClassNamesOption, LabelFieldOption, WorkersOption, pack_progress
+from tidali.cli.data_output import print_pack
 
 
 def adopt(

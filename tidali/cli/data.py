@@ -11,38 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tidali.cli.data_output import info_document, print_info, print_pack, suggest_next
 from tidali.cli.options import JsonOption, RecipeName, output_file
 from tidali.config import Kernel, change, check_res, make_recipe
-from tidali.console import print_table, progress_bar, say, show, suggest, warn
-from tidali.dataset.file_names import describe_left_out, visible_name
-from tidali.errors import TidaliError, UsageError, counted, span
+from tidali.console import progress_bar, say, show, warn
+from tidali.dataset.file_names import visible_name
+from tidali.errors import TidaliError, UsageError, counted
 
 if TYPE_CHECKING:
     from shards.check_image import SecondDecoder
-    from shards.pack import PackReport, Progress
-    from tidali.dataset.contract import Manifest
+    from shards.pack import Progress
 
 _SIZE_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
-_LISTED_FILES = 10
-_NOTED = {
-    "alpha": "have transparent pixels. Transparency is dropped: training and prediction see the colours that are stored below. "
-    "If those are not meant to be seen, composite the images on a background first",
-    "sixteen_bit_dark": "with 16-bit samples have none above an eighth of the range, and are nearly black as packed. If they "
-    "hold 12 bits, declare that in the files (sBIT in PNG, MaxSampleValue in TIFF), or scale them first",
-}
-"""What is said after packing of images of a kind, by the name it is counted under."""
-
-_IN_WORDS = {
-    "exif_rotated": "turned by EXIF",
-    "cmyk": "in CMYK",
-    "alpha": "with transparent pixels",
-    "sixteen_bit": "of 16 bits",
-    "sixteen_bit_dark": "of 16 bits and nearly black",
-    "reencoded": "converted to PNG",
-}
-"""Other kinds are called by the name they are counted under."""
-_LISTED_CLASSES = 50
-_LISTED_ENDS = 10
 
 # One for each group of options in the help. Called as typer.Option.
 which_option = partial(typer.Option, rich_help_panel="Which images")
@@ -169,7 +149,7 @@ def shard(
             progress=progress,
         )
     print_pack(report)
-    _suggest_next(source, dest, report)
+    suggest_next(source, dest, report)
     if strict and report.manifest.quarantine:
         raise TidaliError(f"{dest}: --strict allows no quarantined file, and there are {len(report.manifest.quarantine):,}")
 
@@ -281,9 +261,9 @@ def info(
         write_sheet(sheet, sections)
     manifest = read_manifest(data)
     if json_:
-        print(json.dumps(_info_document(data, manifest)))
+        print(json.dumps(info_document(data, manifest)))
     else:
-        _print_info(data, manifest)
+        print_info(data, manifest)
 
 
 def download(
@@ -334,9 +314,6 @@ def _parse_classes(text: str) -> int | tuple[str, ...]:
     return tuple(dict.fromkeys(name for line in lines if (name := visible_name(line))))
 
 
-# -------------------------------------------------------------------------------------------------------------------- output
-
-
 @contextmanager
 def pack_progress(what: str) -> Iterator[Progress]:
     with progress_bar() as bar:
@@ -346,95 +323,3 @@ def pack_progress(what: str) -> Iterator[Progress]:
         except KeyboardInterrupt:
             say("stopped; run the same command again to continue from here")
             raise
-
-
-def print_pack(report: PackReport) -> None:
-    manifest = report.manifest
-    _print_splits(f"{report.location}: {counted(len(manifest.classes), 'class')}", manifest)
-    if report.kept or report.repaired:
-        rewritten = f"; damaged and rewritten: {', '.join(report.repaired)}" if report.repaired else ""
-        say(f"{counted(report.written, 'shard')} written, {len(report.kept):,} kept from an earlier run{rewritten}")
-    if report.removed:
-        say(f"removed left-over files: {', '.join(report.removed)}")
-    if report.left_out:
-        say(f"left out: {describe_left_out(report.left_out)}")
-    for text in report.warnings:
-        warn(text)
-    for kind, note in _NOTED.items():
-        if count := manifest.counts.get(kind):
-            warn(f"{count:,} images {note}")
-    if manifest.quarantine:
-        files = counted(len(manifest.quarantine), "file")
-        warn(f"not usable as images: {files}; the bytes are in {report.location}/quarantine")
-        for entry in manifest.quarantine[:_LISTED_FILES]:
-            warn(f"{entry.source!r}: {entry.reason}")
-        if len(manifest.quarantine) > _LISTED_FILES:
-            warn(f"and {len(manifest.quarantine) - _LISTED_FILES} more, see 'tidali info {report.location} --json'")
-
-
-def _print_splits(title: str, manifest: Manifest) -> None:
-    rows = []
-    for split in manifest.splits.values():
-        counts = split.class_counts
-        per_class = span(f"{min(counts):,}", f"{max(counts):,}") if counts else "no labels"
-        sizes = next(iter(split.image_sizes), "-") if len(split.image_sizes) < 2 else f"{len(split.image_sizes):,} sizes"
-        kinds = ", ".join(f"{count:,} {extension}" for extension, count in split.extensions.items()) or "-"
-        amounts = (f"{split.samples:,}", f"{len(split.shards):,}", f"{split.size_bytes / 1e6:,.1f}")
-        rows.append((split.name, *amounts, per_class, sizes, kinds))
-    print_table(title, ("split", "samples", "shards", "MB", "per class", "height x width", "stored as"), rows)
-
-
-def _suggest_next(source: Path, dest: str, report: PackReport) -> None:
-    splits = report.manifest.splits
-    if any(splits[name].samples and splits[name].labelled for name in ("val", "heldout") if name in splits):
-        suggest("train on it", "tidali", "train", "--data", dest)
-    else:
-        again = ("tidali", "shard", source, dest, "--overwrite", "--val-fraction", 0.1)
-        suggest("hold out a tenth of each class, as training needs a split to evaluate on", *again)
-
-
-def _print_classes(manifest: Manifest) -> None:
-    """Each class and its images in each split. Of very many classes only those with the fewest and the most."""
-    splits = [split for split in manifest.splits.values() if split.class_counts]
-    names = [one.name if one.name == one.id else f"{one.name} ({one.id})" for one in manifest.classes]
-    rows = [(name, *(split.class_counts[label] for split in splits)) for label, name in enumerate(names)]
-    title = ""
-    if len(rows) > _LISTED_CLASSES and splits:
-        rows = sorted(rows, key=lambda row: row[1])
-        rows = rows[:_LISTED_ENDS] + rows[-_LISTED_ENDS:]
-        title = f"the classes with the fewest and the most images of {splits[0].name}; --json has all"
-    if splits:
-        cells = [(name, *(f"{count:,}" for count in counts)) for name, *counts in rows]
-        print_table(title, ("class", *(split.name for split in splits)), cells)
-
-
-def _print_info(data: str, manifest: Manifest) -> None:
-    _print_splits(f"{data}: {counted(len(manifest.classes), 'class')}", manifest)
-    _print_classes(manifest)
-    facts: list[tuple[str, object]] = [
-        ("source", f"{manifest.source.get('name')} ({manifest.source.get('layout')})"),
-        ("settings", ", ".join(f"{key} {value}" for key, value in manifest.settings.items() if value is not None)),
-        ("mean of train", ", ".join(f"{value:.4f}" for value in manifest.mean)),
-        ("std of train", ", ".join(f"{value:.4f}" for value in manifest.std)),
-        (
-            "noticed",
-            ", ".join(f"{n:,} {_IN_WORDS.get(kind, kind)}" for kind, n in manifest.counts.items()) or "nothing unusual",
-        ),
-        ("packed with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
-        ("format", manifest.version),
-        ("quarantined", f"{len(manifest.quarantine):,}"),
-    ]
-    for name, fact in facts:
-        show(f"{name:<14} {fact}", hang=15)
-    for entry in manifest.quarantine:
-        show(f"quarantined: {entry.source!r}: {entry.reason}")
-
-
-def _info_document(data: str, manifest: Manifest) -> dict[str, object]:
-    """The manifest with the size and number of shards of each split in place of the list of shards with their hashes."""
-    document = json.loads(manifest.to_json())
-    del document["checksum"]
-    for name, split in manifest.splits.items():
-        document["splits"][name]["size_bytes"] = split.size_bytes
-        document["splits"][name]["shards"] = len(split.shards)
-    return {"data": data, **document}
