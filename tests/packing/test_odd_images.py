@@ -503,7 +503,7 @@ def test_shard_says_what_becomes_of_alpha_and_of_dark_samples(make: Any, tidali:
     assert done.code == 0
     said = " ".join(done.stderr.split())
     assert "3 images with transparent pixels" in said
-    assert "1 images with 16-bit samples" in said
+    assert "1 image with 16-bit samples" in said
 
 
 def test_a_large_picture_on_a_sheet_and_in_an_export(make: Any, tidali: Any, tmp_path: Path, monkeypatch: Any) -> None:
