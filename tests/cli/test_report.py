@@ -103,13 +103,13 @@ def test_a_report_begins_with_a_summary_and_has_every_value(one, trained, read_p
     epochs = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
     beginning = page.text.partition(" Training ")[0]
     best, last = ((summary[which]["top1_percent"], error_percent(summary[which])) for which in ("best", "last"))
-    assert f"best top-1 {best[0]:.2f} ± {best[1]:.2f} % epoch {summary['best_epoch']} " in beginning
-    assert f"last top-1 {last[0]:.2f} ± {last[1]:.2f} % chance 25.0 %" in beginning
+    assert f"best top-1 {best[0]:.1f} ± {best[1]:.1f} % epoch {summary['best_epoch']} " in beginning
+    assert f"last top-1 {last[0]:.1f} ± {last[1]:.1f} % chance 25.0 %" in beginning
     assert "data demo 32 of val, 4 classes" in beginning
     assert f"time {summary['minutes']:.1f} min 2 of 2 epochs" in beginning
     assert "chance, 25.0 %" in page.text  # the dotted line
     rows = table(page, "epoch")[1:]
-    assert [row[1] for row in rows] == [f"{epoch['val_top1_percent']:.2f}" for epoch in epochs]
+    assert [row[1] for row in rows] == [f"{epoch['val_top1_percent']:.1f}" for epoch in epochs]
     assert [row[4] for row in rows] == [f"{epoch['train_loss']:.4f}" for epoch in epochs]
     tip = f"<title>x, epoch 2: {epochs[1]['val_top1_percent']:.4g}</title>"  # shown by the browser at the point
     assert tip in one[0].read_text()
@@ -134,10 +134,10 @@ def test_axe_finds_nothing_serious(one, serious_findings) -> None:
 def test_report_has_the_results_of_the_run(one, trained, read_page) -> None:
     page, summary = read_page(one[0]), json.loads((trained[0] / "summary.json").read_text())
     results = {row[0]: row[1] for row in table(page, "result")}
-    assert results["last: top-1, %"] == f"{summary['last']['top1_percent']:.2f} ± {error_percent(summary['last']):.2f}"
+    assert results["last: top-1, %"] == f"{summary['last']['top1_percent']:.1f} ± {error_percent(summary['last']):.1f}"
     assert "last: top-5, %" not in results  # of four classes
     assert results["last: loss"] == f"{summary['last']['loss']:.4f}"
-    assert results["best: top-1, %"].startswith(f"{summary['best']['top1_percent']:.2f} ± ")
+    assert results["best: top-1, %"].startswith(f"{summary['best']['top1_percent']:.1f} ± ")
     assert results["best: epoch"] == f"{summary['best_epoch']}"
     assert results["evaluated on"] == "val, 32 samples"
     rate = summary["images_per_s"]
@@ -154,7 +154,7 @@ def test_report_says_how_sure_it_is_as_eval_does(one, tidali, trained, demo_data
     page = read_page(one[0])
     ended = tidali("eval", trained[0] / "last", "--data", demo_data, "--device", "cpu", "--json")
     [score] = json.loads(ended.stdout)["scores"]
-    assert f"at 32 px: {score['top1_percent']:.2f} ± {score['top1_standard_error_percent']:.2f} %" in page.text
+    assert f"at 32 px: {score['top1_percent']:.1f} ± {score['top1_standard_error_percent']:.1f} %" in page.text
     assert f"Expected calibration error (ECE): {score['calibration_error_percent']:.1f} points" in page.text
     rows = {tuple(row) for table in page.tables for row in table}
     for one_class in score["classes"]:

@@ -79,6 +79,8 @@ def test_a_run_of_an_earlier_version_is_judged_by_its_weights_classes(write_run)
     card = json.dumps({"classes": [{"id": name, "name": name} for name in "abcd"]})
     save_file({"w": np.zeros(1)}, Path(folder, "last.safetensors"), metadata={"tidali": card})
     assert [finding.kind for finding in read_runs([folder])[0].findings] == ["at chance"]
+    set_lines(folder, {"val_top1_percent": 25.0, "val_loss": 1.4})  # nor on how many images
+    assert read_runs([folder])[0].findings == []
     Path(folder, "last.safetensors").write_bytes(b"\xff" * 7)
     assert read_runs([folder])[0].findings == []
 

@@ -79,6 +79,7 @@ def test_a_training_loss_that_rises_diverges() -> None:
     text = found(train_losses=[2.3, 1.8, 4.5])["diverging"]
     assert "from 1.800 in epoch 2 to 4.500" in text
     assert "--lr 0.005" in text
+    assert "from 1.800 in epoch 2" in found(train_losses=[math.nan, 1.8, 4.5])["diverging"]
     assert "diverging" not in found(train_losses=[2.3, 1.0, 1.09])  # by a tenth: noise
     assert "diverging" not in found(train_losses=[0.10, 0.01, 0.05])  # by hundredths of a nat
 
@@ -95,6 +96,7 @@ def test_a_loss_of_many_times_that_of_guessing() -> None:
     text = found(loss=10 * math.log(10))["high loss"]
     assert "23.026" in text
     assert "10 times the 2.30 of equal probabilities (ln 10)" in text
+    assert "high loss" not in found(loss=math.nan)  # of a file without it
     assert "1e+14 times" in found(loss=2.3e14)["high loss"]
     assert "had only 12 steps to settle; training itself ended at 0.900" in found(loss=21.0, steps=12)["high loss"]
 

@@ -75,6 +75,13 @@ def test_log_is_one_object_a_line(tmp_path: Path) -> None:
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == entries
 
 
+def test_a_log_goes_on_behind_what_a_power_cut_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(b'{"step": 1}\n\0\0\0\n\xff\n[2]\n{"step": 2}\n{"step": 3}\n{"step": 2')
+    JsonlLog(path).keep_through(2, "step")
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_log_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(TidaliError, match=r"none/metrics\.jsonl: cannot be written \(No such file"):
         JsonlLog(tmp_path / "none" / "metrics.jsonl").write(epoch=1)

@@ -149,7 +149,7 @@ def shard(
             progress=progress,
         )
     print_pack(report)
-    suggest_next(source, dest, report)
+    suggest_next(dest, report)
     if strict and report.manifest.quarantine:
         raise TidaliError(f"{dest}: --strict allows no quarantined file, and there are {len(report.manifest.quarantine):,}")
 

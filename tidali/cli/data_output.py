@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import sys
 from typing import TYPE_CHECKING
 
 from tidali.console import print_table, say, show, suggest, warn
@@ -72,12 +72,12 @@ def _print_splits(title: str, manifest: Manifest) -> None:
     print_table(title, ("split", "samples", "shards", "MB", "per class", "height x width", "stored as"), rows)
 
 
-def suggest_next(source: Path, dest: str, report: PackReport) -> None:
+def suggest_next(dest: str, report: PackReport) -> None:
     splits = report.manifest.splits
     if any(splits[name].samples and splits[name].labelled for name in ("val", "heldout") if name in splits):
         suggest("train on it", "tidali", "train", "--data", dest)
     else:
-        again = ("tidali", "shard", source, dest, "--overwrite", "--val-fraction", 0.1)
+        again = ("tidali", *sys.argv[1:], "--overwrite", "--val-fraction", 0.1)
         suggest("hold out a tenth of each class, as training needs a split to evaluate on", *again)
 
 

@@ -96,13 +96,10 @@ def eval_(
         _print_differences(names, evaluated, tests)
 
 
-def with_error(percent: float, standard_error: float) -> str:
-    """'81.2 ± 6.9': an accuracy and its standard error."""
-    return f"{percent:.1f} ± {standard_error:.1f}"
-
-
 def _accuracies(score: Score, classes: int) -> tuple[str, ...]:
     """Top-1 and, where it can be wrong, top-5."""
+    from tidali.training.uncertainty import with_error
+
     top1 = with_error(score.top1_percent, score.top1_standard_error_percent)
     top5 = with_error(score.top5_percent, score.top5_standard_error_percent)
     return (top1, top5) if shows_top5(classes) else (top1,)

@@ -180,23 +180,17 @@ def _run(settings: TrainSettings, *, out: str | None, resume: bool = False) -> N
     if not is_main_rank():
         return
     (run,) = read_runs([str(result.out)])
-    figures = run.figures
-    assert figures is not None
     named = [("best", result.best_epoch, result.best), ("last", settings.recipe.epochs, result.last)]
     if result.last_flip is not None:
         named.append(("last, with flip TTA", settings.recipe.epochs, result.last_flip))
-    rows = [(name, epoch, *_score_cells(score, figures.classes)) for name, epoch, score in named]
-    accuracies = ("top-1 %", "top-5 %") if shows_top5(figures.classes) else ("top-1 %",)
-    print_table(f"{result.out}", ("", "epoch", *accuracies, "loss"), rows)
+    top5 = shows_top5(run.classes)
+    columns = ("", "epoch", "top-1 %", *(["top-5 %"] if top5 else []), "loss")
+    print_table(f"{result.out}", columns, [(name, epoch, *_score_cells(score, top5)) for name, epoch, score in named])
     for finding in run.findings:
         show(str(finding))
     say(f"{result.images_per_s:,.0f} images/s in training, {result.minutes:.1f} min in total")
-    suggest(
-        "a page with curves, confusions and the hardest images",
-        *("tidali", "report", result.out),
-        "-o",
-        result.out / "report.html",
-    )
+    page = result.out / "report.html"
+    suggest("a page with curves, confusions and the hardest images", "tidali", "report", result.out, "-o", page)
 
 
 def _saved_settings(path: Path, option: str) -> TrainSettings:
@@ -221,9 +215,8 @@ def _refuse_other_options(context: typer.Context, option: str, *allowed: str) ->
             raise UsageError(f"--{name.replace('_', '-')}: not together with --{option}, which takes that run's settings")
 
 
-def _score_cells(score: Any, classes: int) -> tuple[str, ...]:
-    top5 = (f"{score.top5_percent:.1f}",) if shows_top5(classes) else ()
-    return f"{score.top1_percent:.1f}", *top5, loss_text(score.loss)
+def _score_cells(score: Any, top5: bool) -> tuple[str, ...]:
+    return f"{score.top1_percent:.1f}", *([f"{score.top5_percent:.1f}"] if top5 else []), loss_text(score.loss)
 
 
 def demo_data() -> Path:

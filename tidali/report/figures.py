@@ -169,7 +169,7 @@ def accuracy_against_gmacs(models: Sequence[Evaluated]) -> Figure:
             marker=series_marker(model.series),
             markersize=8,
             linestyle="none",
-            gid=tip(f"{model.label}: {model.top1_percent:.2f} % for {model.gmacs:.3f} GMACs"),
+            gid=tip(f"{model.label}: {model.top1_percent:.1f} % for {model.gmacs:.3f} GMACs"),
         )
     axes.set_xscale("log")
     axes.margins(y=0.09)

@@ -15,7 +15,7 @@ from tidali.console import warn
 from tidali.dataset.source import open_data
 from tidali.errors import TidaliError, UsageError, counted
 from tidali.files import write_atomically
-from tidali.model.checkpoint import SUFFIX, load_checkpoint
+from tidali.model.checkpoint import SUFFIX
 from tidali.model.resnet import title_of
 from tidali.report.certainty import certainty_part
 from tidali.report.disagreement import are_comparable, disagreement_part
@@ -26,7 +26,7 @@ from tidali.report.page import BEST_IS_BIASED, drawn, insight_part, render
 from tidali.training.evaluation import EvalOptions
 from tidali.training.history import Run, differing_settings, labels
 from tidali.training.judgement import shows_top5
-from tidali.training.uncertainty import standard_error_percent
+from tidali.training.uncertainty import standard_error_percent, with_error
 
 _PERCENT = "\N{NO-BREAK SPACE}%"
 _FAR_OFF = 4
@@ -58,9 +58,7 @@ def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> 
             notes.append(note)
     differing = differing_settings(runs)
     first, names = runs[0], [run.name for run in runs]
-    seen = {run.folder: insight for run, insight in insights}
-    classes = [_classes(run, seen.get(run.folder)) for run in runs]
-    chance_percent = dict.fromkeys(100 / count for count in classes if count is not None)
+    chance_percent = dict.fromkeys(100 / run.classes for run in runs if run.classes is not None)
     found = [insight for _, insight in insights]
     disagreement = None
     if len(runs) == len(found) == 2 and are_comparable(*found):
@@ -71,7 +69,7 @@ def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> 
         made=_made_of(first) if len(runs) == 1 else ", ".join(names),
         notes=notes,
         legend=legend_entries(names),
-        summaries=[_summary(run, count) for run, count in zip(runs, classes, strict=True)],
+        summaries=[_summary(run) for run in runs],
         epochs=[_epochs(run) for run in runs],
         headline=_headline(runs),
         differing=differing,
@@ -101,16 +99,6 @@ def _insight(run: Run, data: str | None) -> Insight:
     return inspect_checkpoint(str(run.folder / f"last{SUFFIX}"), dataset, EvalOptions(split=run.split))
 
 
-def _classes(run: Run, insight: Insight | None) -> int | None:
-    """How many classes the model has; None where its weights cannot be read."""
-    if insight is not None:
-        return insight.class_count
-    try:
-        return len(load_checkpoint(run.folder / f"last{SUFFIX}")[0].classes)
-    except TidaliError:
-        return None
-
-
 def _notes(runs: Sequence[Run]) -> list[str]:
     """What a reader must know to understand the figures."""
     notes = [
@@ -127,9 +115,9 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
-def _summary(run: Run, classes: int | None) -> dict[str, dict[str, str]]:
+def _summary(run: Run) -> dict[str, dict[str, str]]:
     """What a reader wants to know first: title -> a value and a note of it."""
-    best, last, summary = run.best_epoch, run.epochs[-1], run.summary or {}
+    best, last, summary, classes = run.best_epoch, run.epochs[-1], run.summary or {}, run.classes
     minutes = summary.get("minutes", sum(_numbers(run, "epoch_s")) / 60)
     top1, samples = f"{run.split}_top1_percent", last.get(f"{run.split}_samples")
     about = [f"{samples:,} of {run.split}" if samples is not None else run.split]
@@ -150,8 +138,8 @@ def _summary(run: Run, classes: int | None) -> dict[str, dict[str, str]]:
 def _epochs(run: Run) -> dict[str, Any]:
     """A table of every epoch's values."""
     fields = {
-        f"{run.split} top-1, %": (f"{run.split}_top1_percent", "{:.2f}", 1),
-        "train top-1, %": ("train_top1_percent", "{:.2f}", 1),
+        f"{run.split} top-1, %": (f"{run.split}_top1_percent", "{:.1f}", 1),
+        "train top-1, %": ("train_top1_percent", "{:.1f}", 1),
         f"{run.split} loss": (f"{run.split}_loss", "{:,.4f}", 1),
         "train loss": ("train_loss", "{:,.4f}", 1),
         "images/s": ("images_per_s", "{:,.1f}", 1),
@@ -197,9 +185,7 @@ def _measures(run: Run) -> dict[str, str]:
     device: Mapping[str, Any] = summary.get("device", {})
     return {
         "last: top-1, %": _accuracy(last, top1, samples),
-        "last: top-5, %": "-"
-        if run.figures and not shows_top5(run.figures.classes)
-        else _accuracy(last, f"{run.split}_top5_percent", samples),
+        "last: top-5, %": _accuracy(last, f"{run.split}_top5_percent", samples) if shows_top5(run.classes) else "-",
         "last: loss": _figure(last, f"{run.split}_loss", 4),
         "last, with flip TTA: top-1, %": _accuracy(summary.get("last_flip") or {}, "top1_percent", samples),
         "best: top-1, %": _accuracy(best, top1, samples),
@@ -218,7 +204,7 @@ def _accuracy(epoch: Mapping[str, Any], field: str, samples: int | None) -> str:
     """In percent with its standard error, where it is known on how many samples it was counted."""
     if field not in epoch or samples is None:
         return _figure(epoch, field)
-    return f"{epoch[field]:.2f} ± {standard_error_percent(round(epoch[field] * samples / 100), samples):.2f}"
+    return with_error(epoch[field], standard_error_percent(round(epoch[field] * samples / 100), samples))
 
 
 def _rate(run: Run) -> str:
@@ -232,7 +218,7 @@ def _numbers(run: Run, field: str) -> list[float]:
     return [value for value in run.column(field) if math.isfinite(value)]
 
 
-def _figure(epoch: Mapping[str, Any], field: str, digits: int = 2) -> str:
+def _figure(epoch: Mapping[str, Any], field: str, digits: int = 1) -> str:
     return f"{epoch[field]:.{digits}f}" if field in epoch else "-"
 
 

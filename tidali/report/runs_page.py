@@ -36,7 +36,7 @@ def write_runs_page(entries: Sequence[Entry], rows: Sequence[Mapping[str, str]],
                 "cells": list(row.values())[1:],
                 "link": quote(os.path.relpath(report, out.absolute().parent)) if entry.report is not None else None,
                 "command": shlex.join(command) if entry.report is None and entry.figure("last") is not None else None,
-                "findings": [str(one) for one in entry.run.findings] if entry.run is not None and entry.run.epochs else [],
+                "findings": [str(one) for one in entry.findings],
             }
         )
     page = render(

@@ -54,20 +54,24 @@ class Run:
         return float(epoch[f"{self.split}_top1_percent"]), -math.inf if math.isnan(loss) else -loss
 
     @property
+    def classes(self) -> int | None:
+        """How many there are, by the last epoch or else by the weights; None where that is not known."""
+        logged = self.epochs[-1].get("classes") if self.epochs else None
+        return logged if isinstance(logged, int) and logged > 0 else _classes_of(self.folder)
+
+    @property
     def figures(self) -> Figures | None:
-        """The result after the last epoch, to be judged; None where it is not known how many classes there are."""
-        last = self.epochs[-1]
-        classes = last.get("classes") or _classes_of(self.folder)
-        if not isinstance(classes, int) or classes < 1:
+        """The result after the last epoch, to be judged; None without one, or where it is not known of how many images and
+        classes it is."""
+        if not self.epochs:
             return None
-
-        def count(value: object) -> int:
-            number = _number(value)
-            return int(number) if math.isfinite(number) else 0
-
+        last, classes = self.epochs[-1], self.classes
+        samples = _count(last.get(f"{self.split}_samples"))
+        if not samples or classes is None:
+            return None
         return Figures(
             split=self.split,
-            samples=count(last.get(f"{self.split}_samples")),
+            samples=samples,
             classes=classes,
             top1_percent=float(last[f"{self.split}_top1_percent"]),
             loss=self.column(f"{self.split}_loss")[-1],
@@ -75,18 +79,19 @@ class Run:
             losses=self.column(f"{self.split}_loss"),
             train_losses=self.column("train_loss"),
             train_top1_percent=self.column("train_top1_percent")[-1],
-            train_samples=count(last.get("train_samples")),
-            train_left_out=count(last.get("train_left_out")),
-            batch_size=count(self.settings.get("batch_size")),
+            train_samples=_count(last.get("train_samples")),
+            train_left_out=_count(last.get("train_left_out")),
+            batch_size=_count(self.settings.get("batch_size")),
             lr=_number(self.settings.get("lr")),
             ema_decay=_number(self.settings.get("ema_decay", 0)),
-            steps=count(last.get("step")),
+            steps=_count(last.get("step")),
         )
 
     @property
     def findings(self) -> list[Finding]:
         """What is wrong with the result, and what to try."""
-        return [] if self.figures is None else judge(self.figures)
+        figures = self.figures
+        return judge(figures) if figures is not None else []
 
     def column(self, field: str) -> list[float]:
         """A field's value in every epoch; NaN where it is missing."""
@@ -200,7 +205,7 @@ def _classes_of(folder: Path) -> int | None:
         try:
             with path.open("rb") as file:
                 header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER)))
-            return len(json.loads(header["__metadata__"]["tidali"])["classes"])
+            return len(json.loads(header["__metadata__"]["tidali"])["classes"]) or None
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
@@ -212,6 +217,11 @@ def _number(value: object) -> float:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return math.nan
+
+
+def _count(value: object) -> int:
+    number = _number(value)
+    return int(number) if math.isfinite(number) else 0
 
 
 def _flattened(document: Mapping[str, Any], section: str = "") -> list[tuple[str, str]]:

@@ -93,9 +93,9 @@ def judge(figures: Figures) -> list[Finding]:
     return [finding for rule in _RULES for finding in rule(figures)]
 
 
-def shows_top5(classes: int) -> bool:
-    """Of five classes or fewer, every image's own is among the top five."""
-    return classes > 5
+def shows_top5(classes: int | None) -> bool:
+    """Of five classes or fewer, every image's own is among the top five. None: it is not known how many there are."""
+    return classes is None or classes > 5
 
 
 def at_chance(figures: Figures) -> bool:
@@ -151,7 +151,7 @@ def _overfitting(figures: Figures) -> list[Finding]:
 
 def _high_loss(figures: Figures) -> list[Finding]:
     times = figures.loss / figures.guessing_loss
-    if times < MANY_TIMES:
+    if not times >= MANY_TIMES:  # not a number where none was logged
         return []
     text = f"the loss on {figures.split}, {loss_text(figures.loss)}, is {_times(times)} times the "
     text += f"{figures.guessing_loss:.2f} of equal probabilities (ln {figures.classes})"
@@ -212,5 +212,5 @@ def _times(times: float) -> str:
 
 
 def _lowest(losses: Sequence[float]) -> str:
-    place = min(range(len(losses)), key=lambda place: losses[place])
+    place = min((place for place, loss in enumerate(losses) if math.isfinite(loss)), key=lambda place: losses[place])
     return f"{loss_text(losses[place])} in epoch {place + 1}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,15 +118,21 @@ class JsonlLog:
         self._path, self._sync = path, sync
 
     def keep_through(self, last: int, field: str = "epoch") -> None:
-        """Remove the lines of later epochs, or steps, which a killed run will write again, and an incomplete last line.
+        """Remove the lines of later epochs, or steps, which a killed run will write again, and damaged lines.
 
         Raises:
             TidaliError: the file cannot be written.
         """
         if not self._path.exists():
             return
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)[field] <= last]
+
+        def keeps(line: str) -> bool:
+            with suppress(ValueError, KeyError, TypeError):
+                return line.endswith("\n") and bool(json.loads(line)[field] <= last)
+            return False
+
+        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if keeps(line)]
         if kept != lines:
             write_atomically(self._path, "".join(kept).encode())
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from tidali.errors import TidaliError, UsageError
 from tidali.files import is_locked
 from tidali.training.history import Run, last_step, open_run
+from tidali.training.judgement import Finding
 
 State = Literal["finished", "running", "stopped", "unreadable"]
 
@@ -62,10 +63,14 @@ class Entry:
         return max(finished, float(begun)) if isinstance(begun, int | float) else finished
 
     @property
+    def findings(self) -> list[Finding]:
+        """What is wrong with its result, and what to try."""
+        return self.run.findings if self.run is not None else []
+
+    @property
     def problems(self) -> list[str]:
-        """The kinds of `tidali.training.judgement.Finding`, without those that qualify a result and do not spoil it."""
-        found = self.run.findings if self.run is not None and self.run.epochs else []
-        return [one.kind for one in found if one.kind not in ("left out", "few images")]
+        """The kinds of the findings, without those that qualify a result and do not spoil it."""
+        return [one.kind for one in self.findings if one.kind not in ("left out", "few images")]
 
     def figure(self, which: Literal["best", "last"]) -> float | None:
         """Top-1 in percent."""
@@ -105,7 +110,7 @@ class Entry:
             "last_top1_percent": self.figure("last"),
             "last_loss": run.epochs[-1].get(f"{run.split}_loss") if run is not None else None,
             "images_per_s": self.images_per_s,
-            "findings": [str(finding) for finding in run.findings] if run is not None else [],
+            "findings": [str(finding) for finding in self.findings],
             "last_step": self.step,
             "report": str(self.report) if self.report is not None else None,
         }
@@ -134,22 +139,26 @@ def _run_folders(root: Path) -> Iterator[Path]:
 
 
 def _entry(folder: Path, root: Path) -> Entry | None:
-    """None where the folder is another program's."""
+    """None where the folder is another program's, or cannot be opened."""
     name = str(folder.relative_to(root)) if folder != root else folder.absolute().name
-    times = [path.stat().st_mtime for path in (folder / "config.json", folder) if path.exists()]
+    config = folder / "config.json"
+    try:
+        begun_s = (config if config.is_file() else folder).stat().st_mtime
+        is_running = is_locked(folder)
+    except OSError:  # it was removed in this moment
+        return None
     try:
         run = open_run(folder, name)
     except TidaliError:
-        config = folder / "config.json"
         whole = config.is_file() and config.stat().st_size > 0
         if whole and not any((folder / other).exists() for other in _FILES - {"config.json"}):
             return None
         problem = (
             "config.json is damaged" if whole else "config.json is empty" if config.is_file() else "config.json is missing"
         )
-        return Entry(name=name, folder=folder, begun_s=times[0], state="unreadable", problem=problem, differs={})
-    state: State = "running" if is_locked(folder) else "finished" if run.summary is not None else "stopped"
-    return Entry(name=name, folder=folder, begun_s=times[0], state=state, run=run, differs={}, step=last_step(folder))
+        return Entry(name=name, folder=folder, begun_s=begun_s, state="unreadable", problem=problem, differs={})
+    state: State = "running" if is_running else "finished" if run.summary is not None else "stopped"
+    return Entry(name=name, folder=folder, begun_s=begun_s, state=state, run=run, differs={}, step=last_step(folder))
 
 
 def _with_differences(entries: Sequence[Entry]) -> Iterator[Entry]:

@@ -34,6 +34,11 @@ def wilson_interval_percent(correct: int, samples: int) -> tuple[float, float]:
     return 100 * max(middle - half, 0.0), 100 * min(middle + half, 1.0)
 
 
+def with_error(percent: float, standard_error: float) -> str:
+    """'81.2 ± 6.9': an accuracy and its standard error."""
+    return f"{percent:.1f} ± {standard_error:.1f}"
+
+
 def interval_text(correct: int, samples: int) -> str:
     """'61.2 to 73.4': `wilson_interval_percent`, for people."""
     low, high = wilson_interval_percent(correct, samples)
