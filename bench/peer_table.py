@@ -10,6 +10,7 @@ import torch
 
 from tidali.errors import UsageError
 from tidali.hardware.device import DevicePlan
+from tidali.hardware.versions import dali_package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,8 @@ LOADERS = (
     _loader("torchvision-v1", "torchvision v1", "torchvision"),
     _loader("torchvision-v2", "torchvision v2", "torchvision"),
     _loader("webdataset", "webdataset", "webdataset"),
-    _loader("dali-file", "DALI file reader", "nvidia-dali-cuda120"),
-    _loader("dali-webdataset", "DALI webdataset reader", "nvidia-dali-cuda120", carried_over=1024),  # its buffer's default size
+    _loader("dali-file", "DALI file reader", dali_package()),
+    _loader("dali-webdataset", "DALI webdataset reader", dali_package(), carried_over=1024),  # its buffer's default size
     _loader("ffcv-raw", "FFCV raw", "ffcv", env="ffcv", decodes=False, kernel="area (OpenCV)", own_files="raw.beton"),
     _loader("ffcv-jpg", "FFCV jpg", "ffcv", env="ffcv", kernel="area (OpenCV)", own_files="jpg.beton"),
     _loader(

@@ -76,7 +76,7 @@ def axis(varied: str) -> str:
 def software(document: Mapping[str, Any]) -> str:
     """The software and the date, in one line."""
     versions = {**document["versions"], **document.get("peer_versions", {})}
-    shown = [f"{name} {versions[name]}" for name in ("tidali", "torch", "nvidia-dali-cuda120") if name in versions]
+    shown = [f"{name} {versions[name]}" for name in versions if name in ("tidali", "torch") or "-dali-" in name]
     shown += [f"commit {document['commit']}"] if document["commit"] else []
     return f"{', '.join(shown)}, {document['date']}"
 

@@ -21,6 +21,7 @@ from shards.record import build_manifest
 from shards.scan import Scan, Source
 from shards.store import Store, open_store
 from shards.write import ShardResult, finish_shard
+from tidali import __version__
 from tidali.dataset.contract import MANIFEST_NAME, Manifest, Quarantined
 from tidali.dataset.remote import is_remote
 from tidali.dataset.shard_bytes import label_digits
@@ -280,7 +281,7 @@ def about_repeated(store: Store, results: Sequence[ShardResult]) -> Iterator[str
 
 def library_versions() -> dict[str, str]:
     """Of what decides a pack's bytes besides its source and settings."""
-    return {name: version(name) for name in ("tidali", "simplejpeg", "pillow")}
+    return {"tidali": __version__, **{name: version(name) for name in ("simplejpeg", "pillow")}}
 
 
 def publish_manifest(store: Store, manifest: Manifest) -> None:

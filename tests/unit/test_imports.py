@@ -45,7 +45,7 @@ STANDARD_LIBRARY_ONLY = {
     *(name for name in MODULES if name.startswith("tidali.dataset")),
 }
 OPEN_TO_SHARDS = {
-    *("tidali.errors", "tidali.files", "tidali.dataset", "tidali.images"),
+    *("tidali", "tidali.errors", "tidali.files", "tidali.dataset", "tidali.images"),  # of tidali itself its version
     *("tidali.hardware.limits", "tidali.hardware.processes"),
 }
 

@@ -24,7 +24,7 @@ from tidali.doctor.parity import parity_table
 from tidali.errors import TidaliError, counted, first_line
 from tidali.hardware.device import DevicePlan, plan_device
 from tidali.hardware.limits import affinity_count, cpu_count, free_memory, raise_open_files_limit
-from tidali.hardware.versions import versions
+from tidali.hardware.versions import dali_package, versions
 from tidali.loading import native
 from tidali.loading.data import free_memory_bytes
 from tidali.loading.stream import dali_is_installed
@@ -79,7 +79,7 @@ def examine(
         found_few = warning(f"this process may open {allowed} files, too few to pack", f"allow {needed} with 'ulimit -n'")
         yield replace(found_few, name="open files")
     yield run_check("C compiler", _compiler)
-    yield run_check("DALI", lambda: _dali(found["nvidia-dali-cuda120"]))
+    yield run_check("DALI", lambda: _dali(found[dali_package()]))
     if dali_is_installed():
         yield run_check("resampling", _resampling)
     yield from _checks(plan, make_samples)

@@ -7,13 +7,25 @@ from importlib.metadata import PackageNotFoundError, version
 
 from tidali import __version__
 
+_DALI_PACKAGES = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+"""One library, built for CUDA 12 and for CUDA 13."""
+
 
 def versions() -> dict[str, str]:
     """Versions by package name, of the packages that decide a result."""
     found = {"tidali": __version__, "python": platform.python_version()}
-    for package in ("torch", "torchvision", "nvidia-dali-cuda120", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
+    for package in ("torch", "torchvision", dali_package(), "numpy"):
+        found[package] = _version(package) or "not installed"
     return found
+
+
+def dali_package() -> str:
+    """The package that DALI was installed by; the one that tidali depends on if there is none."""
+    return next((package for package in _DALI_PACKAGES if _version(package)), _DALI_PACKAGES[0])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
