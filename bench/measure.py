@@ -15,7 +15,7 @@ import torch
 from tidali.console import progress_bar
 from tidali.errors import TidaliError
 from tidali.hardware.limits import affinity_count
-from tidali.hardware.timing import Stopwatch, WaitTimer
+from tidali.hardware.timing import Lead, Stopwatch, WaitTimer
 
 MIN_SECONDS = 1.0
 """Each measurement lasts at least this long, so that a fast case counts many batches and not one. So does the warm-up before
@@ -122,9 +122,11 @@ class Case:
     def measure(self) -> Rates:
         """Warm up, then measure once."""
         min_seconds = MIN_SECONDS if self.min_seconds is None else self.min_seconds
+        lead = Lead(self.device)
         warm_up, warmup_steps, first_step_s = Stopwatch(self.device), 0, 0.0
         while warmup_steps < WARMUP_STEPS or warm_up.peek_s() < min_seconds:
             self.step()
+            lead.step_queued()
             warmup_steps += 1
             if warmup_steps == 1:
                 first_step_s = warm_up.elapsed_s()
@@ -135,6 +137,7 @@ class Case:
         images, steps = 0.0, 0
         while not self._may_end(steps, watch.peek_s(), min_seconds):
             images += self.step()
+            lead.step_queued()
             steps += 1
         seconds, idle_after_s = watch.elapsed_s(), idle_s()
         idle_share, others_share = None, None

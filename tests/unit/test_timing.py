@@ -11,7 +11,7 @@ import bench
 import shards
 import tidali
 from tidali.hardware import timing
-from tidali.hardware.timing import Stopwatch, WaitTimer
+from tidali.hardware.timing import Lead, Stopwatch, WaitTimer
 
 
 class Clock:
@@ -52,6 +52,32 @@ def test_synchronize_asks_cuda_alone(monkeypatch) -> None:
     assert asked == []
     timing.synchronize(torch.device("cuda", 0))
     assert asked == [torch.device("cuda", 0)]
+
+
+def test_the_host_is_a_few_steps_ahead_of_the_device_at_most(monkeypatch) -> None:
+    class Stream:
+        recorded = 0
+
+        def record_event(self) -> Event:
+            Stream.recorded += 1
+            return Event(Stream.recorded)
+
+    class Event:
+        def __init__(self, step: int) -> None:
+            self.step = step
+
+        def synchronize(self) -> None:
+            waited_for.append((Stream.recorded, self.step))
+
+    waited_for: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    lead = Lead(torch.device("cuda", 0), steps=2)
+    for _ in range(4):
+        lead.step_queued()
+    assert waited_for == [(3, 1), (4, 2)]
+    for device in (None, torch.device("cpu")):
+        Lead(device, steps=0).step_queued()
+    assert Stream.recorded == 4
 
 
 def test_wait_timer_adds_up_what_was_inside(monkeypatch) -> None:
