@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tidali.config import RECIPES, TrainSettings, change, make_recipe
+from tidali.config import RECIPES, TrainSettings, change, fit_to_images, make_recipe
 from tidali.errors import UsageError
 
 
@@ -41,6 +41,41 @@ def test_a_change_that_cannot_be_right(recipe: str, text: str, complaint: str) -
 )
 def test_a_change_that_can(text: str) -> None:
     assert change(make_recipe("seed"), [text, "grad_clip_norm=1"]).grad_clip_norm == 1
+
+
+def test_the_learning_rate_follows_the_batch_unless_it_is_given() -> None:
+    assert make_recipe("modern").lr == 0.05  # for batches of 128
+    assert make_recipe("modern", batch_size=32).lr == pytest.approx(0.0125)
+    assert make_recipe("seed", batch_size=300).lr == pytest.approx(0.003)  # its own: 1e-3 for 100
+    assert make_recipe("modern", batch_size=32, lr=0.05).lr == 0.05
+    assert change(make_recipe("modern", batch_size=32), ["batch_size=64"], lr_follows=True).lr == pytest.approx(0.025)
+    assert change(make_recipe("modern"), ["batch_size=64", "lr=0.3"], lr_follows=True).lr == 0.3
+    assert change(make_recipe("modern"), ["batch_size=64"]).lr == 0.05  # --config repeats a run: only what is set changes
+
+
+@pytest.mark.parametrize(
+    ("images", "stays", "expected"),
+    [
+        (100_000, "", (128, 20)),
+        (3_000, "", (128, 20)),  # 23 x 20 steps
+        (720, "", (32, 20)),  # 22 x 20
+        (720, "batch", (128, 80)),  # 5 x 80
+        (720, "epochs", (32, 20)),
+        (720, "batch epochs", (128, 20)),
+        (100, "", (16, 67)),  # 6 x 67 = 402
+        (5, "", (16, 20)),  # refused later, as no batch is full
+    ],
+)
+def test_few_images_get_more_steps(images: int, stays: str, expected: tuple[int, int]) -> None:
+    recipe = make_recipe("modern")
+    found = fit_to_images(recipe, images, batch_stays="batch" in stays, epochs_stay="epochs" in stays)
+    assert (found.batch_size, found.epochs) == expected
+    assert found.lr == pytest.approx(0.05 * expected[0] / 128)
+    assert fit_to_images(make_recipe("seed"), images, batch_stays=False, epochs_stay=False) == make_recipe("seed")
+
+
+def test_the_fitted_batch_divides_among_the_ranks() -> None:
+    assert fit_to_images(make_recipe("modern"), 720, 64, batch_stays=False, epochs_stay=True).batch_size == 64
 
 
 def document(**changes: Any) -> dict[str, Any]:

@@ -19,7 +19,17 @@ from tidali.errors import TidaliError, UsageError
 from tidali.hardware.device import DevicePlan, plan_device
 from tidali.hardware.ranks import Ranks
 from tidali.model.resnet import build_resnet18
-from tidali.training.engine import Ema, TrainState, all_finite, compiled, evaluate, make_train_state, train_epoch, train_step
+from tidali.training.engine import (
+    Ema,
+    TrainState,
+    all_finite,
+    compiled,
+    evaluate,
+    make_train_state,
+    measure_statistics,
+    train_epoch,
+    train_step,
+)
 from tidali.training.metrics import Meter
 from tidali.training.setup import set_up
 
@@ -307,6 +317,23 @@ def test_ema_averages_batch_norm_statistics_and_leaves_counters(plan: DevicePlan
     assert ema.model.running_mean.tolist() == [2.0, 2.0, 2.0]
     assert ema.model.num_batches_tracked.item() == 0
     assert not any(parameter.requires_grad for parameter in ema.model.parameters())
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_statistics_are_those_of_the_evaluated_weights(plan: DevicePlan, ema_decay: float) -> None:
+    """Against the mean and the variance of what reaches batch norm, whatever was there before; dropout is off meanwhile."""
+    model = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(3600, 5))
+    state = make_train_state(model, plan, lambda step: 0.1, make_recipe("seed", ema_decay=ema_decay))
+    images, labels = next(batches(1))
+    train_step(state, images, labels)
+    measure_statistics(state, images)
+    evaluated = state.evaluated
+    with torch.no_grad():
+        reached = evaluated[1](images).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(evaluated[2].running_mean, reached.mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(evaluated[2].running_var, reached.var(1), rtol=1e-5, atol=1e-6)
+    assert evaluated[2].momentum == 0.1
+    assert not any(module.training for module in evaluated.modules())
 
 
 def test_an_epoch_counts_and_reports(plan: DevicePlan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
@@ -27,7 +28,18 @@ from tidali.cli.options import (
     recipe_option,
     run_option,
 )
-from tidali.config import Recipe, Stem, StemInit, TrainSettings, change, check_res, default_recipe, make_recipe
+from tidali.config import (
+    Recipe,
+    Stem,
+    StemInit,
+    TrainSettings,
+    change,
+    check_res,
+    default_recipe,
+    fit_to_images,
+    is_changed,
+    make_recipe,
+)
 from tidali.errors import UsageError
 from tidali.training.judgement import loss_text, shows_top5
 
@@ -64,11 +76,16 @@ def train(
             show_default="photos if the images are of unequal size and larger than the input, else modern",
         ),
     ] = None,
-    epochs: Annotated[int | None, recipe_option(help="Training epochs.", show_default="the recipe's")] = None,
-    batch_size: Annotated[
-        int | None, recipe_option(help="Images per step, over all GPUs.", show_default="the recipe's")
+    epochs: Annotated[
+        int | None, recipe_option(help="Training epochs.", show_default="the recipe's, or more where there are few images")
     ] = None,
-    lr: Annotated[float | None, recipe_option(help="Peak learning rate.", show_default="the recipe's")] = None,
+    batch_size: Annotated[
+        int | None,
+        recipe_option(help="Images per step, over all GPUs.", show_default="the recipe's, or fewer where there are few images"),
+    ] = None,
+    lr: Annotated[
+        float | None, recipe_option(help="Peak learning rate.", show_default="the recipe's, in proportion to the batch size")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         recipe_option(
@@ -123,7 +140,8 @@ def train(
         return
 
     def made(name: RecipeName) -> Recipe:
-        return change(make_recipe(name, epochs=epochs, batch_size=batch_size, lr=lr), set_ or ())
+        recipe = make_recipe(name, epochs=epochs, batch_size=batch_size, lr=lr)
+        return change(recipe, set_ or (), lr_follows=lr is None)
 
     chosen = made(recipe or "modern")  # refused before the data is opened
     if res is not None:
@@ -134,15 +152,28 @@ def train(
         plan_device(device, amp, compile)  # refused before the demo data are written
     folder = data if data is not None else str(demo_data())
 
-    if res is None or recipe is None:
-        from tidali.console import say
-        from tidali.dataset.source import open_data
+    from tidali.console import say
+    from tidali.dataset.source import open_data
 
-        dataset = open_data(folder)
-        res = res or dataset.default_res
-        if recipe is None and default_recipe(dataset.split("train").image_sizes, res) == "photos":
-            chosen = made("photos")
-            say(f"recipe photos: images of unequal size, larger than {res} px; --recipe modern takes their centres, uncropped")
+    dataset = open_data(folder)
+    res = res or dataset.default_res
+    if recipe is None and default_recipe(dataset.split("train").image_sizes, res) == "photos":
+        chosen = made("photos")
+        say(f"recipe photos: images of unequal size, larger than {res} px; --recipe modern takes their centres, uncropped")
+    given = set_ or ()
+    images = dataset.split("train").samples
+    fitted = fit_to_images(
+        chosen,
+        images,
+        int(os.environ.get("WORLD_SIZE", "1")),
+        batch_stays=batch_size is not None or lr is not None or is_changed("batch_size", given) or is_changed("lr", given),
+        epochs_stay=epochs is not None or is_changed("epochs", given),
+    )
+    if fitted != chosen:
+        say(
+            f"recipe {chosen.name} on {images} images: {fitted.epochs} epochs of batches of {fitted.batch_size}, for at least "
+            f"{chosen.min_steps} steps; --epochs and --batch-size set others"
+        )
     settings = TrainSettings(
         data=folder,
         out=out or "",
@@ -151,7 +182,7 @@ def train(
         stem=stem,
         init=init,
         stem_init=stem_init,
-        recipe=chosen,
+        recipe=fitted,
         seed=seed,
         device=device,
         amp=amp,

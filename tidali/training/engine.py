@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -238,6 +239,30 @@ def train_epoch(
         data_wait_share=wait.total_s / seconds,
         compile_s=compile_s,
     )
+
+
+@torch.no_grad()
+def measure_statistics(state: TrainState, images: Tensor) -> None:
+    """Set the batch-norm statistics of the evaluated weights to those that the images have in their network.
+
+    The running averages that batch norm keeps while it trains are of the weights of some steps ago, and an average of them is
+    of no weights at all, which shows as long as weights change fast; Izmailov et al. 2018 ("Averaging weights leads to wider
+    optima") measure them anew for averaged weights.
+
+    Args:
+        images: (N, 3, H, W) float, channels_last, normalised, on the device.
+    """
+    model = state.evaluated.eval()
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0  # the next batch's statistics replace the old ones
+    with state.plan.autocast():
+        model(images)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.eval()
+        norm.momentum = momentum
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from tidali.hardware.device import DevicePlan, numerics, plan_device
 from tidali.hardware.ranks import Ranks, joined_ranks
 from tidali.hardware.timing import Stopwatch
 from tidali.loading.augment import draw_mix, mix_batch
-from tidali.training.engine import EpochResult, all_finite, evaluate, train_epoch
+from tidali.training.engine import EpochResult, all_finite, evaluate, measure_statistics, train_epoch
 from tidali.training.interrupt import StopRequest
 from tidali.training.judgement import loss_text
 from tidali.training.metrics import JsonlLog, Meter, Score
@@ -176,6 +176,8 @@ class Run:
         self.require(math.isfinite(trained.score.loss_sum), "the loss is")
 
         self.setup.data.share_corrupt()
+        if self.setup.norm_images is not None:
+            measure_statistics(self.state, self.setup.norm_images)
         self.ranks.broadcast_buffers(self.state.evaluated)
         score = self.evaluate()
         self.require(math.isfinite(score.loss_sum), "the loss is")

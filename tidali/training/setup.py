@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tidali.config import RECIPES, CacheChoice, Preprocess, TrainSettings
 from tidali.console import say
@@ -40,6 +41,9 @@ class Setup:
     """For the checkpoints that the run will save; without metrics."""
     load_report: LoadReport | None
     data: Data
+    norm_images: Tensor | None
+    """Images (N, 3, res, res) on which batch norm's statistics are measured before an evaluation; None: they are running
+    averages."""
 
     def facts(self) -> dict[str, float]:
         """What a reader of metrics.jsonl needs to judge its figures (`tidali.training.judgement`), the same for every epoch."""
@@ -120,7 +124,18 @@ def set_up(
         card=card,
         load_report=load_report,
         data=data,
+        norm_images=_norm_images(data, preprocess, recipe.norm_images, plan) if recipe.norm_images else None,
     )
+
+
+def _norm_images(data: Data, preprocess: Preprocess, count: int, plan: DevicePlan) -> Tensor | None:
+    """The first images of the train split, which are a random sample, as packing shuffles it; preprocessed as for evaluation,
+    and the same ones on every rank."""
+    source = data.streamed("train", preprocess, count)
+    images, _ = next(iter(Batches(source, preprocess, min(count, len(source.labels)), dtype=plan.images_dtype)))
+    images = images.clone()  # the source's memory goes with it
+    source.close()
+    return images if len(images) > 1 else None
 
 
 def training_bytes(plan: DevicePlan, model: nn.Module, res: int, batch_size: int) -> int:
@@ -202,14 +217,14 @@ def announce(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks:
     for line in setup.load_report.lines() if setup.load_report else ():
         fact("", line)
     epochs = f"{counted(recipe.epochs, 'epoch')} of {counted(len(setup.train_batches), 'step')}"
-    fact("recipe", f"{recipe.name}: {epochs}, batch {recipe.batch_size}, lr {recipe.lr}")
+    fact("recipe", f"{recipe.name}: {epochs}, batch {recipe.batch_size}, lr {recipe.lr:g}")
     if recipe.train_sizes:
         fact("", f"trained at {', '.join(map(str, recipe.train_sizes))} px, {recipe.size_order}")
-    original = RECIPES.get(recipe.name)
-    if original is not None and recipe.batch_size != original.batch_size and recipe.lr == original.lr:
-        scaled_lr = recipe.lr * recipe.batch_size / original.batch_size
-        usual = f"the usual rule, lr in proportion to the batch, gives --lr {scaled_lr:g} for {recipe.batch_size}"
-        fact("", f"lr {recipe.lr} is the recipe's for a batch of {original.batch_size} images; {usual}")
+    original = RECIPES.get(recipe.name, recipe)
+    if recipe.batch_size != original.batch_size and math.isclose(
+        recipe.lr, original.lr * recipe.batch_size / original.batch_size
+    ):
+        fact("", f"this lr is the recipe's {original.lr:g} for {original.batch_size} images, in proportion; --lr sets another")
     local_batch_size = ranks.local_batch_size(recipe.batch_size)
     in_ranks = f", {ranks.world_size} ranks of {local_batch_size} images each" if ranks.world_size > 1 else ""
     fact("device", f"{plan.device}: {plan.name}, {counted(cpu_count(), 'core')}{in_ranks}")
