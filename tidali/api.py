@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed
+from torch import nn
 
 from tidali.config import Augment, CacheChoice, Kernel, Preprocess, TrainSettings, check_res
 from tidali.dataset.contract import Dataset
@@ -108,13 +110,18 @@ def _joined_ranks() -> Ranks:
     return Ranks(rank=torch.distributed.get_rank(), world_size=torch.distributed.get_world_size(), joined=True)
 
 
-def train_model(settings: TrainSettings, *, resume: bool = False) -> RunResult:
+def train_model(settings: TrainSettings, *, resume: bool = False, model: nn.Module | None = None) -> RunResult:
     """Train as ``tidali train`` does, into the run folder ``settings.out``.
 
     Args:
         resume: resume from the state in ``settings.out``, which was saved by a run of the same settings.
+        model: a network of your own, from images (N, 3, res, res) to logits (N, classes), which is trained in place, with
+            everything that a run has. Its checkpoints hold weights alone, so resuming and `load_model` need the network again,
+            and the commands eval, predict and export do not apply; neither do the settings ``arch``, ``stem`` and ``init``.
 
     Raises:
         TidaliError: the settings, the data or the device do not allow the run; see `tidali.training.run.train`.
     """
-    return train(settings, open_data(settings.data), resume=resume)
+    if model is not None:
+        settings = replace(settings, arch="own")
+    return train(settings, open_data(settings.data), resume=resume, model=model)

@@ -14,6 +14,10 @@ from tidali.errors import UsageError
 
 Arch = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnext50_32x4d"]
 """torchvision's names of its ResNets (`tidali.model.resnet.ARCHITECTURES`)."""
+AnyArch = Literal[Arch, "own"]
+"""``own`` is a network that `tidali.train_model` was given, which is in no checkpoint."""
+Freeze = Literal["none", "stem", "layer1", "layer2", "layer3", "body"]
+"""The parts of a ResNet that keep their weights: all up to this one; ``body`` is all but the head."""
 Stem = Literal["imagenet", "small"]
 AmpChoice = Literal["auto", "bf16", "fp16", "off"]
 CompileChoice = Literal["auto", "on", "max-autotune", "off"]
@@ -149,6 +153,14 @@ class Recipe:
     lr: float
     """Peak learning rate. Where another batch size is chosen than the recipe's own, and no learning rate, it changes in
     proportion (Goyal et al. 2017, arXiv 1706.02677)."""
+    head_lr_scale: float = 1.0
+    """The head's learning rate is `lr` times this."""
+    stage_lr_decay: float = 1.0
+    """The last stage's learning rate is `lr`, and that of each part before it, down to the stem, is that of the next one times
+    this."""
+    freeze: Freeze = "none"
+    """Starting weights that are kept: those of the stem, of all up to a stage, or of the ``body``, which is all but the head.
+    Their batch norm stays in evaluation mode, and no gradient is computed for them."""
     momentum: float = 0.9
     """SGD's, in torch's definition, without dampening."""
     nesterov: bool = False
@@ -205,6 +217,10 @@ class Recipe:
             raise UsageError(f"--batch-size {self.batch_size}: at least 2, batch norm needs more than one sample")
         if not 0 < self.lr < math.inf:
             raise UsageError(f"--lr {self.lr}: must be above 0 and finite")
+        if not 0 < self.head_lr_scale < math.inf:
+            raise UsageError(f"head_lr_scale {self.head_lr_scale}: must be above 0 and finite")
+        if not 0 < self.stage_lr_decay <= 1:
+            raise UsageError(f"stage_lr_decay {self.stage_lr_decay}: above 0, up to 1")
         if not 1 <= self.accumulate <= self.batch_size // 2:
             raise UsageError(f"accumulate {self.accumulate}: at least 1, with two of {self.batch_size} samples per micro-batch")
         if self.step_epochs < 1:
@@ -274,6 +290,18 @@ RECIPES["photos"] = replace(
     augment=Augment(flip="random", crop_scale=(0.25, 1.0), brightness=0.2, contrast=0.2, saturation=0.2),
     crop_fraction=0.875,
 )
+
+
+# From starting weights: fewer epochs, small steps for what is learnt already, and ten times larger ones for the head, which is
+# random where it is for other classes.
+RECIPES["finetune"] = replace(
+    RECIPES["modern"], name="finetune", epochs=8, lr=0.005, head_lr_scale=10.0, weight_decay=1e-4, min_steps=200
+)
+
+
+def with_crops(recipe: Recipe) -> Recipe:
+    """The recipe with the augmentation and the evaluation of ``photos``."""
+    return replace(recipe, augment=RECIPES["photos"].augment, crop_fraction=RECIPES["photos"].crop_fraction)
 
 
 def default_recipe(image_sizes: Mapping[str, int], res: int) -> str:
@@ -387,7 +415,7 @@ class TrainSettings:
     """Run folder; it is made, and must be empty if it exists."""
     res: int = 224
     """Input side in pixels."""
-    arch: Arch = "resnet18"
+    arch: AnyArch = "resnet18"
     stem: Stem = "imagenet"
     """``imagenet``: 7x7/2 and max-pool; ``small``: 3x3/1 and none, for small images."""
     init: str = "none"
@@ -425,6 +453,8 @@ class TrainSettings:
             raise UsageError(f"--max-bad {self.max_bad}: at least 0")
         if not 0 < self.checkpoint_minutes < math.inf:
             raise UsageError(f"checkpoint_minutes {self.checkpoint_minutes}: must be above 0 and finite")
+        if self.recipe.freeze != "none" and self.init == "none":
+            raise UsageError(f"freeze {self.recipe.freeze}: random weights would never be trained; give --init, or freeze none")
         if self.compile == "max-autotune" and self.recipe.accumulate > 1:
             # Its CUDA graphs overwrite a micro-batch's logits and gradients with the next one's (pytorch issues 169545, 96693).
             raise UsageError(f"--compile max-autotune: not with accumulate {self.recipe.accumulate}; use --compile on")

@@ -41,7 +41,7 @@ def run(photos: Path, tidali: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_photographs_get_their_recipe_and_are_streamed(run: tuple[Path, str]) -> None:
     out, said = run
-    assert "recipe photos" in said
+    assert "recipe photos with random crops" in said
     assert "--recipe modern" in said
     assert "pixels  train: streamed" in said
     settings = json.loads((out / "config.json").read_text())

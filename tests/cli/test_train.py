@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from tidali.dataset.contract import open_dataset
 from tidali.hardware.device import plan_device
@@ -207,3 +208,18 @@ def test_another_architecture_is_in_its_checkpoint(tidali, demo_data: Path, tmp_
     ended = tidali("train", *common, "--init", tmp_path / "run", "--res", 32, "--out", tmp_path / "other")
     assert ended.code == 2
     assert "the weights are those of a ResNet-50; give --arch resnet50" in ended.stderr
+
+
+def test_a_linear_probe_trains_the_head_alone(tidali, trained, demo_data: Path, tmp_path: Path) -> None:
+    out, _ = trained
+    ended = tidali(
+        *("train", "--data", demo_data, "--res", 32, "--epochs", 1, "--batch-size", 80, "--device", "cpu"),
+        *("--init", out / "best", "--linear-probe", "--out", tmp_path / "probe"),
+    )
+    assert ended.code == 0, ended.stderr
+    assert "recipe finetune, as there are starting weights" in ended.stderr
+    assert "frozen: conv1, bn1, layer1, layer2, layer3, layer4" in ended.stderr
+    before, after = load_file(out / "best.safetensors"), load_file(tmp_path / "probe" / "last.safetensors")
+    assert {name for name in after if not after[name].equal(before[name])} == {"fc.weight", "fc.bias"}
+    refused = tidali("train", "--data", demo_data, "--linear-probe")
+    assert (refused.code, "give --init" in refused.stderr) == (2, True)

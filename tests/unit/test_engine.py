@@ -19,14 +19,13 @@ from tidali.errors import TidaliError, UsageError
 from tidali.hardware.device import DevicePlan, plan_device
 from tidali.hardware.ranks import Ranks
 from tidali.model.resnet import build_resnet18
+from tidali.training.averages import Ema, measure_statistics
 from tidali.training.engine import (
-    Ema,
     TrainState,
     all_finite,
     compiled,
     evaluate,
     make_train_state,
-    measure_statistics,
     train_epoch,
     train_step,
 )
@@ -326,8 +325,8 @@ def test_statistics_are_those_of_the_evaluated_weights(plan: DevicePlan, ema_dec
     state = make_train_state(model, plan, lambda step: 0.1, make_recipe("seed", ema_decay=ema_decay))
     images, labels = next(batches(1))
     train_step(state, images, labels)
-    measure_statistics(state, images)
     evaluated = state.evaluated
+    measure_statistics(evaluated, images, plan)
     with torch.no_grad():
         reached = evaluated[1](images).transpose(0, 1).flatten(1)
     torch.testing.assert_close(evaluated[2].running_mean, reached.mean(1), rtol=1e-5, atol=1e-6)

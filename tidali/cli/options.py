@@ -12,7 +12,7 @@ import typer
 from tidali.config import AmpChoice, Arch, CacheChoice, CompileChoice, DecoderChoice, DeviceChoice, check_res
 from tidali.errors import UsageError
 
-RecipeName = Literal["seed", "modern", "photos"]
+RecipeName = Literal["seed", "modern", "photos", "finetune"]
 """The names of `tidali.config.RECIPES`."""
 
 # One for each group of options in the help. Called as typer.Option.

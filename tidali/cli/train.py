@@ -39,6 +39,7 @@ from tidali.config import (
     fit_to_images,
     is_changed,
     make_recipe,
+    with_crops,
 )
 from tidali.errors import UsageError
 from tidali.training.judgement import loss_text, shows_top5
@@ -68,12 +69,15 @@ def train(
             help="7x7 weights for the small stem: fresh leaves its 3x3 kernels random, resample shrinks the weights to 3x3."
         ),
     ] = "fresh",
+    linear_probe: Annotated[
+        bool, recipe_option("--linear-probe", help="Train the head alone, on the frozen body of --init: --set freeze=body.")
+    ] = False,
     recipe: Annotated[
         RecipeName | None,
         recipe_option(
             help="seed: as in the original study; modern: normalised, label smoothing, Nesterov, warm-up and cosine schedule; "
-            "photos: modern with random crops and mild colour changes.",
-            show_default="photos if the images are of unequal size and larger than the input, else modern",
+            "photos: modern with random crops and mild colour changes; finetune: a short modern for starting weights.",
+            show_default="finetune with --init; photos if images are of unequal size, larger than the input; else modern",
         ),
     ] = None,
     epochs: Annotated[
@@ -139,11 +143,14 @@ def train(
         _run(replace(settings, recipe=change(settings.recipe, set_ or ())), out=out)
         return
 
-    def made(name: RecipeName) -> Recipe:
-        recipe = make_recipe(name, epochs=epochs, batch_size=batch_size, lr=lr)
-        return change(recipe, set_ or (), lr_follows=lr is None)
+    def made(name: RecipeName, *, crops: bool = False) -> Recipe:
+        recipe = make_recipe(name, epochs=epochs, batch_size=batch_size, lr=lr, freeze="body" if linear_probe else None)
+        return change(with_crops(recipe) if crops else recipe, set_ or (), lr_follows=lr is None)
 
-    chosen = made(recipe or "modern")  # refused before the data is opened
+    usual: RecipeName = "modern" if init == "none" else "finetune"
+    chosen = made(recipe or usual)  # refused before the data is opened
+    if linear_probe and init == "none":
+        raise UsageError("--linear-probe: a head on random weights learns little; give --init")
     if res is not None:
         check_res(res)
     if data is None:
@@ -158,8 +165,13 @@ def train(
     dataset = open_data(folder)
     res = res or dataset.default_res
     if recipe is None and default_recipe(dataset.split("train").image_sizes, res) == "photos":
-        chosen = made("photos")
-        say(f"recipe photos: images of unequal size, larger than {res} px; --recipe modern takes their centres, uncropped")
+        chosen = made(usual, crops=True) if usual == "finetune" else made("photos")
+        say(
+            f"recipe {chosen.name} with random crops: images of unequal size, larger than {res} px; "
+            f"--recipe modern takes their centres, uncropped"
+        )
+    if recipe is None and usual == "finetune":
+        say("recipe finetune, as there are starting weights; --recipe modern trains longer, with larger steps")
     given = set_ or ()
     images = dataset.split("train").samples
     fitted = fit_to_images(

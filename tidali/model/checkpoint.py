@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tidali.config import AmpChoice, Arch, DeviceChoice, Kernel, Preprocess, Stem
+from tidali.config import AmpChoice, AnyArch, DeviceChoice, Kernel, Preprocess, Stem
 from tidali.dataset.contract import ClassName, Dataset
-from tidali.errors import UsageError
+from tidali.errors import UsageError, first_line
 from tidali.files import write_atomically
 from tidali.hardware.device import DevicePlan, plan_device
 from tidali.model.resnet import ARCHITECTURES, build_resnet, load_matching
@@ -49,7 +49,7 @@ class ModelCard:
     """Bicubic kernel that its images were resized with."""
     crop_fraction: float = 1.0
     """Share of the shorter side that its evaluation kept."""
-    arch: Arch = "resnet18"
+    arch: AnyArch = "resnet18"
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Of the evaluation after which the checkpoint was saved."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -63,7 +63,15 @@ class ModelCard:
         )
 
     def build_model(self) -> nn.Module:
-        """The model that the weights belong to, with random weights."""
+        """The model that the weights belong to, with random weights.
+
+        Raises:
+            UsageError: it is not one of tidali's own.
+        """
+        if self.arch == "own":
+            raise UsageError(
+                "the weights of a network of your own, which is not in the file: tidali.load_model(PATH, model=...)"
+            )
         return build_resnet(self.arch, len(self.classes), self.stem, stem_bias=self.stem_bias)
 
 
@@ -113,16 +121,25 @@ def load_checkpoint(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
         raise UsageError(f"{path}: its tidali metadata is damaged ({type(error).__name__}: {error})") from None
 
 
-def load_model(path: Path) -> tuple[nn.Module, ModelCard]:
+def load_model(path: Path, model: nn.Module | None = None) -> tuple[nn.Module, ModelCard]:
     """The model of a checkpoint file, on the CPU, channels-last and in evaluation mode, and its card.
+
+    Args:
+        model: where the weights are of a network of the user's own: that network.
 
     Raises:
         UsageError: not a tidali checkpoint, or its weights do not fit the model that its card describes, or are not finite.
     """
     card, weights = load_checkpoint(path)
-    if card.arch not in ARCHITECTURES:
+    if card.arch not in (*ARCHITECTURES, "own"):
         raise UsageError(f"{path}: the weights of a network that this tidali does not know, {card.arch!r}")
-    model = card.build_model()
+    if model is not None:
+        return _with_weights(model, weights, path), card
+    try:
+        model = card.build_model()
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    assert card.arch != "own"
     report = load_matching(model, weights, str(path), arch=card.arch)
     if report.fresh or report.unused:
         different = ", ".join([*report.fresh, *report.unused][:3])
@@ -130,14 +147,32 @@ def load_model(path: Path) -> tuple[nn.Module, ModelCard]:
     return model.to(memory_format=torch.channels_last).eval(), card
 
 
+def _with_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """
+    Raises:
+        UsageError: the weights are not the model's.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UsageError(f"{path}: the weights do not fit the model that was given ({first_line(error)})") from None
+    return model.to("cpu", memory_format=torch.channels_last).eval()  # type: ignore[call-overload,no-any-return]
+
+
 def open_checkpoint(
-    given: str, dataset: Dataset | None = None, *, device: DeviceChoice, amp: AmpChoice
+    given: str,
+    dataset: Dataset | None = None,
+    *,
+    device: DeviceChoice,
+    amp: AmpChoice,
+    model: nn.Module | None = None,
 ) -> tuple[nn.Module, ModelCard, DevicePlan]:
     """Find and load a checkpoint, and put it on its device.
 
     Args:
         given: see `find_checkpoint`.
         dataset: the data set whose classes the checkpoint must have, if any.
+        model: the network, where it is the user's own.
 
     Returns:
         The model, on the plan's device, in evaluation mode and channels-last; its card; and the plan.
@@ -146,7 +181,7 @@ def open_checkpoint(
         UsageError: no checkpoint there, or one for other classes than the data set's.
         TidaliError: ``cuda`` was asked for and is not available.
     """
-    model, card = load_model(find_checkpoint(given))
+    model, card = load_model(find_checkpoint(given), model)
     if dataset is not None:
         check_classes(card, dataset, given)
     plan = plan_device(device, amp, "off")

@@ -136,7 +136,14 @@ class Classifier:
         return ClassScore(label=label, id=class_.id, name=class_.name, probability=probability)
 
 
-def load_model(path: str | Path, *, device: DeviceChoice = "auto", amp: AmpChoice = "auto", flip: bool = False) -> Classifier:
+def load_model(
+    path: str | Path,
+    *,
+    device: DeviceChoice = "auto",
+    amp: AmpChoice = "auto",
+    flip: bool = False,
+    model: nn.Module | None = None,
+) -> Classifier:
     """A trained model, ready to predict.
 
     >>> from tidali import load_model
@@ -147,12 +154,13 @@ def load_model(path: str | Path, *, device: DeviceChoice = "auto", amp: AmpChoic
     Args:
         path: a checkpoint, or a run folder for its best one.
         flip: flip TTA, as ``tidali eval --flip`` does.
+        model: the network, where `tidali.train_model` was given one; the weights are loaded into it.
 
     Raises:
         UsageError: no such checkpoint, or not one of tidali.
         TidaliError: ``cuda`` was asked for and is not available.
     """
-    return Classifier(*open_checkpoint(os.fspath(path), device=device, amp=amp), flip=flip)
+    return Classifier(*open_checkpoint(os.fspath(path), device=device, amp=amp, model=model), flip=flip)
 
 
 def _as_iterable(images: Any) -> Iterable[Any]:

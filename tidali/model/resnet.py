@@ -61,7 +61,9 @@ WEIGHTS_LICENCE = "BSD-3-Clause, torchvision's; the terms of ImageNet, which the
 
 
 def title_of(arch: str) -> str:
-    """The title of an architecture; an unknown one's own name."""
+    """What an architecture is called in a sentence."""
+    if arch == "own":
+        return "a network of your own"
     return next((one.title for name, one in ARCHITECTURES.items() if name == arch), arch)
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.models import ResNet
 
 from tidali.config import Recipe
 from tidali.errors import TidaliError
@@ -23,32 +22,14 @@ from tidali.hardware.cpu_pooling import pool_before_relu
 from tidali.hardware.device import DevicePlan
 from tidali.hardware.ranks import Ranks
 from tidali.hardware.timing import Stopwatch, WaitTimer
+from tidali.model.parts import frozen_modules, lr_scales
 from tidali.model.resnet import compute_logits
+from tidali.training.averages import Ema
 from tidali.training.metrics import Meter, Score
 from tidali.training.schedule import Schedule
 
 _MAX_SHAPES = 64
 """At most so many shapes are compiled; Dynamo's own limit is 8, and a recipe may list more sizes."""
-
-
-class Ema:
-    """A moving average of a model's weights and batch-norm statistics."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        self._decay = decay
-        self._averages, self._values = self._floats(self.model), self._floats(model)
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Update the average after optimizer step number ``step``, counted from 1."""
-        # The ramp keeps the random initial weights from lingering in short runs.
-        decay = min(self._decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(self._averages, self._values, step)
-
-    @staticmethod
-    def _floats(model: nn.Module) -> list[Tensor]:
-        return [tensor.detach() for tensor in model.state_dict().values() if tensor.is_floating_point()]
 
 
 @dataclass(kw_only=True)
@@ -67,6 +48,8 @@ class TrainState:
     recipe: Recipe
     """Label smoothing, gradient clipping and accumulation are read from it in each step."""
     ema: Ema | None = None
+    frozen: tuple[str, ...] = ()
+    """Names of the modules that keep their weights."""
     step: int = 0
     """Optimizer steps done."""
     compile_s: float = 0.0
@@ -78,6 +61,12 @@ class TrainState:
     def evaluated(self) -> nn.Module:
         """The module that is evaluated and saved as the result: the moving average where there is one."""
         return self.ema.model if self.ema is not None else self.model
+
+    def set_training(self) -> None:
+        """Put the model in training mode, but for what is frozen."""
+        self.model.train()
+        for name in self.frozen:
+            self.model.get_submodule(name).eval()
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.plan.device.type, enabled=self.plan.needs_scaler)
@@ -96,13 +85,15 @@ def make_train_state(
     (`tidali.hardware.cpu_convolution`, `tidali.hardware.cpu_pooling`), unless it is compiled."""
     if plan.device.type == "cpu" and not plan.compile:
         speed_up_tiny_images(model)
-        pool_before_relu(model)
+        if isinstance(model, ResNet):  # another network may use its modules of these names otherwise
+            pool_before_relu(model)
+    frozen = frozen_modules(recipe.freeze)
+    for name in frozen:
+        # With no gradient below, autograd keeps nothing of these parts' forward pass.
+        model.get_submodule(name).requires_grad_(False)
     model.to(plan.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = _parameter_groups(model, recipe)
     sgd = ChannelsLastSGD if plan.device.type == "cpu" else torch.optim.SGD
     optimizer = sgd(groups, lr=schedule(0), momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
     if recipe.momentum:
@@ -118,8 +109,23 @@ def make_train_state(
         schedule=schedule,
         plan=plan,
         recipe=recipe,
-        ema=Ema(model, recipe.ema_decay) if recipe.ema_decay else None,
+        ema=Ema(model, recipe.ema_decay, frozen) if recipe.ema_decay else None,
+        frozen=frozen,
     )
+
+
+def _parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """The optimizer's groups of what is trained, by learning rate; in each the tensors that decay come before the others."""
+    scales = lr_scales(recipe.head_lr_scale, recipe.stage_lr_decay)
+    by_scale: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            by_scale.setdefault(scales.get(name.partition(".")[0], 1.0), []).append(parameter)
+    return [
+        {"params": [p for p in members if (p.ndim >= 2) is decays], "weight_decay": decay, "lr_scale": scale}
+        for scale, members in by_scale.items()
+        for decays, decay in ((True, recipe.weight_decay), (False, 0.0))
+    ]
 
 
 def compiled(model: nn.Module, plan: DevicePlan) -> Callable[[Tensor], Tensor]:
@@ -131,7 +137,7 @@ def compiled(model: nn.Module, plan: DevicePlan) -> Callable[[Tensor], Tensor]:
         torch._inductor.config.deterministic = True
     # Its advice is refused: `tidali.hardware.device.set_numerics` keeps float32 products in full precision.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
-    fullgraph = not isinstance(model, DistributedDataParallel)
+    fullgraph = isinstance(model, ResNet)  # a network of the user's own may have parts that Dynamo cannot trace
     forward: Callable[[Tensor], Tensor] = torch.compile(model, fullgraph=fullgraph, dynamic=False, mode=plan.compile_mode)
     return forward
 
@@ -148,7 +154,7 @@ def train_step(state: TrainState, images: Tensor, targets: Tensor) -> Tensor:
     """
     recipe = state.recipe
     for group in state.optimizer.param_groups:
-        group["lr"] = state.schedule(state.step)
+        group["lr"] = state.schedule(state.step) * group["lr_scale"]
     logits = []
     parts = list(zip(images.tensor_split(recipe.accumulate), targets.tensor_split(recipe.accumulate), strict=True))
     for number, (part, labels) in enumerate(parts):
@@ -204,7 +210,7 @@ def train_epoch(
     Returns:
         The epoch's result. Its loss is not finite where that of any step was not.
     """
-    state.model.train()
+    state.set_training()
     watch, wait = Stopwatch(state.plan.device), WaitTimer()
     before, compiled_before_s, not_counted = meter.read(ranks).samples, state.compile_s, 0
     iterator = iter(batches)
@@ -239,30 +245,6 @@ def train_epoch(
         data_wait_share=wait.total_s / seconds,
         compile_s=compile_s,
     )
-
-
-@torch.no_grad()
-def measure_statistics(state: TrainState, images: Tensor) -> None:
-    """Set the batch-norm statistics of the evaluated weights to those that the images have in their network.
-
-    The running averages that batch norm keeps while it trains are of the weights of some steps ago, and an average of them is
-    of no weights at all, which shows as long as weights change fast; Izmailov et al. 2018 ("Averaging weights leads to wider
-    optima") measure them anew for averaged weights.
-
-    Args:
-        images: (N, 3, H, W) float, channels_last, normalised, on the device.
-    """
-    model = state.evaluated.eval()
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    before = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.train()
-        norm.momentum = 1.0  # the next batch's statistics replace the old ones
-    with state.plan.autocast():
-        model(images)
-    for norm, momentum in zip(norms, before, strict=True):
-        norm.eval()
-        norm.momentum = momentum
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tidali.config import CacheChoice, TrainSettings
 from tidali.console import progress_bar, say
@@ -23,7 +23,8 @@ from tidali.hardware.device import DevicePlan, numerics, plan_device
 from tidali.hardware.ranks import Ranks, joined_ranks
 from tidali.hardware.timing import Stopwatch
 from tidali.loading.augment import draw_mix, mix_batch
-from tidali.training.engine import EpochResult, all_finite, evaluate, measure_statistics, train_epoch
+from tidali.training.averages import measure_statistics
+from tidali.training.engine import EpochResult, all_finite, evaluate, train_epoch
 from tidali.training.interrupt import StopRequest
 from tidali.training.judgement import loss_text
 from tidali.training.metrics import JsonlLog, Meter, Score
@@ -43,13 +44,22 @@ RANKS_AGREE_STEPS = 20
 device, about once in so many seconds and at least once in so many steps. torchrun waits 30 s for a stop."""
 
 
-def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False, stop: StopRequest | None = None) -> RunResult:
+def train(
+    settings: TrainSettings,
+    dataset: Dataset,
+    *,
+    resume: bool = False,
+    stop: StopRequest | None = None,
+    model: nn.Module | None = None,
+) -> RunResult:
     """Train a model. Writes config.json, metrics.jsonl, the best and last weights, the complete state and summary.json into
     ``settings.out``. On a CPU, the process keeps freed memory from then on (`tidali.hardware.cpu_memory`).
 
     Args:
         resume: resume from the state in ``settings.out``, which was saved by a run of the same settings.
         stop: asks the run to stop after a step; SIGTERM and Ctrl-C by default.
+        model: a network of the caller's own, from images (N, 3, H, W) to logits (N, classes), which is trained in place; by
+            default the settings' ResNet.
 
     Raises:
         TidaliError, UsageError: the settings, the data or the device do not allow the run; nothing is written then.
@@ -64,7 +74,7 @@ def train(settings: TrainSettings, dataset: Dataset, *, resume: bool = False, st
     )
     with numerics(settings.deterministic), joined_ranks(plan.device.type) as ranks, memory, stop or StopRequest() as stop:
         cache = saved_route(Path(settings.out) / STATE_NAME) if resume else settings.cache
-        run = Run(settings, dataset, plan, ranks, stop, cache)
+        run = Run(settings, dataset, plan, ranks, stop, cache, model)
         with run.files:
             run.open_folder(resume)
             while run.progress.epoch < recipe.epochs:
@@ -90,6 +100,7 @@ class Run:
         ranks: Ranks,
         stop: StopRequest,
         cache: CacheChoice,
+        model: nn.Module | None = None,
     ) -> None:
         """Make everything that can fail, before anything is written."""
         self.settings, self.dataset, self.plan, self.ranks, self.stop = settings, dataset, plan, ranks, stop
@@ -97,7 +108,7 @@ class Run:
         self.watch = Stopwatch()
         if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UsageError("--tensorboard needs the package tensorboard: pip install 'tidali[tensorboard]'")
-        self.setup = set_up(settings, dataset, plan, ranks, cache=cache)
+        self.setup = set_up(settings, dataset, plan, ranks, cache=cache, model=model)
         self.state, self.train_batches, self.select_on = self.setup.state, self.setup.train_batches, self.setup.select_on
         if plan.device.type == "cpu":
             keep_freed_memory()
@@ -177,7 +188,7 @@ class Run:
 
         self.setup.data.share_corrupt()
         if self.setup.norm_images is not None:
-            measure_statistics(self.state, self.setup.norm_images)
+            measure_statistics(self.state.evaluated, self.setup.norm_images, self.plan, self.state.frozen)
         self.ranks.broadcast_buffers(self.state.evaluated)
         score = self.evaluate()
         self.require(math.isfinite(score.loss_sum), "the loss is")

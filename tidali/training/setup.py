@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from tidali.config import RECIPES, CacheChoice, Preprocess, TrainSettings
 from tidali.console import say
 from tidali.dataset.contract import Dataset
-from tidali.errors import UsageError, counted
+from tidali.errors import UsageError, counted, first_line
 from tidali.hardware.device import DevicePlan
 from tidali.hardware.limits import cpu_count
 from tidali.hardware.ranks import Ranks
@@ -20,7 +21,8 @@ from tidali.loading.batches import Batches, Training
 from tidali.loading.data import Data
 from tidali.loading.sizes import SizePlan
 from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard
-from tidali.model.pretrained import apply_init, choose_normalisation
+from tidali.model.parts import frozen_modules, is_within
+from tidali.model.pretrained import Normalisation, apply_init, choose_normalisation
 from tidali.model.resnet import LoadReport, build_resnet, title_of, training_activations
 from tidali.training.engine import TrainState, make_train_state
 from tidali.training.schedule import make_schedule
@@ -59,12 +61,19 @@ class Setup:
 
 
 def set_up(
-    settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks: Ranks, *, cache: CacheChoice | None = None
+    settings: TrainSettings,
+    dataset: Dataset,
+    plan: DevicePlan,
+    ranks: Ranks,
+    *,
+    cache: CacheChoice | None = None,
+    model: nn.Module | None = None,
 ) -> Setup:
     """Make them all, before anything is written, since each may fail.
 
     Args:
         cache: replaces the settings' value where a resumed run continues on the route that it began with.
+        model: a network of the user's own, instead of the settings' ResNet.
 
     Raises:
         TidaliError, UsageError, DatasetError: the settings, the data or the device do not allow the run.
@@ -75,11 +84,7 @@ def set_up(
     batch_size = ranks.local_batch_size(recipe.batch_size)
     sizes = SizePlan.of(settings.res, recipe.train_sizes, recipe.size_order, epochs=recipe.epochs, seed=settings.seed)
     torch.manual_seed(settings.seed)
-    stem_bias = recipe.stem_bias and settings.stem == "small"
-    model = build_resnet(settings.arch, len(dataset.manifest.classes), settings.stem, stem_bias=stem_bias)
-    load_report, init_normalisation = apply_init(
-        model, settings.init, settings.stem_init, dataset.manifest.classes, arch=settings.arch
-    )
+    network, load_report, init_normalisation = make_network(settings, dataset, model)
     mean, std = choose_normalisation(recipe.normalise, init_normalisation, dataset)
     data = Data(
         dataset,
@@ -88,7 +93,7 @@ def set_up(
         decoder=settings.decoder,
         max_bad=settings.max_bad,
         ranks=ranks,
-        training_bytes=training_bytes(plan, model, max(sizes.sides), -(-batch_size // recipe.accumulate)),
+        training_bytes=training_bytes(plan, network, max(sizes.sides), -(-batch_size // recipe.accumulate)),
     )
     preprocess = Preprocess(res=settings.res, mean=mean, std=std, kernel=recipe.kernel, crop_fraction=recipe.crop_fraction)
     training = Training(augment=recipe.augment, seed=settings.seed, sizes=sizes)
@@ -101,13 +106,13 @@ def set_up(
     if settings.sync_bn:
         if plan.device.type != "cuda":
             raise UsageError("--sync-bn: torch synchronises batch norm on GPUs only; leave the flag out on a CPU")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    state = make_train_state(model, plan, make_schedule(recipe, len(train_batches)), recipe, ranks=ranks)
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    state = make_train_state(network, plan, make_schedule(recipe, len(train_batches)), recipe, ranks=ranks)
     card = ModelCard(
         classes=dataset.manifest.classes,
         arch=settings.arch,
         stem=settings.stem,
-        stem_bias=stem_bias,
+        stem_bias=_stem_bias(settings),
         res=settings.res,
         mean=mean,
         std=std,
@@ -128,6 +133,64 @@ def set_up(
     )
 
 
+def make_network(
+    settings: TrainSettings, dataset: Dataset, model: nn.Module | None
+) -> tuple[nn.Module, LoadReport | None, Normalisation | None]:
+    """The network with its starting weights, what was loaded into it, and the normalisation of those weights, if known.
+
+    Args:
+        model: one of the user's own.
+
+    Raises:
+        UsageError, TidaliError: the starting weights cannot be had, or what is frozen would stay random; or the user's network
+            does not take the images, or the settings are not for one.
+    """
+    classes, recipe = dataset.manifest.classes, settings.recipe
+    if settings.arch == "own":
+        if model is None:
+            fix = "give it to tidali.train_model(settings, model=...), with resume=True to resume"
+            raise UsageError(f"{settings.out or 'arch own'}: the settings are of a network of your own; {fix}")
+        check_own_network(model, len(classes), settings)
+        return model, None, None
+    network = build_resnet(settings.arch, len(classes), settings.stem, stem_bias=_stem_bias(settings))
+    report, normalisation = apply_init(network, settings.init, settings.stem_init, classes, arch=settings.arch)
+    random = [name for name in (report.fresh if report else ()) if is_within(name, frozen_modules(recipe.freeze))]
+    if random:
+        fix = "--stem-init resample makes a small stem of them, and --set freeze=none trains it"
+        raise UsageError(f"freeze {recipe.freeze}: {random[0]} is not in the starting weights, and would stay random; {fix}")
+    return network, report, normalisation
+
+
+def _stem_bias(settings: TrainSettings) -> bool:
+    return settings.recipe.stem_bias and settings.stem == "small"
+
+
+def check_own_network(model: nn.Module, num_classes: int, settings: TrainSettings) -> None:
+    """Run a copy of the user's network on two images of zeros.
+
+    Raises:
+        UsageError: it fails, or does not return logits of the data's classes, or the settings are for a ResNet of tidali's.
+    """
+    recipe = settings.recipe
+    if settings.init != "none" or settings.stem != "imagenet":
+        raise UsageError("model: init and stem are for tidali's own networks; leave them out, and load weights into the model")
+    if recipe.freeze != "none" or (recipe.head_lr_scale, recipe.stage_lr_decay) != (1, 1):
+        raise UsageError(
+            "model: freeze, head_lr_scale and stage_lr_decay are for tidali's own networks; set requires_grad of parameters"
+        )
+    shape = (2, 3, settings.res, settings.res)
+    try:
+        with torch.no_grad():
+            logits = copy.deepcopy(model).cpu().eval()(torch.zeros(shape))
+    except Exception as error:  # whatever the user's code raises
+        raise UsageError(f"model: fails on images {shape}: {type(error).__name__}: {first_line(error)}") from None
+    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UsageError(
+            f"model: returns {found} for two images, and logits (2, {num_classes}) are needed for the data's classes"
+        )
+
+
 def _norm_images(data: Data, preprocess: Preprocess, count: int, plan: DevicePlan) -> Tensor | None:
     """The first images of the train split, which are a random sample, as packing shuffles it; preprocessed as for evaluation,
     and the same ones on every rank."""
@@ -146,7 +209,11 @@ def training_bytes(plan: DevicePlan, model: nn.Module, res: int, batch_size: int
         res: the largest input side in pixels.
         batch_size: of one forward pass on one rank.
     """
-    return batch_size * training_activations(model, res) * plan.images_dtype.itemsize + _FIXED_BYTES
+    try:
+        activations = training_activations(model, res)
+    except Exception:  # a network of the user's own may do what cannot be done without values
+        activations = 0
+    return batch_size * activations * plan.images_dtype.itemsize + _FIXED_BYTES
 
 
 def refuse_graphs_beside_dali(plan: DevicePlan, *given: Batches) -> None:
@@ -213,11 +280,21 @@ def announce(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks:
 
     train_images = counted(dataset.split("train").samples, "train image")
     fact("data", f"{dataset.root}: {train_images}, {counted(len(dataset.manifest.classes), 'class')}")
-    fact("model", f"{title_of(settings.arch)}, {settings.stem} stem, init {settings.init}, {settings.res} x {settings.res} px")
+    stem = f", {settings.stem} stem, init {settings.init}" if settings.arch != "own" else ""
+    fact("model", f"{title_of(settings.arch)}{stem}, {settings.res} x {settings.res} px")
+    if settings.arch == "own":
+        fact("", "its checkpoints hold weights alone: predict with tidali.load_model(PATH, model=...); stems do not apply")
+    if setup.state.frozen:
+        fact("", f"frozen: {', '.join(setup.state.frozen)}")
     for line in setup.load_report.lines() if setup.load_report else ():
         fact("", line)
     epochs = f"{counted(recipe.epochs, 'epoch')} of {counted(len(setup.train_batches), 'step')}"
     fact("recipe", f"{recipe.name}: {epochs}, batch {recipe.batch_size}, lr {recipe.lr:g}")
+    if (recipe.head_lr_scale, recipe.stage_lr_decay) != (1, 1):
+        fact(
+            "",
+            f"the head learns at {recipe.head_lr_scale:g} times this lr, a stage at {recipe.stage_lr_decay:g} times the next",
+        )
     if recipe.train_sizes:
         fact("", f"trained at {', '.join(map(str, recipe.train_sizes))} px, {recipe.size_order}")
     original = RECIPES.get(recipe.name, recipe)

@@ -1,0 +1,105 @@
+"""A network that is no ResNet of tidali's, trained by `tidali.train_model`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import tidali
+from tidali.errors import Interrupted, UsageError
+from tidali.training import run as run_module
+from tidali.training.interrupt import StopRequest
+
+
+class Patches(nn.Module):
+    """A small mixer of patches: layer norm, dropout, and names that a ResNet has, used otherwise."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 8, stride=8)
+        self.bn1, self.relu, self.maxpool = nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)
+        self.norm, self.dropout, self.head = nn.LayerNorm(16), nn.Dropout(0.2), nn.Linear(16, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.relu(self.bn1(self.conv1(images)))
+        pooled = self.maxpool(-maps).mean((2, 3))  # of what is below zero: ReLU and pooling must not change places
+        return self.head(self.dropout(self.relu(self.norm(pooled))))
+
+
+def network(**arguments: int) -> nn.Module:
+    torch.manual_seed(5)
+    return Patches(**arguments)
+
+
+def settings_for(data: Path, out: Path, **changes: Any) -> tidali.TrainSettings:
+    recipe = tidali.make_recipe("modern", epochs=3, batch_size=40)
+    return tidali.TrainSettings(
+        data=str(data), out=str(out), res=32, recipe=recipe, device="cpu", deterministic=True, **changes
+    )
+
+
+class After(StopRequest):
+    """Asks for a stop when it has been asked so many times."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    @property
+    def requested(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_stopped_and_resumed_it_ends_with_the_same_bits(demo_data: Path, tmp_path: Path, monkeypatch) -> None:
+    whole, broken = (settings_for(demo_data, tmp_path / name) for name in ("whole", "broken"))
+    ours = network()
+    expected = tidali.train_model(whole, model=ours)
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "StopRequest", lambda: After(6))  # within the second epoch of four steps
+        with pytest.raises(Interrupted):
+            tidali.train_model(broken, model=network())
+    found = tidali.train_model(broken, resume=True, model=network())
+    assert (found.last, found.best) == (expected.last, expected.best)
+    one, other = (load_file(Path(settings.out) / "last.safetensors") for settings in (whole, broken))
+    assert one.keys() == network().state_dict().keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+    with pytest.raises(UsageError, match=r"last\.safetensors: the weights of a network of your own, .*model="):
+        tidali.load_model(tmp_path / "whole" / "last.safetensors")
+    model = tidali.load_model(tmp_path / "whole" / "last.safetensors", device="cpu", model=network())
+    images = torch.rand(2, 32, 32, 3).mul(255).to(torch.uint8)
+    with torch.no_grad():  # what the network itself says of these pixels
+        card = model.card
+        mean, std = (torch.tensor(values)[:, None, None] for values in (card.mean, card.std))
+        pixels = (images.permute(0, 3, 1, 2) / 255 - mean) / std
+        plain = network().eval()
+        plain.load_state_dict(one)
+        torch.testing.assert_close(model.logits(list(images)), plain(pixels), rtol=1e-4, atol=1e-4)  # float32 in two orders
+    with pytest.raises(UsageError, match="the settings are of a network of your own; give it to tidali"):
+        tidali.train_model(replace(whole, arch="own", out=str(tmp_path / "new")))
+    with pytest.raises(UsageError, match="the weights do not fit the model that was given"):
+        tidali.load_model(tmp_path / "whole" / "last.safetensors", model=network(classes=5))
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "complaint"),
+    [
+        (Patches(5), {}, r"model: returns \(2, 5\) for two images, and logits \(2, 4\) are needed"),
+        (nn.Linear(7, 4), {}, r"model: fails on images \(2, 3, 32, 32\): RuntimeError"),
+        (Patches(4), {"init": "imagenet"}, "init and stem are for tidali's own networks"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(
+    demo_data: Path, tmp_path: Path, model: nn.Module, changes: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(UsageError, match=complaint) as refused:
+        tidali.train_model(settings_for(demo_data, tmp_path / "run", **changes), model=model)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()

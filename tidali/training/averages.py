@@ -1,0 +1,70 @@
+"""The weights that are evaluated: a moving average of those that are trained, and the batch-norm statistics that fit them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from tidali.hardware.device import DevicePlan
+from tidali.model.parts import is_within
+
+
+class Ema:
+    """A moving average of a model's weights and batch-norm statistics."""
+
+    def __init__(self, model: nn.Module, decay: float, frozen: tuple[str, ...] = ()) -> None:
+        """
+        Args:
+            frozen: modules that do not change.
+        """
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self._decay = decay
+        self._averages, self._values = self._floats(self.model, frozen), self._floats(model, frozen)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Update the average after optimizer step number ``step``, counted from 1."""
+        # The ramp keeps the random initial weights from lingering in short runs.
+        decay = min(self._decay, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)(self._averages, self._values, step)
+
+    @staticmethod
+    def _floats(model: nn.Module, frozen: tuple[str, ...]) -> list[Tensor]:
+        tensors = ((name, tensor) for name, tensor in model.state_dict().items() if not is_within(name, frozen))
+        return [tensor.detach() for _, tensor in tensors if tensor.is_floating_point()]
+
+
+@torch.no_grad()
+def measure_statistics(model: nn.Module, images: Tensor, plan: DevicePlan, frozen: tuple[str, ...] = ()) -> None:
+    """Set the batch-norm statistics of weights that will be evaluated to those that the images have in their network.
+
+    The running averages that batch norm keeps while it trains are of the weights of some steps ago, and an average of them is
+    of no weights at all, which shows as long as weights change fast; Izmailov et al. 2018 ("Averaging weights leads to wider
+    optima") measure them anew for averaged weights.
+
+    Args:
+        model: on the plan's device; left in evaluation mode.
+        images: (N, 3, H, W) float, channels_last, normalised, on the device.
+        frozen: modules whose statistics stay.
+    """
+    model.eval()
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and not is_within(name, frozen)
+    ]
+    if not norms:
+        return
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0  # the next batch's statistics replace the old ones
+    with plan.autocast():
+        model(images)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.eval()
+        norm.momentum = momentum
