@@ -34,7 +34,7 @@ ExportFormat = Literal["onnx", "pt2"]
 MIN_RES_PX = 32
 """Below 32 pixels the stock stem's last feature map, 1/32 of the input, is empty or a single border-dominated cell."""
 
-_LEAST_BATCH = 16
+_LEAST_BATCH = 32
 """Of what `fit_to_images` chooses: batch norm's statistics over fewer images are noise."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -184,7 +184,7 @@ class Recipe:
     """Before each evaluation the batch-norm statistics of the evaluated weights are measured on so many images of the train
     split; 0: they are running averages over the steps, which lag behind weights that change fast."""
     min_steps: int = 0
-    """``tidali train`` gives a run on few images at least so many steps, by smaller batches, down to 16, and then by more
+    """``tidali train`` gives a run on few images at least so many steps, by smaller batches, down to 32, and then by more
     epochs; what is given by ``--batch-size`` or ``--epochs`` stays."""
     grad_clip_norm: float = 0.0
     """Largest norm of the gradient; 0: no clipping."""
@@ -343,7 +343,7 @@ def fit_to_images(recipe: Recipe, images: int, ranks: int = 1, *, batch_stays: b
 
     batch_size = recipe.batch_size
     while not batch_stays and recipe.epochs * steps_per_epoch(batch_size) < recipe.min_steps:
-        if batch_size // 2 < _LEAST_BATCH or batch_size % (2 * ranks):
+        if batch_size // 2 < min(_LEAST_BATCH, images) or batch_size % (2 * ranks):
             break
         batch_size //= 2
     fitted = with_batch(recipe, batch_size, of=recipe.batch_size) if batch_size != recipe.batch_size else recipe

@@ -62,8 +62,8 @@ def test_the_learning_rate_follows_the_batch_unless_it_is_given() -> None:
         (720, "batch", (128, 80)),  # 5 x 80
         (720, "epochs", (32, 20)),
         (720, "batch epochs", (128, 20)),
-        (100, "", (16, 67)),  # 6 x 67 = 402
-        (5, "", (16, 20)),  # refused later, as no batch is full
+        (100, "", (32, 134)),  # 3 x 134 = 402
+        (20, "", (16, 400)),  # a step an epoch
     ],
 )
 def test_few_images_get_more_steps(images: int, stays: str, expected: tuple[int, int]) -> None:

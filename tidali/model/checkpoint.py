@@ -156,7 +156,7 @@ def _with_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UsageError(f"{path}: the weights do not fit the model that was given ({first_line(error)})") from None
-    return model.to("cpu", memory_format=torch.channels_last).eval()  # type: ignore[call-overload,no-any-return]
+    return model.to("cpu", memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
 def open_checkpoint(
