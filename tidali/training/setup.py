@@ -20,6 +20,7 @@ from tidali.hardware.versions import versions
 from tidali.loading.batches import Batches, Training
 from tidali.loading.data import Data
 from tidali.loading.sizes import SizePlan
+from tidali.loading.stream import ShardSource
 from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard
 from tidali.model.parts import frozen_modules, is_within
 from tidali.model.pretrained import Normalisation, apply_init, choose_normalisation
@@ -129,7 +130,9 @@ def set_up(
         card=card,
         load_report=load_report,
         data=data,
-        norm_images=_norm_images(data, preprocess, recipe.norm_images, plan) if recipe.norm_images else None,
+        norm_images=_norm_images(data, train_batches, preprocess, recipe.norm_images, plan.images_dtype)
+        if recipe.norm_images
+        else None,
     )
 
 
@@ -191,13 +194,19 @@ def check_own_network(model: nn.Module, num_classes: int, settings: TrainSetting
         )
 
 
-def _norm_images(data: Data, preprocess: Preprocess, count: int, plan: DevicePlan) -> Tensor | None:
+def _norm_images(data: Data, batches: Batches, preprocess: Preprocess, count: int, dtype: torch.dtype) -> Tensor | None:
     """The first images of the train split, which are a random sample, as packing shuffles it; preprocessed as for evaluation,
-    and the same ones on every rank."""
-    source = data.streamed("train", preprocess, count)
-    images, _ = next(iter(Batches(source, preprocess, min(count, len(source.labels)), dtype=plan.images_dtype)))
+    and the same ones on every rank.
+
+    Args:
+        batches: of training; where these are of images of one size, in memory, so are the returned ones.
+    """
+    cached = batches.source.size is not None and not isinstance(batches.source, ShardSource)
+    source = batches.source if cached else data.streamed("train", preprocess, count)
+    images, _ = next(iter(Batches(source, preprocess, min(count, len(source.labels)), dtype=dtype)))
     images = images.clone()  # the source's memory goes with it
-    source.close()
+    if isinstance(source, ShardSource):
+        source.close()
     return images if len(images) > 1 else None
 
 
