@@ -343,7 +343,8 @@ def fit_to_images(recipe: Recipe, images: int, ranks: int = 1, *, batch_stays: b
 
     batch_size = recipe.batch_size
     while not batch_stays and recipe.epochs * steps_per_epoch(batch_size) < recipe.min_steps:
-        if batch_size // 2 < min(_LEAST_BATCH, images) or batch_size % (2 * ranks):
+        small_enough = batch_size // 2 < (_LEAST_BATCH if batch_size <= images else 2)
+        if small_enough or batch_size % (2 * ranks):
             break
         batch_size //= 2
     fitted = with_batch(recipe, batch_size, of=recipe.batch_size) if batch_size != recipe.batch_size else recipe

@@ -64,6 +64,7 @@ def test_the_learning_rate_follows_the_batch_unless_it_is_given() -> None:
         (720, "batch epochs", (128, 20)),
         (100, "", (32, 134)),  # 3 x 134 = 402
         (20, "", (16, 400)),  # a step an epoch
+        (1, "", (2, 20)),  # refused later: batch norm needs two
     ],
 )
 def test_few_images_get_more_steps(images: int, stays: str, expected: tuple[int, int]) -> None:
