@@ -399,7 +399,7 @@ def test_a_run_whose_store_is_gone_is_saved_and_goes_on_from_a_whole_copy(
 
     def gone_after_a_while() -> Iterator[Exception | None]:
         while True:
-            yield None if next(requests) < 14 else ConnectionError("refused")
+            yield None if next(requests) < 40 else ConnectionError("refused")
 
     cut = replace(settings, out=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tidali.config import AmpChoice, TrainSettings, make_recipe
+from tidali.config import AmpChoice, Augment, Preprocess, TrainSettings, make_recipe
 from tidali.dataset.contract import open_dataset
 from tidali.errors import TidaliError, UsageError
 from tidali.hardware.device import DevicePlan, plan_device
 from tidali.hardware.ranks import Ranks
+from tidali.loading.batches import Training
+from tidali.loading.data import Data
+from tidali.loading.order import epoch_order
 from tidali.model.resnet import build_resnet18
-from tidali.training.averages import Ema, measure_statistics
+from tidali.training.averages import Ema, first_images, measure_statistics
 from tidali.training.engine import (
     TrainState,
     all_finite,
@@ -316,6 +319,30 @@ def test_ema_averages_batch_norm_statistics_and_leaves_counters(plan: DevicePlan
     assert ema.model.running_mean.tolist() == [2.0, 2.0, 2.0]
     assert ema.model.num_batches_tracked.item() == 0
     assert not any(parameter.requires_grad for parameter in ema.model.parameters())
+
+
+def test_ema_averages_a_shared_tensor_once(plan: DevicePlan) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    ema = Ema(model, decay=0.5)
+    with torch.no_grad():
+        before = model[0].weight.clone()
+        model[0].weight += 1
+    ema.update(100)
+    torch.testing.assert_close(ema.model[1].weight, before + 0.5)
+
+
+@pytest.mark.parametrize("cache", ["device", "off"])
+def test_statistics_are_measured_on_the_first_images_of_the_order(plan: DevicePlan, demo_data: Path, cache: str) -> None:
+    """A random sample even where the shards are sorted by class; as an evaluation sees them."""
+    data = Data(open_dataset(demo_data), plan.device, cache=cache)
+    preprocess = Preprocess(res=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2))
+    training = Training(augment=Augment(flip="random", crop_scale=(0.2, 1.0)), seed=3)
+    train_batches = data.batches("train", preprocess, 16, training=training)
+    found = first_images(data, train_batches, preprocess, 40, torch.float32)
+    evaluated = torch.cat([images for images, _ in data.batches("train", preprocess, 64)])
+    assert torch.equal(found, evaluated[epoch_order(len(evaluated), 3, 0)[:40]])
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])

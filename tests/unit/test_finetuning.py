@@ -13,7 +13,7 @@ from torch.nn import functional
 from tidali.config import TrainSettings, make_recipe
 from tidali.errors import UsageError
 from tidali.hardware.device import DevicePlan, plan_device
-from tidali.model.parts import frozen_modules
+from tidali.model.parts import frozen_modules, set_training
 from tidali.model.resnet import build_resnet18, training_activations
 from tidali.training.averages import measure_statistics
 from tidali.training.engine import TrainState, make_train_state, train_step
@@ -33,7 +33,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def state_of(plan: DevicePlan, **changes: object) -> TrainState:
     torch.manual_seed(0)
     state = make_train_state(build_resnet18(3, "imagenet"), plan, lambda step: 0.1, make_recipe("seed", **changes))
-    state.set_training()
+    set_training(state.model, state.frozen)
     return state
 
 

@@ -56,7 +56,7 @@ def test_its_state_is_torchs() -> None:
     state.optimizer.step()
     other = torch.optim.SGD(model().parameters(), lr=0.1)
     one, none = state.optimizer.state_dict(), other.state_dict()
-    assert one["param_groups"][0].keys() == none["param_groups"][0].keys()
+    assert one["param_groups"][0].keys() - {"lr_scale"} == none["param_groups"][0].keys()  # which the engine alone reads
     assert {tuple(values) for values in one["state"].values()} == {("momentum_buffer",)}
 
 

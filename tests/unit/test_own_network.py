@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 import tidali
 from tidali.errors import Interrupted, UsageError
+from tidali.hardware.device import plan_device
+from tidali.hardware.ranks import Ranks
 from tidali.training import run as run_module
 from tidali.training.interrupt import StopRequest
+from tidali.training.own_network import check_own_network
 
 
 class Patches(nn.Module):
@@ -30,6 +33,14 @@ class Patches(nn.Module):
         maps = self.relu(self.bn1(self.conv1(images)))
         pooled = self.maxpool(-maps).mean((2, 3))  # of what is below zero: ReLU and pooling must not change places
         return self.head(self.dropout(self.relu(self.norm(pooled))))
+
+
+class AuxiliaryHead(Patches):
+    """In training it returns two outputs, as torchvision's Inception does."""
+
+    def forward(self, images: Tensor) -> Any:
+        logits = super().forward(images)
+        return (logits, logits) if self.training else logits
 
 
 def network(**arguments: int) -> nn.Module:
@@ -93,6 +104,8 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(demo_data: Path, tmp_pat
     [
         (Patches(5), {}, r"model: returns \(2, 5\) for two images, and logits \(2, 4\) are needed"),
         (nn.Linear(7, 4), {}, r"model: fails on images \(2, 3, 32, 32\): RuntimeError"),
+        (AuxiliaryHead(), {}, r"model: returns tuple for two images"),
+        (Patches(4).requires_grad_(False), {}, "none of its parameters has requires_grad"),
         (Patches(4), {"init": "imagenet"}, "init and stem are for tidali's own networks"),
     ],
 )
@@ -103,3 +116,15 @@ def test_what_cannot_be_trained_is_one_line(
         tidali.train_model(settings_for(demo_data, tmp_path / "run", **changes), model=model)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_are_not_given_parameters_without_gradients() -> None:
+    """DistributedDataParallel would fail in the second step."""
+    model, plan = Patches(), plan_device("cpu", "off", "off")
+    model.other = nn.Linear(2, 2)
+    settings = settings_for(Path("d"), Path("o"))
+    check_own_network(model, 4, settings, plan, Ranks())
+    with pytest.raises(UsageError, match=r"model: other\.weight has no part in its output"):
+        check_own_network(model, 4, settings, plan, Ranks(world_size=2))
+    model.other.requires_grad_(False)
+    check_own_network(model, 4, settings, plan, Ranks(world_size=2))

@@ -29,7 +29,8 @@ def speed_up_tiny_images(model: nn.Module) -> None:
     Only training in channels-last memory on a CPU becomes faster. What the convolutions compute, their parameters and their
     names stay the same; the order of their sums changes.
     """
-    wanted = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "bias": None}
+    wanted = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+    wanted |= {"bias": None, "padding_mode": "zeros"}
     for module in model.modules():
         if type(module) is nn.Conv2d and all(getattr(module, name) == value for name, value in wanted.items()):
             module.__class__ = _Conv3x3

@@ -105,6 +105,15 @@ class Batches:
         self._left_out = 0  # corrupt samples of the epoch, on this rank
         self._reading: _Reading | None = None
 
+    def without_augmentation(self, source: Source, preprocess: Preprocess, most: int, dtype: torch.dtype) -> Batches:
+        """Training's samples in training's order, as an evaluation sees them, on this rank alone.
+
+        Args:
+            most: samples of a batch, which has no more of them than a batch of this rank.
+        """
+        training = Training(seed=self._training.seed, shuffle=self.shuffle)
+        return Batches(source, preprocess, min(self._batch_size, most), training=training, dtype=dtype)
+
     def __len__(self) -> int:
         """Steps an epoch, the same on every rank."""
         return self._steps

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import nn
+
 from tidali.config import Freeze
 
 PARTS: tuple[tuple[str, ...], ...] = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",), ("fc",))
@@ -14,6 +16,13 @@ _FROZEN_PARTS: Mapping[Freeze, int] = {"none": 0, "stem": 1, "layer1": 2, "layer
 def frozen_modules(freeze: Freeze) -> tuple[str, ...]:
     """The names of the modules that keep their weights."""
     return tuple(name for part in PARTS[: _FROZEN_PARTS[freeze]] for name in part)
+
+
+def set_training(model: nn.Module, frozen: tuple[str, ...]) -> None:
+    """Put a model in training mode, but for the modules that are frozen."""
+    model.train()
+    for name in frozen:
+        model.get_submodule(name).eval()
 
 
 def is_within(name: str, modules: tuple[str, ...]) -> bool:

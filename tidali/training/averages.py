@@ -9,8 +9,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from tidali.config import Preprocess
 from tidali.hardware.device import DevicePlan
-from tidali.model.parts import is_within
+from tidali.loading.batches import Batches
+from tidali.loading.data import Data
+from tidali.loading.stream import ShardSource
+from tidali.model.parts import is_within, set_training
+
+_READ_AT_ONCE = 32
+"""Images: a stream decodes two more such batches than are asked for."""
 
 
 class Ema:
@@ -34,8 +41,9 @@ class Ema:
 
     @staticmethod
     def _floats(model: nn.Module, frozen: tuple[str, ...]) -> list[Tensor]:
-        tensors = ((name, tensor) for name, tensor in model.state_dict().items() if not is_within(name, frozen))
-        return [tensor.detach() for _, tensor in tensors if tensor.is_floating_point()]
+        floats = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        # By their place in memory: a tensor that two modules share has two names, and is averaged once.
+        return list({tensor.data_ptr(): tensor for name, tensor in floats.items() if not is_within(name, frozen)}.values())
 
 
 @torch.no_grad()
@@ -51,12 +59,8 @@ def measure_statistics(model: nn.Module, images: Tensor, plan: DevicePlan, froze
         images: (N, 3, H, W) float, channels_last, normalised, on the device.
         frozen: modules whose statistics stay.
     """
+    norms = batch_norms(model, frozen)
     model.eval()
-    norms = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and not is_within(name, frozen)
-    ]
     if not norms:
         return
     before = [norm.momentum for norm in norms]
@@ -68,3 +72,37 @@ def measure_statistics(model: nn.Module, images: Tensor, plan: DevicePlan, froze
     for norm, momentum in zip(norms, before, strict=True):
         norm.eval()
         norm.momentum = momentum
+
+
+def batch_norms(model: nn.Module, frozen: tuple[str, ...] = ()) -> list[_BatchNorm]:
+    """The batch norms that take statistics while the model trains; it is left in training mode."""
+    set_training(model, frozen)
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+
+
+def first_images(data: Data, batches: Batches, preprocess: Preprocess, count: int, dtype: torch.dtype) -> Tensor | None:
+    """The images of the train split that a run takes first, which are a random sample, as an evaluation sees them; the same
+    ones on every rank.
+
+    Args:
+        batches: of training. Where they are made of images of one size in memory, so are these.
+        count: at most.
+
+    Returns:
+        (N, 3, res, res), channels_last, of this dtype; None where there are fewer than two.
+
+    Raises:
+        DatasetError, TidaliError: the split cannot be read.
+    """
+    cached = batches.source.size is not None and not isinstance(batches.source, ShardSource)
+    source = batches.source if cached else data.streamed("train", preprocess, _READ_AT_ONCE)
+    plain = batches.without_augmentation(source, preprocess, _READ_AT_ONCE, dtype)
+    found: list[Tensor] = []
+    for images, _ in plain:
+        found.append(images)
+        if sum(map(len, found)) >= count:
+            break
+    if isinstance(source, ShardSource):
+        source.close()
+    images = torch.cat(found)[:count]
+    return images if len(images) > 1 else None

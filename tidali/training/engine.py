@@ -22,7 +22,7 @@ from tidali.hardware.cpu_pooling import pool_before_relu
 from tidali.hardware.device import DevicePlan
 from tidali.hardware.ranks import Ranks
 from tidali.hardware.timing import Stopwatch, WaitTimer
-from tidali.model.parts import frozen_modules, lr_scales
+from tidali.model.parts import frozen_modules, lr_scales, set_training
 from tidali.model.resnet import compute_logits
 from tidali.training.averages import Ema
 from tidali.training.metrics import Meter, Score
@@ -62,12 +62,6 @@ class TrainState:
         """The module that is evaluated and saved as the result: the moving average where there is one."""
         return self.ema.model if self.ema is not None else self.model
 
-    def set_training(self) -> None:
-        """Put the model in training mode, but for what is frozen."""
-        self.model.train()
-        for name in self.frozen:
-            self.model.get_submodule(name).eval()
-
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.plan.device.type, enabled=self.plan.needs_scaler)
 
@@ -83,10 +77,9 @@ def make_train_state(
     """Move the model to its device, channels-last, and make its optimizer: SGD, with weight decay only on tensors of two or
     more dimensions, which leaves out batch norm and biases. For a CPU the model also gets faster layers of the same values
     (`tidali.hardware.cpu_convolution`, `tidali.hardware.cpu_pooling`), unless it is compiled."""
-    if plan.device.type == "cpu" and not plan.compile:
+    if plan.device.type == "cpu" and not plan.compile and type(model) is ResNet:  # any other may use its modules otherwise
         speed_up_tiny_images(model)
-        if isinstance(model, ResNet):  # another network may use its modules of these names otherwise
-            pool_before_relu(model)
+        pool_before_relu(model)
     frozen = frozen_modules(recipe.freeze)
     for name in frozen:
         # With no gradient below, autograd keeps nothing of these parts' forward pass.
@@ -137,7 +130,7 @@ def compiled(model: nn.Module, plan: DevicePlan) -> Callable[[Tensor], Tensor]:
         torch._inductor.config.deterministic = True
     # Its advice is refused: `tidali.hardware.device.set_numerics` keeps float32 products in full precision.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
-    fullgraph = isinstance(model, ResNet)  # a network of the user's own may have parts that Dynamo cannot trace
+    fullgraph = type(model) is ResNet  # a network of the user's own may have parts that Dynamo cannot trace
     forward: Callable[[Tensor], Tensor] = torch.compile(model, fullgraph=fullgraph, dynamic=False, mode=plan.compile_mode)
     return forward
 
@@ -210,7 +203,7 @@ def train_epoch(
     Returns:
         The epoch's result. Its loss is not finite where that of any step was not.
     """
-    state.set_training()
+    set_training(state.model, state.frozen)
     watch, wait = Stopwatch(state.plan.device), WaitTimer()
     before, compiled_before_s, not_counted = meter.read(ranks).samples, state.compile_s, 0
     iterator = iter(batches)

@@ -23,7 +23,7 @@ from tidali.hardware.device import DevicePlan, numerics, plan_device
 from tidali.hardware.ranks import Ranks, joined_ranks
 from tidali.hardware.timing import Stopwatch
 from tidali.loading.augment import draw_mix, mix_batch
-from tidali.training.averages import measure_statistics
+from tidali.training.averages import batch_norms, first_images, measure_statistics
 from tidali.training.engine import EpochResult, all_finite, evaluate, train_epoch
 from tidali.training.interrupt import StopRequest
 from tidali.training.judgement import loss_text
@@ -122,7 +122,8 @@ class Run:
         if resume:
             self.progress, loader = load_state(self.out / STATE_NAME, self.state, self.meter, self.setup.card, self.ranks.rank)
             self.train_batches.load_state_dict(loader)
-        elif self.ranks.is_main:
+        self.norm_images = self.images_for_batch_norm()  # in the order that a resumed run has from its state
+        if not resume and self.ranks.is_main:
             make_run_folder(self.out)
             write_json(self.out / "config.json", self.settings.to_dict())
         self.log = JsonlLog(self.out / "metrics.jsonl")
@@ -187,8 +188,8 @@ class Run:
         self.require(math.isfinite(trained.score.loss_sum), "the loss is")
 
         self.setup.data.share_corrupt()
-        if self.setup.norm_images is not None:
-            measure_statistics(self.state.evaluated, self.setup.norm_images, self.plan, self.state.frozen)
+        if self.norm_images is not None:
+            measure_statistics(self.state.evaluated, self.norm_images, self.plan, self.state.frozen)
         self.ranks.broadcast_buffers(self.state.evaluated)
         score = self.evaluate()
         self.require(math.isfinite(score.loss_sum), "the loss is")
@@ -205,6 +206,13 @@ class Run:
             self.save_state()
         elif self.ranks.all_reduce_max([due], self.plan.device)[0]:
             self.save_state(beside_training=True)
+
+    def images_for_batch_norm(self) -> Tensor | None:
+        """Those on which the statistics of the evaluated weights are measured; None: they are running averages."""
+        setup, count = self.setup, self.settings.recipe.norm_images
+        if not count or not batch_norms(self.state.model, self.state.frozen):
+            return None
+        return first_images(setup.data, self.train_batches, setup.card.preprocess(), count, self.plan.images_dtype)
 
     def evaluate(self, *, flip: bool = False) -> Score:
         batches = self.setup.eval_batches

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tidali.config import RECIPES, CacheChoice, Preprocess, TrainSettings
 from tidali.console import say
 from tidali.dataset.contract import Dataset
-from tidali.errors import UsageError, counted, first_line
+from tidali.errors import UsageError, counted
 from tidali.hardware.device import DevicePlan
 from tidali.hardware.limits import cpu_count
 from tidali.hardware.ranks import Ranks
@@ -20,12 +19,12 @@ from tidali.hardware.versions import versions
 from tidali.loading.batches import Batches, Training
 from tidali.loading.data import Data
 from tidali.loading.sizes import SizePlan
-from tidali.loading.stream import ShardSource
 from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard
 from tidali.model.parts import frozen_modules, is_within
 from tidali.model.pretrained import Normalisation, apply_init, choose_normalisation
 from tidali.model.resnet import LoadReport, build_resnet, title_of, training_activations
 from tidali.training.engine import TrainState, make_train_state
+from tidali.training.own_network import check_own_network
 from tidali.training.schedule import make_schedule
 
 _FIXED_BYTES = 1 << 30
@@ -44,9 +43,6 @@ class Setup:
     """For the checkpoints that the run will save; without metrics."""
     load_report: LoadReport | None
     data: Data
-    norm_images: Tensor | None
-    """Images (N, 3, res, res) on which batch norm's statistics are measured before an evaluation; None: they are running
-    averages."""
 
     def facts(self) -> dict[str, float]:
         """What a reader of metrics.jsonl needs to judge its figures (`tidali.training.judgement`), the same for every epoch."""
@@ -85,7 +81,7 @@ def set_up(
     batch_size = ranks.local_batch_size(recipe.batch_size)
     sizes = SizePlan.of(settings.res, recipe.train_sizes, recipe.size_order, epochs=recipe.epochs, seed=settings.seed)
     torch.manual_seed(settings.seed)
-    network, load_report, init_normalisation = make_network(settings, dataset, model)
+    network, load_report, init_normalisation = make_network(settings, dataset, plan, ranks, model)
     mean, std = choose_normalisation(recipe.normalise, init_normalisation, dataset)
     data = Data(
         dataset,
@@ -130,14 +126,11 @@ def set_up(
         card=card,
         load_report=load_report,
         data=data,
-        norm_images=_norm_images(data, train_batches, preprocess, recipe.norm_images, plan.images_dtype)
-        if recipe.norm_images
-        else None,
     )
 
 
 def make_network(
-    settings: TrainSettings, dataset: Dataset, model: nn.Module | None
+    settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks: Ranks, model: nn.Module | None
 ) -> tuple[nn.Module, LoadReport | None, Normalisation | None]:
     """The network with its starting weights, what was loaded into it, and the normalisation of those weights, if known.
 
@@ -146,14 +139,14 @@ def make_network(
 
     Raises:
         UsageError, TidaliError: the starting weights cannot be had, or what is frozen would stay random; or the user's network
-            does not take the images, or the settings are not for one.
+            cannot be trained, or the settings are not for one.
     """
     classes, recipe = dataset.manifest.classes, settings.recipe
     if settings.arch == "own":
         if model is None:
             fix = "give it to tidali.train_model(settings, model=...), with resume=True to resume"
             raise UsageError(f"{settings.out or 'arch own'}: the settings are of a network of your own; {fix}")
-        check_own_network(model, len(classes), settings)
+        check_own_network(model, len(classes), settings, plan, ranks)
         return model, None, None
     network = build_resnet(settings.arch, len(classes), settings.stem, stem_bias=_stem_bias(settings))
     report, normalisation = apply_init(network, settings.init, settings.stem_init, classes, arch=settings.arch)
@@ -166,48 +159,6 @@ def make_network(
 
 def _stem_bias(settings: TrainSettings) -> bool:
     return settings.recipe.stem_bias and settings.stem == "small"
-
-
-def check_own_network(model: nn.Module, num_classes: int, settings: TrainSettings) -> None:
-    """Run a copy of the user's network on two images of zeros.
-
-    Raises:
-        UsageError: it fails, or does not return logits of the data's classes, or the settings are for a ResNet of tidali's.
-    """
-    recipe = settings.recipe
-    if settings.init != "none" or settings.stem != "imagenet":
-        raise UsageError("model: init and stem are for tidali's own networks; leave them out, and load weights into the model")
-    if recipe.freeze != "none" or (recipe.head_lr_scale, recipe.stage_lr_decay) != (1, 1):
-        raise UsageError(
-            "model: freeze, head_lr_scale and stage_lr_decay are for tidali's own networks; set requires_grad of parameters"
-        )
-    shape = (2, 3, settings.res, settings.res)
-    try:
-        with torch.no_grad():
-            logits = copy.deepcopy(model).cpu().eval()(torch.zeros(shape))
-    except Exception as error:  # whatever the user's code raises
-        raise UsageError(f"model: fails on images {shape}: {type(error).__name__}: {first_line(error)}") from None
-    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UsageError(
-            f"model: returns {found} for two images, and logits (2, {num_classes}) are needed for the data's classes"
-        )
-
-
-def _norm_images(data: Data, batches: Batches, preprocess: Preprocess, count: int, dtype: torch.dtype) -> Tensor | None:
-    """The first images of the train split, which are a random sample, as packing shuffles it; preprocessed as for evaluation,
-    and the same ones on every rank.
-
-    Args:
-        batches: of training; where these are of images of one size, in memory, so are the returned ones.
-    """
-    cached = batches.source.size is not None and not isinstance(batches.source, ShardSource)
-    source = batches.source if cached else data.streamed("train", preprocess, count)
-    images, _ = next(iter(Batches(source, preprocess, min(count, len(source.labels)), dtype=dtype)))
-    images = images.clone()  # the source's memory goes with it
-    if isinstance(source, ShardSource):
-        source.close()
-    return images if len(images) > 1 else None
 
 
 def training_bytes(plan: DevicePlan, model: nn.Module, res: int, batch_size: int) -> int:
