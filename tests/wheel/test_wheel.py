@@ -43,7 +43,13 @@ def test_types_data_entry_point_and_licence(wheel: Path, names: list[str]) -> No
         for path in (ROOT / package).rglob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc")
     }
-    assert {"tidali/report/page.html", "tidali/loading/resample.c", "bench/schema.json", "bench/bench.html"} <= data
+    assert {
+        "tidali/report/page.html",
+        "tidali/loading/resample.c",
+        "tidali/loading/jpeg.c",
+        "bench/schema.json",
+        "bench/bench.html",
+    } <= data
     assert data <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))

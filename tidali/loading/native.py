@@ -1,4 +1,4 @@
-"""`tidali/loading/resample.c`, compiled with the system's C compiler at first use and kept in the user's cache folder.
+"""`tidali/loading/resample.c` and `jpeg.c`, compiled with the system's C compiler at first use and kept in its user's cache.
 
 Two to three times as fast as the same in torch's operators, compiled by torch or not. Nothing but speed depends on it.
 """
@@ -27,7 +27,7 @@ from torch.nn import functional
 from tidali.errors import TidaliError
 from tidali.files import cache_folder, remove_left_over, replacing
 
-_SOURCE = Path(__file__).with_name("resample.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("resample.c", "jpeg.c"))
 # What of -ffast-math helps here. All of it would also have GCC's start-up code change how the whole process rounds denormals.
 _MATHS = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros")
 _FLAGS = ("-O3", "-march=native", *_MATHS, "-shared", "-fPIC")
@@ -185,6 +185,32 @@ def squares(library: Any, images: Sequence[Any], boxes: Sequence[Sequence[float]
         raise MemoryError("no memory to resize an image in")
 
 
+def jpegs(
+    library: Any, functions: Any, places: tuple[NDArray[np.uint64], NDArray[np.uint64]], out: NDArray[np.uint8]
+) -> NDArray[np.bool_]:
+    """(n,) which JPEGs were decoded without a warning, in grey or three colours, by one thread, the caller's.
+
+    Args:
+        library: `load`'s.
+        functions: `tidali.loading.libjpeg.load`'s.
+        places: (n,) addresses and (n,) sizes in bytes of what is encoded, contiguous.
+        out: (n, H, W, 3), contiguous. What was not decoded may be written over.
+
+    Raises:
+        TidaliError: the functions are of a libjpeg with another binary interface.
+    """
+    done = np.zeros(len(out), np.bool_)
+    assert out.flags.c_contiguous
+    assert out.dtype == np.uint8
+    assert out.shape[3] == 3
+    assert all(array.flags.c_contiguous and len(array) == len(out) for array in places)
+    numbers = map(ctypes.c_int64, out.shape[:3])
+    pointers = (ctypes.c_void_p(array.ctypes.data) for array in places)
+    if library.tidali_jpegs(functions, *pointers, *numbers, *(ctypes.c_void_p(array.ctypes.data) for array in (out, done))):
+        raise TidaliError("another libjpeg than libjpeg-turbo with version 6.2's binary interface")
+    return done
+
+
 def integers(library: Any, text: bytes, begin: int, count: int) -> NDArray[np.int64] | None:
     """The integers outside strings of a JSON array, nulls as -1; None where there are not ``count`` or other values are there.
 
@@ -267,7 +293,7 @@ def build() -> Any:
         raise TidaliError("no C compiler on PATH; install gcc")
     try:
         folder = cache_folder()
-        built_from = (_SOURCE.read_text(), *_FLAGS, compiler, _processor())
+        built_from = (*(source.read_text() for source in _SOURCES), *_FLAGS, compiler, _processor())
         digest = hashlib.sha256("\n".join(built_from).encode()).hexdigest()
         path = folder / f"resample-{digest[:16]}.so"
         if not path.is_file():
@@ -295,7 +321,7 @@ def _compile(compiler: str, path: Path) -> None:
     with replacing(path) as temporary:
         temporary.touch()  # so that only what the compiler is to blame for is said of the compiler
         try:
-            command = [compiler, *_FLAGS, "-o", str(temporary), str(_SOURCE)]
+            command = [compiler, *_FLAGS, "-o", str(temporary), *map(str, _SOURCES)]
             subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
         except (OSError, subprocess.SubprocessError) as error:
             lines = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").splitlines()

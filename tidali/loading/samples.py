@@ -119,11 +119,16 @@ class SampleTable:
         library = native.load()
         if library is not None and len(positions) and (self._expected < len(self) or not self._fits_memory):
             self._expected += len(positions)
-            shards, begins, ends = self.places(positions)
-            addresses = np.array([self._tar(shard).address for shard in shards.tolist()], np.uint64)
-            begin_pages = (addresses + begins.astype(np.uint64)) // mmap.PAGESIZE * mmap.PAGESIZE
-            native.expect(library, begin_pages, addresses + ends.astype(np.uint64) - begin_pages)
+            addresses, sizes_bytes = self.in_memory(positions)
+            begin_pages = addresses // mmap.PAGESIZE * mmap.PAGESIZE
+            native.expect(library, begin_pages, addresses + sizes_bytes - begin_pages)
         return held
+
+    def in_memory(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """(n,) addresses and (n,) sizes in bytes of samples' encoded bytes, as long as their shards are held (see `expect`)."""
+        shards, begins, ends = self.places(positions)
+        tars = np.array([self._tar(shard).address for shard in shards.tolist()], np.uint64)
+        return tars + begins.astype(np.uint64), (ends - begins).astype(np.uint64)
 
     def read(self, positions: NDArray[np.int64]) -> Iterator[memoryview | None]:
         """Samples' encoded bytes; None where they are not those that were packed, by their CRC-32."""

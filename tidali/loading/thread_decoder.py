@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from tidali.config import Kernel
 from tidali.errors import first_line
 from tidali.hardware.cpu_memory import ReusedMemory
+from tidali.loading import libjpeg, native
 from tidali.loading.decode import decode_rgb
 from tidali.loading.resample import PIECE_IMAGES, Pieces, squares_of
 from tidali.loading.samples import SampleTable
@@ -49,6 +51,7 @@ class ThreadDecoder:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tidali-decode")
         counts = table.dataset.manifest.counts
         self._plain = not (counts.get("exif_rotated", 0) or counts.get("cmyk", 0))
+        self._libjpeg = libjpeg.load() if self._plain else None
 
     def start(self, job: Job) -> Any:
         """The batch's pixels (n, H, W, 3) uint8, or its pieces' images, not yet written, and the work that writes them."""
@@ -92,20 +95,34 @@ class ThreadDecoder:
             return first_line(error)
 
     def _whole(self, job: Job, chunk: range, out: Tensor) -> dict[int, str]:
-        pixels, make, bad = out, None, {}
+        decoded, make, bad = out, None, dict[int, str]()
         if job.pieces is not None:
-            pixels = torch.empty(PIECE_IMAGES, *(self.table.info.single_image_size or ()), 3, dtype=torch.uint8)
-            make = job.pieces.made_from(pixels)
-        arrays, begin = list(pixels.numpy()), chunk.start
-        for number, data in zip(chunk, self.table.read(job.positions[chunk.start : chunk.stop]), strict=True):
-            image = self.decode(data, arrays[number % len(arrays)])
-            if isinstance(image, str):
-                bad[number] = image
-            end = number + 1
-            if make is not None and (end % PIECE_IMAGES == 0 or end == chunk.stop):
+            decoded = torch.empty(PIECE_IMAGES, *(self.table.info.single_image_size or ()), 3, dtype=torch.uint8)
+            make = job.pieces.made_from(decoded)
+        positions = job.positions[chunk.start : chunk.stop]
+        samples, (addresses, sizes_bytes) = self.table.read(positions), self.table.in_memory(positions)
+        pixels, begin = decoded.numpy(), chunk.start
+        while begin < chunk.stop:
+            row = begin % len(pixels)
+            end = min(begin + len(pixels) - row, chunk.stop)
+            images = pixels[row : row + end - begin]
+            part = slice(begin - chunk.start, end - chunk.start)
+            done = self._by_libjpeg((addresses[part], sizes_bytes[part]), images)
+            for number, (data, finished) in enumerate(zip(islice(samples, len(images)), done, strict=True), begin):
+                if data is None or not finished:
+                    image = self.decode(data, images[number - begin])
+                    if isinstance(image, str):
+                        bad[number] = image
+            if make is not None:
                 make(begin, end)
-                begin = end
+            begin = end
         return bad
+
+    def _by_libjpeg(self, places: tuple[NDArray[np.uint64], NDArray[np.uint64]], images: NDArray[np.uint8]) -> list[bool]:
+        """Which of the images are decoded now: JPEGs of their size without any fault."""
+        if self._libjpeg is None:
+            return [False] * len(images)
+        return native.jpegs(native.load(), self._libjpeg, places, images).tolist()
 
     def _squares(self, job: Job, chunk: range, out: Tensor) -> dict[int, str]:
         assert job.boxes is not None
