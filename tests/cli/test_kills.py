@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tidali.config import Augment, CacheChoice, DeviceChoice, TrainSettings, make_recipe
+from tidali.model.resnet import build_resnet18
 
 KILLS = int(os.environ.get("TIDALI_KILLS", "1"))
 """Runs of one process with each cache, each killed once; two ranks are killed once."""
@@ -60,14 +62,17 @@ def run(ranks: int, *arguments: object, on_gpu: bool = False) -> subprocess.Comp
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-def write_configs(folder: Path, data: Path, cache: CacheChoice, device: DeviceChoice = "cpu") -> tuple[Path, Path]:
+def write_configs(
+    folder: Path, data: Path, cache: CacheChoice, device: DeviceChoice = "cpu", init: str = "none", **recipe: object
+) -> tuple[Path, Path]:
     """Of a run that is not disturbed, and of one that saves its state after each step, to be killed."""
     augment = Augment(flip="alternating", shift_px=4, crop_scale=(0.5, 1.0), brightness=0.2, hue=0.1, erase=0.25)
     settings = TrainSettings(
         data=str(data),
         out="",
         res=32,
-        recipe=make_recipe("modern", epochs=2, batch_size=40, augment=augment),
+        init=init,
+        recipe=make_recipe("modern", epochs=2, batch_size=40, augment=augment, **recipe),
         device=device,
         cache=cache,
         deterministic=True,
@@ -124,7 +129,11 @@ def test_killed_at_random_steps_and_resumed(
 
 @pytest.mark.slow
 def test_two_ranks_killed_and_resumed(demo_data: Path, tmp_path: Path) -> None:
-    undisturbed, killed = write_configs(tmp_path, demo_data, "off")
+    """The stem and the first stage keep their weights, and the others learn at rates of their own."""
+    start = build_resnet18(4, "imagenet").state_dict()
+    torch.save(start, tmp_path / "start.pth")
+    parts = dict(freeze="layer1", head_lr_scale=10.0, stage_lr_decay=0.5)
+    undisturbed, killed = write_configs(tmp_path, demo_data, "off", init=str(tmp_path / "start.pth"), **parts)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     step = random.Random(2).randint(1, STEPS)
     ended = run(2, "-m", "tidali", "train", "--config", undisturbed, "--out", whole)
@@ -135,6 +144,11 @@ def test_two_ranks_killed_and_resumed(demo_data: Path, tmp_path: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stderr.count(f"resumed at step {step - 1}") == 1
     check_same_run(whole, broken, step)
+    ended_with = load_file(whole / "last.safetensors")
+    kept = {name for name in start if torch.equal(ended_with[name], start[name])}
+    assert {name for name in kept if "num_batches" not in name} == {
+        name for name in start if name.startswith(("conv1", "bn1", "layer1")) and "num_batches" not in name
+    }
 
 
 @pytest.mark.slow

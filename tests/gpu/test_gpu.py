@@ -17,13 +17,14 @@ import torch
 
 from bench.profile import host_synchronisations
 from tests.cli.test_kills import check_same_run, run, write_configs
-from tidali.config import Augment, CacheChoice, DecoderChoice, Preprocess, make_recipe
+from tidali.config import Augment, CacheChoice, DecoderChoice, Freeze, Preprocess, make_recipe
 from tidali.dataset.contract import Dataset, open_dataset
 from tidali.doctor import checks, run_checks
 from tidali.hardware.device import compile_fault, plan_device
 from tidali.loading.batches import Training
 from tidali.loading.data import Data
 from tidali.loading.resample import Resample
+from tidali.model.parts import set_training
 from tidali.model.resnet import build_resnet18
 from tidali.training.engine import make_train_state, train_step
 from tidali.training.metrics import Meter
@@ -123,16 +124,18 @@ def test_evaluation_counts_every_sample(dataset: Dataset) -> None:
     checks.evaluation_counts_once(dataset, CUDA)
 
 
+@pytest.mark.parametrize("freeze", ["none", "layer2", "body"])
 @pytest.mark.parametrize("cache", ROUTES)
-def test_no_step_waits_for_the_device(dataset: Dataset, cache: CacheChoice) -> None:
-    """Loading, training with averaged weights and clipping, the meter and the display of progress, compiled as by default. The
-    stream copies what the CPU decoded, or DALI decodes on the GPU and hands over its stream."""
+def test_no_step_waits_for_the_device(dataset: Dataset, cache: CacheChoice, freeze: Freeze) -> None:
+    """Loading, training with averaged weights, clipping and learning rates by part, the meter and the display of progress,
+    compiled as by default. The stream copies what the CPU decoded, or DALI decodes on the GPU and hands over its stream."""
     plan = plan_device("cuda", "auto", "auto")
     data = Data(dataset, CUDA, cache=cache)
     training = Training(augment=EVERYTHING)
     fed = iter(data.batches("train", Preprocess(res=64), 8, training=training, dtype=plan.images_dtype))
-    state = make_train_state(build_resnet18(4, "imagenet"), plan, lambda step: 0.01, make_recipe("modern", grad_clip_norm=5.0))
-    state.model.train()
+    recipe = make_recipe("modern", grad_clip_norm=5.0, freeze=freeze, stage_lr_decay=0.5)
+    state = make_train_state(build_resnet18(4, "imagenet"), plan, lambda step: 0.01, recipe)
+    set_training(state.model, state.frozen)
     meter = Meter(CUDA)
 
     def step() -> None:

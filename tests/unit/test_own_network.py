@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,19 +69,40 @@ class After(StopRequest):
         return self.left < 0
 
 
-def test_stopped_and_resumed_it_ends_with_the_same_bits(demo_data: Path, tmp_path: Path, monkeypatch) -> None:
-    whole, broken = (settings_for(demo_data, tmp_path / name) for name in ("whole", "broken"))
-    ours = network()
-    expected = tidali.train_model(whole, model=ours)
-    with monkeypatch.context() as patched:
-        patched.setattr(run_module, "StopRequest", lambda: After(6))  # within the second epoch of four steps
+def check_resumes(make: Callable[[], nn.Module], data: Path, folder: Path) -> tidali.TrainSettings:
+    """Stopped within the second epoch of four steps and resumed, it ends with the bits of a run that was left alone.
+
+    Returns:
+        That run's settings.
+    """
+    whole, broken = (settings_for(data, folder / name) for name in ("whole", "broken"))
+    expected = tidali.train_model(whole, model=make())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run_module, "StopRequest", lambda: After(6))
         with pytest.raises(Interrupted):
-            tidali.train_model(broken, model=network())
-    found = tidali.train_model(broken, resume=True, model=network())
+            tidali.train_model(broken, model=make())
+    found = tidali.train_model(broken, resume=True, model=make())
     assert (found.last, found.best) == (expected.last, expected.best)
     one, other = (load_file(Path(settings.out) / "last.safetensors") for settings in (whole, broken))
-    assert one.keys() == network().state_dict().keys()
+    assert one.keys() == make().state_dict().keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    return whole
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050"])
+def test_a_network_of_timms_is_resumed_to_the_bit(demo_data: Path, tmp_path: Path, name: str) -> None:
+    timm = pytest.importorskip("timm", reason="tidali does not need it")
+
+    def make() -> nn.Module:
+        torch.manual_seed(5)
+        return timm.create_model(name, num_classes=4, drop_rate=0.2)
+
+    check_resumes(make, demo_data, tmp_path)
+
+
+def test_stopped_and_resumed_it_ends_with_the_same_bits(demo_data: Path, tmp_path: Path) -> None:
+    whole = check_resumes(network, demo_data, tmp_path)
+    one = load_file(Path(whole.out) / "last.safetensors")
 
     with pytest.raises(UsageError, match=r"last\.safetensors: the weights of a network of your own, .*model="):
         tidali.load_model(tmp_path / "whole" / "last.safetensors")
