@@ -71,7 +71,7 @@ def test_plot(tidali, trained, other_run: Path, tmp_path: Path, suffix: str) -> 
 def test_plot_says_what_differs(trained, other_run: Path) -> None:
     from tidali.training.history import labels, read_runs
 
-    assert labels(read_runs([str(trained[0]), str(other_run)])) == ["x (lr 0.05)", f"{NASTY} (lr 0.125)"]
+    assert labels(read_runs([str(trained[0]), str(other_run)])) == ["x (lr 0.0125)", f"{NASTY} (lr 0.125)"]
 
 
 def test_default_names(tidali, trained, tmp_path: Path, monkeypatch) -> None:
@@ -191,9 +191,9 @@ def test_several_side_by_side(tidali, trained, other_run: Path, nasty_data: Path
     page = read_page(out)
     assert page.unclosed == []
     results, differing = table(page, "result"), table(page, "setting")
-    assert [cell.split(" ", 1)[1] for cell in results[0][1:]] == ["x (lr 0.05)", f"{NASTY} (lr 0.125)"]
-    assert [row[0].split(" ", 1)[-1] for row in table(page, "run")[1:]] == ["x (lr 0.05)", f"{NASTY} (lr 0.125)"]
-    assert differing[1:] == [["lr", "0.05", "0.125"]]
+    assert [cell.split(" ", 1)[1] for cell in results[0][1:]] == ["x (lr 0.0125)", f"{NASTY} (lr 0.125)"]
+    assert [row[0].split(" ", 1)[-1] for row in table(page, "run")[1:]] == ["x (lr 0.0125)", f"{NASTY} (lr 0.125)"]
+    assert differing[1:] == [["lr", "0.0125", "0.125"]]
     shared = next(rows for rows in page.tables if ["res", "32"] in rows)
     assert ["momentum", "0.9"] in shared
     assert "lr" not in {row[0] for row in shared}

@@ -60,7 +60,7 @@ def runs(
         from tidali.report.runs_page import write_runs_page
 
         rows = [dict(zip(COLUMNS, table_row(entry), strict=True)) for entry in entries]
-        write_runs_page(entries, rows, folder, page)
+        write_runs_page(entries, rows, folder, page, text_columns=[COLUMNS[place] for place in TEXT_COLUMNS])
         say(f"{page}: {counted(len(entries), 'run')}")
     if json_:
         print(json.dumps([entry.to_dict() for entry in entries]))

@@ -21,7 +21,7 @@ ROSE_BY, ROSE_BY_NATS = 1.2, 0.1
 FEW_STEPS = 100
 FEW_IMAGES = 100
 """With fewer, the standard error of an accuracy can be more than 5 points: sqrt(0.5 * 0.5 / 100)."""
-LEFT_OUT_SHARE = 0.05
+LEFT_OUT_SHARE = 0.1
 SETTLED_STEPS = 500
 """After so many, averaged weights are close to those of training, by the ramp of their decay (`tidali.training.engine.Ema`)."""
 
@@ -184,7 +184,7 @@ def _few_images(figures: Figures) -> list[Finding]:
     error_percent = 100 * math.sqrt(0.25 / max(figures.samples, 1))
     text = f"{counted(figures.samples, 'image')} of {figures.split} give an accuracy to ± {error_percent:.0f} points "
     text += "near 50 % (one standard error)"
-    return [Finding("few images", f"{text}. Hold out more, with 'tidali shard --val-fraction 0.2'.")]
+    return [Finding("few images", f"{text}. Hold out more, with a larger --val-fraction of 'tidali shard'.")]
 
 
 _RULES: tuple[Callable[[Figures], list[Finding]], ...] = (
