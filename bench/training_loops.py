@@ -17,7 +17,7 @@ from torchvision import datasets, models, transforms
 
 from bench.case_worker import DataJob, Job, Stream
 from bench.peer_loaders import torchvision_v1
-from tidali.config import Augment, Preprocess, Stem, make_recipe
+from tidali.config import Augment, Preprocess, Stem
 from tidali.dataset.contract import open_dataset
 from tidali.hardware.cpu_memory import keep_freed_memory
 from tidali.hardware.device import DevicePlan, plan_device, set_numerics
@@ -25,6 +25,7 @@ from tidali.hardware.timing import Stopwatch
 from tidali.loading import batches as loading
 from tidali.loading.data import Data
 from tidali.model.resnet import build_resnet18
+from tidali.recipes import make_recipe
 from tidali.training import engine
 from tidali.training.engine import TrainState, make_train_state
 from tidali.training.metrics import Meter

@@ -21,6 +21,7 @@ import tidali
 from tidali import config
 from tidali.cli.examples import EXAMPLES
 from tidali.cli.main import app, root
+from tidali.recipes import RECIPES
 
 DOCS = Path(__file__).parent
 
@@ -144,7 +145,7 @@ def _text(text: str | None) -> str:
 
 
 def recipe_table() -> str:
-    recipes = {name: asdict(recipe) for name, recipe in config.RECIPES.items()}
+    recipes = {name: asdict(recipe) for name, recipe in RECIPES.items()}
     lines = [f"| `--set` | {' | '.join(recipes)} | what it does |", f"|---|{'---|' * len(recipes)}---|"]
     for prefix, settings in (("", config.Recipe), ("augment.", config.Augment)):
         what = _docstrings(settings)

@@ -58,12 +58,12 @@ if TYPE_CHECKING:
     from tidali.api import make_loader as make_loader
     from tidali.api import train_model as train_model
     from tidali.config import TrainSettings as TrainSettings
-    from tidali.config import make_recipe as make_recipe
     from tidali.dataset.source import open_data as open_data
     from tidali.errors import TidaliError as TidaliError
     from tidali.loading.resample import Resample as Resample
     from tidali.model.predict import load_model as load_model
     from tidali.model.resnet import build_resnet18 as build_resnet18
+    from tidali.recipes import make_recipe as make_recipe
     from tidali.training.evaluation import evaluate_checkpoint as evaluate_checkpoint
 
 __version__ = "0.1.0"
@@ -76,7 +76,7 @@ _HOMES = {
     "evaluate_checkpoint": "tidali.training.evaluation",
     "load_model": "tidali.model.predict",
     "make_loader": "tidali.api",
-    "make_recipe": "tidali.config",
+    "make_recipe": "tidali.recipes",
     "open_data": "tidali.dataset.source",
     "train_model": "tidali.api",
 }

@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 
 import tidali
-from tidali.config import Recipe, with_crops
+from tidali.config import Recipe
 from tidali.hardware.device import plan_device
 from tidali.model.parts import set_training
 from tidali.model.resnet import build_resnet18
+from tidali.recipes import with_crops
 from tidali.training.engine import make_train_state, train_step
 
 MEASURED_STEPS = 20

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
 
 import tidali
-from tidali.config import default_recipe
+from tidali.recipes import default_recipe
 from tidali.training.schedule import warmup_cosine
 
 

@@ -11,7 +11,7 @@ import typer
 
 from tidali.cli.main import app
 from tidali.cli.options import RecipeName
-from tidali.config import RECIPES
+from tidali.recipes import RECIPES
 
 README = Path(__file__).parents[2] / "README.md"
 COMMANDS = typer.main.get_command(app).commands

@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tidali.config import Augment, CacheChoice, DeviceChoice, TrainSettings, make_recipe
+from tidali.config import Augment, CacheChoice, DeviceChoice, TrainSettings
 from tidali.model.resnet import build_resnet18
+from tidali.recipes import make_recipe
 
 KILLS = int(os.environ.get("TIDALI_KILLS", "1"))
 """Runs of one process with each cache, each killed once; two ranks are killed once."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tidali.config import default_recipe
 from tidali.dataset.contract import open_dataset, read_record
+from tidali.recipes import default_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tidali.config import TrainSettings, make_recipe
+from tidali.config import TrainSettings
 from tidali.dataset.contract import open_dataset
 from tidali.hardware.device import plan_device
 from tidali.hardware.ranks import Ranks
+from tidali.recipes import make_recipe
 from tidali.training.setup import set_up
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}

@@ -12,8 +12,8 @@ import torch
 import torchvision
 from torchvision.models import ResNet18_Weights
 
-from tidali.config import make_recipe
 from tidali.dataset.contract import Dataset, open_dataset
+from tidali.recipes import make_recipe
 from tidali.study import rows as rows_module
 from tidali.study import run as study_module
 from tidali.study.rows import ROWS, needed_by, scaled

@@ -17,7 +17,7 @@ import torch
 
 from bench.profile import host_synchronisations
 from tests.cli.test_kills import check_same_run, run, write_configs
-from tidali.config import Augment, CacheChoice, DecoderChoice, Freeze, Preprocess, make_recipe
+from tidali.config import Augment, CacheChoice, DecoderChoice, Freeze, Preprocess
 from tidali.dataset.contract import Dataset, open_dataset
 from tidali.doctor import checks, run_checks
 from tidali.hardware.device import compile_fault, plan_device
@@ -26,6 +26,7 @@ from tidali.loading.data import Data
 from tidali.loading.resample import Resample
 from tidali.model.parts import set_training
 from tidali.model.resnet import build_resnet18
+from tidali.recipes import make_recipe
 from tidali.training.engine import make_train_state, train_step
 from tidali.training.metrics import Meter
 

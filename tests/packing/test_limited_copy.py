@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tidali.config import Augment, Preprocess, TrainSettings, make_recipe
+from tidali.config import Augment, Preprocess, TrainSettings
 from tidali.dataset import fetch as fetch_module
 from tidali.dataset import limited_copy as copy_module
 from tidali.dataset.contract import Dataset, open_dataset
@@ -31,6 +31,7 @@ from tidali.hardware.ranks import Ranks
 from tidali.loading import window as window_module
 from tidali.loading.batches import Batches, Training
 from tidali.loading.data import Data
+from tidali.recipes import make_recipe
 from tidali.training.run import train
 
 URL = "memory://limited/data"

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidali.config import TrainSettings, make_recipe
+from tidali.config import TrainSettings
 from tidali.errors import UsageError
+from tidali.recipes import make_recipe
 from tidali.training import run_folder
 from tidali.training.run_folder import make_run_folder, new_run_folder
 from tidali.training.setup import check_batch_size

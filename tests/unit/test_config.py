@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from tidali.config import RECIPES, TrainSettings, change, fit_to_images, make_recipe
+from tidali.config import TrainSettings
 from tidali.errors import UsageError
+from tidali.recipes import RECIPES, change, fit_to_images, make_recipe
 
 
 @pytest.mark.parametrize(

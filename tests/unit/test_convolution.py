@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from tidali.config import make_recipe
 from tidali.hardware.cpu_convolution import MAX_SIDE, as_matrix, kernels_grad, speed_up_tiny_images
 from tidali.hardware.device import plan_device
 from tidali.model.resnet import build_resnet18
+from tidali.recipes import make_recipe
 from tidali.training.engine import make_train_state
 
 

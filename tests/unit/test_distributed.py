@@ -46,7 +46,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from tidali.config import make_recipe
+from tidali.recipes import make_recipe
 from tidali.hardware.device import plan_device
 from tidali.hardware.ranks import joined_ranks
 from tidali.training.engine import make_train_state, train_step

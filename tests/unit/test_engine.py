@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tidali.config import AmpChoice, Augment, Preprocess, TrainSettings, make_recipe
+from tidali.config import AmpChoice, Augment, Preprocess, TrainSettings
 from tidali.dataset.contract import open_dataset
 from tidali.errors import TidaliError, UsageError
 from tidali.hardware.device import DevicePlan, plan_device
@@ -22,6 +22,7 @@ from tidali.loading.batches import Training
 from tidali.loading.data import Data
 from tidali.loading.order import epoch_order
 from tidali.model.resnet import build_resnet18
+from tidali.recipes import make_recipe
 from tidali.training.averages import Ema, first_images, measure_statistics
 from tidali.training.engine import (
     TrainState,

@@ -10,11 +10,12 @@ import torchvision
 from torch import Tensor
 from torch.nn import functional
 
-from tidali.config import TrainSettings, make_recipe
+from tidali.config import TrainSettings
 from tidali.errors import UsageError
 from tidali.hardware.device import DevicePlan, plan_device
 from tidali.model.parts import frozen_modules, set_training
 from tidali.model.resnet import build_resnet18, training_activations
+from tidali.recipes import make_recipe
 from tidali.training.averages import measure_statistics
 from tidali.training.engine import TrainState, make_train_state, train_step
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.unit.test_cache_on_cuda import cached_on
-from tidali.config import Augment, Preprocess, TrainSettings, make_recipe
+from tidali.config import Augment, Preprocess, TrainSettings
 from tidali.dataset.contract import Dataset, open_dataset
 from tidali.errors import TidaliError, UsageError
 from tidali.hardware.device import DevicePlan
@@ -25,6 +25,7 @@ from tidali.loading.dali import QUEUE_DEPTH, DaliDecoder
 from tidali.loading.samples import SampleTable
 from tidali.loading.stream import decoding_threads
 from tidali.loading.thread_decoder import Job, ThreadDecoder
+from tidali.recipes import make_recipe
 from tidali.training import run as run_module
 from tidali.training.run import train
 from tidali.training.setup import refuse_graphs_beside_dali

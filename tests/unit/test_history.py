@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tidali.config import TrainSettings, change, make_recipe
+from tidali.config import TrainSettings
 from tidali.errors import UsageError
+from tidali.recipes import change, make_recipe
 from tidali.training.history import differing_settings, labels, read_runs
 
 

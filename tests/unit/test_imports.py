@@ -30,7 +30,7 @@ MODULES = {
     for path in sorted(Path(package.__path__[0]).rglob("*.py"))
 }
 ROOMS = [
-    *("errors", "files", "config", "hardware", "console", "dataset", "images", "loading", "model", "training"),
+    *("errors", "files", "config", "recipes", "hardware", "console", "dataset", "images", "loading", "model", "training"),
     *("report", "study", "doctor", "api", "", "cli", "__main__"),
 ]
 """Of `tidali`, lowest first; "" is the package itself. A room imports from rooms before it. docs/architecture.md draws them."""
@@ -39,7 +39,14 @@ HEAVY = {
     *("matplotlib", "jinja2"),
 }
 STANDARD_LIBRARY_ONLY = {
-    *("tidali.errors", "tidali.files", "tidali.config", "tidali.training.schedule", "tidali.training.judgement"),
+    *(
+        "tidali.errors",
+        "tidali.files",
+        "tidali.config",
+        "tidali.recipes",
+        "tidali.training.schedule",
+        "tidali.training.judgement",
+    ),
     *("tidali.training.history", "tidali.training.run_index"),
     *("tidali.hardware.timing", "tidali.hardware.limits", "tidali.hardware.processes"),
     *(name for name in MODULES if name.startswith("tidali.dataset")),

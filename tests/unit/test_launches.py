@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.unit.test_cache_on_cuda import EVERYTHING, NoneCorrupt, Streamed, cached_on
-from tidali.config import IMAGENET_MEAN, IMAGENET_STD, RECIPES, Augment, Preprocess
+from tidali.config import IMAGENET_MEAN, IMAGENET_STD, Augment, Preprocess
 from tidali.loading import changes
 from tidali.loading.batches import Batches, Training
 from tidali.loading.bicubic import bicubic_taps
@@ -22,6 +22,7 @@ from tidali.loading.cache import ANY_SIDE, PixelCache
 from tidali.loading.dense import DenseResample, fold_borders
 from tidali.loading.resample import Resample, make_band
 from tidali.loading.sizes import SizePlan
+from tidali.recipes import RECIPES
 
 CUDA = torch.device("cuda", 0)
 NORMALISED: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tidali.config import make_recipe
 from tidali.hardware.cpu_optimizer import ChannelsLastSGD
 from tidali.hardware.device import plan_device
+from tidali.recipes import make_recipe
 from tidali.training.engine import make_train_state
 
 SETTINGS = [dict(momentum=0.9, nesterov=True, weight_decay=1e-2), dict(momentum=0.9), dict(weight_decay=1e-2)]

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tidali.config import TrainSettings, make_recipe
+from tidali.config import TrainSettings
 from tidali.dataset.contract import Dataset, open_dataset
 from tidali.errors import TidaliError, UsageError
 from tidali.hardware.device import plan_device
 from tidali.loading import data as data_module
 from tidali.model.checkpoint import load_checkpoint, read_metadata
+from tidali.recipes import make_recipe
 from tidali.training import resume, run_files
 from tidali.training import run as run_module
 from tidali.training.metrics import Meter, Score

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from tidali import console
-from tidali.config import TrainSettings, change, make_recipe
+from tidali.config import TrainSettings
 from tidali.errors import UsageError
 from tidali.files import lock
+from tidali.recipes import change, make_recipe
 from tidali.training.run_index import Entry, list_runs
 
 LINE = {"val_samples": 1000, "val_loss": 1.5, "train_loss": 1.4, "train_top1_percent": 50.0, "images_per_s": 200.0}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tidali.config import make_recipe
+from tidali.recipes import make_recipe
 from tidali.training.schedule import make_schedule, step_decay, warmup_cosine
 
 

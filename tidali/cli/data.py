@@ -13,10 +13,11 @@ import typer
 
 from tidali.cli.data_output import info_document, print_info, print_pack, suggest_next
 from tidali.cli.options import JsonOption, RecipeName, output_file
-from tidali.config import Kernel, change, check_res, make_recipe
+from tidali.config import Kernel, check_res
 from tidali.console import progress_bar, say, show, warn
 from tidali.dataset.file_names import visible_name
 from tidali.errors import TidaliError, UsageError, counted
+from tidali.recipes import change, make_recipe
 
 if TYPE_CHECKING:
     from shards.check_image import SecondDecoder

@@ -13,7 +13,7 @@ from tidali.config import AmpChoice, Arch, CacheChoice, CompileChoice, DecoderCh
 from tidali.errors import UsageError
 
 RecipeName = Literal["seed", "modern", "photos", "finetune"]
-"""The names of `tidali.config.RECIPES`."""
+"""The names of `tidali.recipes.RECIPES`."""
 
 # One for each group of options in the help. Called as typer.Option.
 data_option = partial(typer.Option, rich_help_panel="Data")

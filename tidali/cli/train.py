@@ -28,20 +28,9 @@ from tidali.cli.options import (
     recipe_option,
     run_option,
 )
-from tidali.config import (
-    Recipe,
-    Stem,
-    StemInit,
-    TrainSettings,
-    change,
-    check_res,
-    default_recipe,
-    fit_to_images,
-    is_changed,
-    make_recipe,
-    with_crops,
-)
-from tidali.errors import UsageError
+from tidali.config import Recipe, Stem, StemInit, TrainSettings, check_res
+from tidali.errors import UsageError, counted
+from tidali.recipes import change, default_recipe, fit_to_images, is_changed, make_recipe, with_crops
 from tidali.training.judgement import loss_text, shows_top5
 
 
@@ -182,9 +171,10 @@ def train(
         epochs_stay=epochs is not None or is_changed("epochs", given),
     )
     if fitted != chosen:
+        steps, few = (one.epochs * (images // one.batch_size) for one in (fitted, chosen))
         say(
-            f"recipe {chosen.name} on {images} images: {fitted.epochs} epochs of batches of {fitted.batch_size}, for at least "
-            f"{chosen.min_steps} steps; --epochs and --batch-size set others"
+            f"recipe {chosen.name} on {images} images: {counted(fitted.epochs, 'epoch')} of batches of {fitted.batch_size}, "
+            f"{steps} steps instead of {few}; --epochs and --batch-size set others"
         )
     settings = TrainSettings(
         data=folder,

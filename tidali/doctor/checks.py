@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, multiprocessing
 from torch.nn import functional
 
-from tidali.config import AmpChoice, Augment, CacheChoice, DecoderChoice, Preprocess, make_recipe
+from tidali.config import AmpChoice, Augment, CacheChoice, DecoderChoice, Preprocess
 from tidali.console import silenced
 from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError, counted
@@ -25,6 +25,7 @@ from tidali.hardware.timing import Stopwatch
 from tidali.loading.batches import Batches, Training
 from tidali.loading.data import Data
 from tidali.model.resnet import build_resnet18
+from tidali.recipes import make_recipe
 from tidali.training.engine import TrainState, evaluate, make_train_state, train_step
 
 PIXEL_RESOLUTIONS = (64, 96)

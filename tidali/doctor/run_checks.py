@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tidali.config import Augment, CacheChoice, CompileChoice, DecoderChoice, Preprocess, TrainSettings, make_recipe
+from tidali.config import Augment, CacheChoice, CompileChoice, DecoderChoice, Preprocess, TrainSettings
 from tidali.console import silenced
 from tidali.dataset.contract import Dataset
 from tidali.doctor.checks import require
@@ -22,6 +22,7 @@ from tidali.model.checkpoint import load_checkpoint
 from tidali.model.export import compare, open_pt2, to_pt2
 from tidali.model.predict import Classifier, load_model
 from tidali.model.served import ServedModel
+from tidali.recipes import make_recipe
 from tidali.training.evaluation import evaluate_checkpoint
 from tidali.training.interrupt import StopRequest
 from tidali.training.run import train

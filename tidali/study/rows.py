@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tidali.config import Augment, Recipe, Stem, StemInit, make_recipe
+from tidali.config import Augment, Recipe, Stem, StemInit
+from tidali.recipes import make_recipe
 
 IMAGENET = "imagenet"
 """Start of a row that starts from ImageNet weights: torchvision's, or a file given instead."""

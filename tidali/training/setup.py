@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from tidali.config import RECIPES, CacheChoice, Preprocess, TrainSettings
+from tidali.config import CacheChoice, Preprocess, TrainSettings
 from tidali.console import say
 from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError, counted
@@ -23,6 +23,7 @@ from tidali.model.checkpoint import EVAL_BATCH_SIZE, ModelCard
 from tidali.model.parts import frozen_modules, is_within
 from tidali.model.pretrained import Normalisation, apply_init, choose_normalisation
 from tidali.model.resnet import LoadReport, build_resnet, title_of, training_activations
+from tidali.recipes import RECIPES
 from tidali.training.engine import TrainState, make_train_state
 from tidali.training.own_network import check_own_network
 from tidali.training.schedule import make_schedule
