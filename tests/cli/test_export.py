@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,8 @@ def test_onnx(onnx_file, demo_data: Path, pictures: np.ndarray, expected: np.nda
     assert [(one["id"], one["name"]) for one in card["classes"]] == [(one.id, one.name) for one in classes]
     assert (card["res"], card["kernel"], card["input"]["layout"]) == (32, "pil", "NHWC")
     assert b"site-packages" not in path.read_bytes()  # no paths of the machine that wrote it
+    with pytest.raises(UsageError, match=r"x\.onnx: .*an ONNX model; give the checkpoint that it was exported from"):
+        load_model(path)
 
 
 def test_pt2(tidali, trained, pictures: np.ndarray, expected: np.ndarray, tmp_path: Path) -> None:
@@ -111,6 +114,8 @@ def test_pt2(tidali, trained, pictures: np.ndarray, expected: np.ndarray, tmp_pa
         assert np.abs(found - expected[:count]).max() < SAME
         assert (found.argmax(1) == expected[:count].argmax(1)).all()
     assert json.loads(extra["tidali.json"])["res"] == 32
+    with pytest.raises(UsageError, match=r"x\.pt2: .*a program that torch\.export wrote; give the checkpoint"):
+        load_model(path)
     assert b"site-packages" not in path.read_bytes()
 
 
@@ -266,6 +271,47 @@ def test_memory_that_runs_out_names_the_batch(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(export, "open_pt2", lambda _: (run, json.dumps(export.describe(model.card, size))))
     with pytest.raises(export.TidaliError, match=r"^batches of 64 images of \(20, 30\) px do not fit .*smaller --input-size"):
         export.export_model(model, tmp_path / "x.pt2", "pt2", size, synthetic(size))
+    assert list(tmp_path.iterdir()) == []
+
+
+class ForeignError(Exception):
+    """Of another package: its class, and what it derives from, say nothing."""
+
+
+def _fails(*_: Any, **__: Any) -> Any:
+    try:
+        raise ForeignError("functions are not supported.\nSee above")
+    except ForeignError as error:
+        raise RuntimeError("step 2 of 3 failed") from error
+
+
+@needs_onnx
+@pytest.mark.parametrize("failing", ["torch.onnx.export", "onnxruntime.InferenceSession"])
+def test_packages_that_fail_are_named(tidali, trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str) -> None:
+    monkeypatch.setattr(export, "to_onnx", export.to_onnx if failing.startswith("torch") else lambda *_: b"")
+    monkeypatch.setattr(failing, _fails)
+    ended = tidali("export", trained[0], "-o", tmp_path / "x.onnx")
+    assert (ended.code, ended.stdout) == (1, "")
+    installed = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime"))
+    assert ended.stderr == (
+        f"tidali: {tmp_path}/x.onnx: not written, the export failed (ForeignError: functions are not supported.) with "
+        f"{installed}; pip install --upgrade onnx onnx_ir onnxscript onnxruntime, or try --format pt2\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", ["torch.export.export", "torch.export.save", "torch.export.load"])
+def test_torch_export_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str) -> None:
+    monkeypatch.setattr(export, "to_pt2", export.to_pt2 if failing != "torch.export.load" else lambda *_: b"")
+    monkeypatch.setattr(failing, _fails)
+    with pytest.raises(export.TidaliError) as raised:
+        export.export_model(_classifier(_tiny()), tmp_path / "x.pt2", "pt2", (20, 20), synthetic((20, 20)))
+    assert raised.value.exit_code == 1
+    assert str(raised.value) == (
+        f"{tmp_path}/x.pt2: not written, the export failed (ForeignError: functions are not supported.) with "
+        f"torch {version('torch')}, torchvision {version('torchvision')}; "
+        "pip install --upgrade torch torchvision, or try --format onnx"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

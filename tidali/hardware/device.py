@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from tidali.errors import TidaliError, UsageError
 from tidali.hardware.limits import cpu_count
 
 _COMPILER_TIMEOUT_S = 30
+# torch 2.9 warns of ``allow_tf32``, but its own compiler reads that still, and raises an error where the new setting was used.
+warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32", category=UserWarning)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from torch.export.passes import move_to_device_pass
 
 from tidali import __version__
 from tidali.config import ExportFormat
-from tidali.errors import TidaliError, explain_out_of_memory
+from tidali.errors import TidaliError, explain_out_of_memory, first_line
 from tidali.files import write_atomically
 from tidali.hardware.limits import cpu_count
+from tidali.hardware.versions import installed_version
 from tidali.model.checkpoint import ModelCard
 from tidali.model.predict import Classifier
 from tidali.model.served import ServedModel
@@ -33,7 +35,7 @@ MOST_DIFFERENCE = 1e-4
 """Largest difference between the file's and the model's probabilities that is accepted. Both are float32 and differ by the
 order of their sums: at most 2e-6 on 500 photographs at 64 and 224 px. With the wrong kernel they differed by 0.06 at 128 px,
 with an unclamped overshoot by 0.007."""
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 _OPSET = 18  # torch's exporter is written for this one; newer ones exclude older runtimes
 _BATCH, _BATCH_PIXELS = 64, 1 << 24
 """Of the check: images at most, and pixels of all of them at most, unless one has more. 192 MiB as the file's float32."""
@@ -62,18 +64,20 @@ def export_model(model: Classifier, path: Path, format: ExportFormat, size: tupl
         How far the file's probabilities are from the model's.
 
     Raises:
-        TidaliError: a package is missing, the file differs from the model, or it cannot be written; no file is written then.
+        TidaliError: a package is missing or fails, the file differs from the model, or it cannot be written; no file is
+            written then.
     """
     require_packages(format)
     metadata = describe(model.card, size)
     served = ServedModel(model.model, model.card, size)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporters warn about their own internals
-        content = {"onnx": to_onnx, "pt2": to_pt2}[format](served, size, json.dumps(metadata))
-        run, found = {"onnx": open_onnx, "pt2": open_pt2}[format](content)
-    if json.loads(found) != metadata:
-        raise TidaliError(f"{path}: not written, its metadata cannot be read back")
-    with explain_out_of_memory(f"batches of {_batch_size(size)} images of {size} px", "give a smaller --input-size"):
+    batches = f"batches of {_batch_size(size)} images of {size} px"
+    with _explain_failure(path, format), explain_out_of_memory(batches, "give a smaller --input-size"):
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # the exporters warn about their own internals
+            content = {"onnx": to_onnx, "pt2": to_pt2}[format](served, size, json.dumps(metadata))
+            run, found = {"onnx": open_onnx, "pt2": open_pt2}[format](content)
+        if json.loads(found) != metadata:
+            raise TidaliError(f"{path}: not written, its metadata cannot be read back")
         agreement = compare(run, model, check_on)
     if agreement.largest_difference > MOST_DIFFERENCE:
         raise TidaliError(
@@ -92,6 +96,30 @@ def require_packages(format: ExportFormat) -> None:
     missing = [name for name in _PACKAGES if format == "onnx" and importlib.util.find_spec(name) is None]
     if missing:
         raise TidaliError(f"--format onnx needs {', '.join(missing)}: pip install 'tidali[export]'; --format pt2 does not")
+
+
+@contextmanager
+def _explain_failure(path: Path, format: ExportFormat) -> Iterator[None]:
+    """One line where torch's exporters or ONNX's packages fail: their exceptions are of any class, and most come from versions
+    that do not go together.
+
+    Raises:
+        TidaliError: names the cause, the versions that are installed and what to install.
+    """
+    try:
+        yield
+    except TidaliError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the outermost one often only says in which step it happened
+            cause = cause.__cause__
+        upgrade, other = (_PACKAGES, "pt2") if format == "onnx" else (("torch", "torchvision"), "onnx")
+        installed = ", ".join(f"{package} {installed_version(package)}" for package in dict.fromkeys(("torch", *upgrade)))
+        raise TidaliError(
+            f"{path}: not written, the export failed ({type(cause).__name__}: {first_line(cause)}) with {installed}; "
+            f"pip install --upgrade {' '.join(upgrade)}, or try --format {other}"
+        ) from error
 
 
 def describe(card: ModelCard, size: tuple[int, int]) -> dict[str, Any]:

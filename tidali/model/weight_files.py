@@ -28,12 +28,14 @@ TORCH = "a PyTorch file"
 """What `what_is` says of a file that torch.save wrote."""
 _OTHER_PROTOCOL = "written with another pickle protocol than torch.save's own; save it again with that"
 _DAMAGED = "damaged, or cut off, or not written by torch.save; copy or download it again"
+_EXPORTED = "give the checkpoint that it was exported from"
 _STARTS = {
     b"<": "a web page, or other HTML or XML; download the file itself",
     b"version https://git-lfs": "a git-lfs pointer; fetch the file itself with 'git lfs pull'",
     b"\x1f\x8b": "compressed by gzip; unpack it",
     b"\x89HDF": "an HDF5 file; convert it to a state dict of torch",
     b"{": "JSON; give the file of the weights",
+    b"\x08\x0a\x12\x07pytorch": f"an ONNX model; {_EXPORTED}",  # fields of its protocol buffer: version 10, the producer
 }
 
 
@@ -59,6 +61,8 @@ def what_is(path: Path) -> str:
         names = {name.rpartition("/")[2] for name in archive.namelist()}
         if "constants.pkl" in names:
             return "a TorchScript program; save the state_dict() of the module instead"
+        if "archive_format" in names:
+            return f"a program that torch.export wrote; {_EXPORTED}"
         if "data.pkl" not in names:
             return "a zip archive without weights"
         return _DAMAGED if archive.testzip() else TORCH  # torch.load does not compare the checksums
