@@ -65,6 +65,7 @@ def test_the_largest_class_is_what_guessing_can_score() -> None:
     [
         (dict(steps=8), "only 8 steps: give more --epochs"),
         (dict(train_losses=[2.3, 2.4, 9.0]), "Training diverged: try --lr 0.005"),
+        (dict(train_losses=[6.9, 2.9, 2.4]), "reached 6.900, far above the 2.30 of guessing: try --lr 0.005"),
         (dict(train_top1_percent=80.0), "--split val"),
         (dict(train_top1_percent=10.0), "another --lr (it was 0.05)"),
         (dict(steps=8, loss=21.0, train_losses=[2.5, 2.2]), "averaged weights (ema_decay 0.999)"),

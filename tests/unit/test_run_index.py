@@ -111,6 +111,14 @@ def test_fifty_folders(write_run, tmp_path: Path, tidali) -> None:
     }
 
 
+def test_what_most_others_do_not_have_differs(write_run, tmp_path: Path) -> None:
+    write_run("a", [40.0], ["lr=0.1"])
+    write_run("b", [40.0], ["lr=0.2"])
+    assert [entry.differs for entry in list_runs(tmp_path / "runs")] == [{"lr": "0.1"}, {"lr": "0.2"}]
+    write_run("c", [40.0], ["lr=0.2"])
+    assert [entry.differs for entry in list_runs(tmp_path / "runs")] == [{"lr": "0.1"}, {}, {}]
+
+
 def test_a_run_that_goes_on_holds_its_folder(write_run, tmp_path: Path, tidali) -> None:
     folder = write_run("a", [40.0], done=False)
     (folder / "steps.jsonl").write_text('{"step": 130, "epoch": 1.3, "train_loss": 1.25, "images_per_s": 90.0}\n{"step": 1')

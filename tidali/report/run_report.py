@@ -106,7 +106,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         for run in runs
         if run.summary is None
     ]
-    notes += [f"{run.name}: {finding}" for run in runs for finding in run.findings]
+    notes += [f"{run.name}: {finding}" if len(runs) > 1 else str(finding) for run in runs for finding in run.findings]
     if any(run.split == "val" for run in runs):
         notes.append(BEST_IS_BIASED)
     notes.append("± is one standard error: how far an accuracy counted on so many samples is usually from the true one.")

@@ -121,6 +121,9 @@ def _at_chance(figures: Figures) -> list[Finding]:
         hint += f"made {figures.steps:,}: give more --epochs, or --set ema_decay=0"
     elif figures.train_loss_rose:
         hint = f"Training diverged: try --lr {figures.lr / 10:g}"
+    elif max(figures.train_losses, default=0.0) > 2 * figures.guessing_loss:
+        reached, guessing = loss_text(max(figures.train_losses)), f"{figures.guessing_loss:.2f}"
+        hint = f"The loss on train reached {reached}, far above the {guessing} of guessing: try --lr {figures.lr / 10:g}"
     elif figures.steps < FEW_STEPS:
         hint = f"The run made only {counted(figures.steps, 'step')}: give more --epochs, or a smaller --batch-size"
     elif figures.train_top1_percent > 2 * figures.chance_percent:

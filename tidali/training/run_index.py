@@ -4,9 +4,9 @@ there at once."""
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -162,15 +162,14 @@ def _entry(folder: Path, root: Path) -> Entry | None:
 
 
 def _with_differences(entries: Sequence[Entry]) -> Iterator[Entry]:
-    """Each with the settings whose value is not the most frequent one, the earliest of equals, on its data."""
-    from dataclasses import replace
-
-    of_data: dict[str, list[Entry]] = {}
-    for entry in sorted(entries, key=lambda entry: entry.begun_s):
-        of_data.setdefault(entry.data, []).append(entry)
+    """Each with the settings whose value most of the others on its data do not have."""
+    of_data: defaultdict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        of_data[entry.data].append(entry)
     for group in of_data.values():
         settings = [entry.run.settings if entry.run is not None else {} for entry in group]
-        names = dict.fromkeys(name for one in settings for name in one if name not in _MACHINE)
-        usual = {name: Counter(one[name] for one in settings if name in one).most_common(1)[0][0] for name in names}
+        names = {name for one in settings for name in one if name not in _MACHINE}
+        counts = {name: Counter(one[name] for one in settings if name in one) for name in names}
         for entry, own in zip(group, settings, strict=True):
-            yield replace(entry, differs={name: own[name] for name in names if name in own and own[name] != usual[name]})
+            rare = [name for name in own if name in counts and 2 * (counts[name][own[name]] - 1) < counts[name].total() - 1]
+            yield replace(entry, differs={name: own[name] for name in rare})
