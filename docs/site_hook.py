@@ -11,6 +11,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 _WHOLE_LETTERS = 30
 """Words of code up to this length are kept on one line; the narrowest screens have room for as many."""
+_WHOLE = re.compile(rf"(?<!\S)(?=\S*-)\S{{1,{_WHOLE_LETTERS}}}(?!\S)")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -25,15 +26,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Python's prompts are taken off examples, whose results become comments. Words with a dash in inline code do not break."""
+    """Python's prompts are taken off examples, whose results become comments. Words with a dash do not break."""
     html = re.sub(r'<span class="gp">(?:&gt;&gt;&gt;|\.\.\.) ?</span>', "", html)
     html = re.sub(r'<span class="go">', '<span class="c1"># ', html)
-    return re.sub(r"(<pre[^>]*>(?:<span></span>)?)?<code>([^<]+)</code>", _unbroken, html)
-
-
-def _unbroken(code: re.Match[str]) -> str:
-    before, text = code.groups()
-    if before is not None:
-        return code.group()
-    words = re.sub(rf"(?<!\S)(?=\S*-)\S{{1,{_WHOLE_LETTERS}}}(?!\S)", r'<span class="whole">\g<0></span>', text)
-    return f"<code>{words}</code>"
+    return re.sub(r"(?<=<code>)[^<]+(?=</code>)", lambda code: _WHOLE.sub(r'<span class="whole">\g<0></span>', code[0]), html)
