@@ -10,7 +10,7 @@ from typing import Any
 from bench.plot import page
 from tidali.files import write_atomically
 
-RECORDS = ("train-cached", "train-streamed", "decoder-cpu", "decoder-mixed", "step")
+RECORDS = ("train-cached", "train-streamed", "train-graphs", "decoder-cpu", "decoder-mixed", "step")
 _TIMED_OUT = (124, 137)
 """Exit codes of ``timeout``."""
 

@@ -221,8 +221,8 @@ def pages() -> dict[Path, str]:
     results = DOCS / "results.md"
     generated_parts = {
         DOCS.parent / "README.md": {"results in short": measured.results_in_short()},
-        results: measured.benchmark_tables(results.read_text(encoding="utf-8")),
-        DOCS / "study.md": {measured.STUDY: measured.study_table()},
+        **{page: measured.benchmark_tables(page.read_text(encoding="utf-8")) for page in (results, DOCS / "gpu.md")},
+        DOCS / "study.md": {file: measured.study_table(file) for file in measured.STUDIES},
         DOCS / "recipes.md": {"recipe fields": recipe_table()},
     }
     written = {DOCS / "cli.md": command_line(), DOCS / "api.md": python_names()}

@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = "bench/results"
 _MACHINE = "epyc-avx512-bf16-2-cores_2026-11-25"
 PEERS = f"{RESULTS}/peers_{_MACHINE}.json"
-STUDY = f"{RESULTS}/study_photos-24_{_MACHINE}.json"
+STUDIES = (
+    f"{RESULTS}/study_photos-12_h100-16-cores_2026-11-26.json",
+    f"{RESULTS}/study_photos-24_{_MACHINE}.json",
+)
 
 Row = Mapping[str, Any]
 
@@ -107,14 +110,14 @@ def _claim_cell(claim: Claim, rows: Sequence[Row]) -> str:
 # ------------------------------------------------------------------------------------------------------------------- the study
 
 
-def study_table() -> str:
-    """The rows of the recorded study, the last weights at other resolutions, and why row 5 is above row 4 or is not."""
-    study = json.loads((ROOT / STUDY).read_text(encoding="utf-8"))
+def study_table(file: str) -> str:
+    """The rows of a recorded study, the last weights at other resolutions, and why row 5 is above row 4 or is not."""
+    study = json.loads((ROOT / file).read_text(encoding="utf-8"))
     lines = ["", "| row | starts from, how | published, Tiny-ImageNet | last | best | GMACs |", "|---|---|---|---|---|---|"]
     for row in study["rows"]:
         published, found = row["published_top1_percent"], row["top1_percent"]
         cells = [row["row"], f"{row['title']} ({row['setting']})", "" if published is None else f"{published:.1f}"]
-        cells += [f"{found[which]['mean']:.2f}" for which in ("last", "best")]
+        cells += [_with_deviation(found[which]) for which in ("last", "best")]
         lines.append(f"| {' | '.join([*cells, format(row['gmacs'], '.3f')])} |")
     measured = [row for row in study["rows"] if len(row["at_resolution"]) > 1]
     sizes = [one["res"] for one in measured[0]["at_resolution"]]
@@ -126,6 +129,11 @@ def study_table() -> str:
     if explanation is not None:
         lines += ["", "### Row 5 against row 4", "", *explanation.markdown()]
     return "\n".join([*lines, ""])
+
+
+def _with_deviation(found: Mapping[str, Any]) -> str:
+    deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.2f}"
+    return f"{found['mean']:.2f}{deviation}"
 
 
 # --------------------------------------------------------------------------------------------------------------------- picture

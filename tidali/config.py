@@ -18,7 +18,9 @@ Freeze = Literal["none", "stem", "layer1", "layer2", "layer3", "body"]
 """The parts of a ResNet that keep their weights: all up to this one; ``body`` is all but the head."""
 Stem = Literal["imagenet", "small"]
 AmpChoice = Literal["auto", "bf16", "fp16", "off"]
-CompileChoice = Literal["auto", "on", "max-autotune", "off"]
+CompileChoice = Literal["auto", "on", "reduce-overhead", "max-autotune", "off"]
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+"""What torch.compile replays a CUDA graph of, in place of launching each kernel; it compiles otherwise as by ``on``."""
 StemInit = Literal["fresh", "resample"]
 Kernel = Literal["pil", "opencv"]
 """Bicubic: ``pil`` has a = -0.5 and ``opencv`` a = -0.75 (`tidali.loading.bicubic.CUBIC_A`)."""
@@ -307,9 +309,9 @@ class TrainSettings:
             raise UsageError(f"checkpoint_minutes {self.checkpoint_minutes}: must be above 0 and finite")
         if self.recipe.freeze != "none" and self.init == "none":
             raise UsageError(f"freeze {self.recipe.freeze}: random weights would never be trained; give --init, or freeze none")
-        if self.compile == "max-autotune" and self.recipe.accumulate > 1:
-            # Its CUDA graphs overwrite a micro-batch's logits and gradients with the next one's (pytorch issues 169545, 96693).
-            raise UsageError(f"--compile max-autotune: not with accumulate {self.recipe.accumulate}; use --compile on")
+        if self.compile in CUDA_GRAPHS and self.recipe.accumulate > 1:
+            # CUDA graphs overwrite a micro-batch's logits and gradients with the next one's (pytorch issues 169545, 96693).
+            raise UsageError(f"--compile {self.compile}: not with accumulate {self.recipe.accumulate}; use --compile on")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -353,7 +353,7 @@ def test_the_work_is_tried_in_each_precision_and_compiled_on_a_gpu(monkeypatch: 
     plan = DevicePlan(device=torch.device("cuda", 0), name="", amp_dtype=None, amp_reason="", compile=True, compile_reason="")
     tried: list[object] = []
 
-    def step(device: torch.device, amp: str, compile: bool = False) -> str:
+    def step(device: torch.device, amp: str, compile: str = "off") -> str:
         tried.append((amp, compile))
         return amp
 
@@ -369,7 +369,7 @@ def test_the_work_is_tried_in_each_precision_and_compiled_on_a_gpu(monkeypatch: 
     monkeypatch.setattr(doctor.run_checks, "held_batches_stay", lambda _, __, decoder: f"{decoder} held")
     monkeypatch.setattr(doctor, "dali_is_installed", lambda: True)
     findings = {finding.name: finding for finding in doctor._checks(plan, make_samples)}
-    assert tried == [("bf16", False), ("fp16", False), ("off", False), ("auto", True)]
+    assert tried == [("bf16", "off"), ("fp16", "off"), ("off", "off"), ("auto", "on")]
     assert findings["training run"].text == "device; off"
     assert findings["repeated run"].text == "device again; off again"
     assert findings["held batches"].text == "cpu held; mixed held"

@@ -17,7 +17,7 @@ import torch
 
 from bench.profile import host_synchronisations
 from tests.cli.test_kills import check_same_run, run, write_configs
-from tidali.config import Augment, CacheChoice, DecoderChoice, Freeze, Preprocess
+from tidali.config import CUDA_GRAPHS, Augment, CacheChoice, DecoderChoice, Freeze, Preprocess
 from tidali.dataset.contract import Dataset, open_dataset
 from tidali.doctor import checks, run_checks
 from tidali.hardware.device import compile_fault, plan_device
@@ -117,8 +117,9 @@ def test_compiled_forward_is_eagers() -> None:
     checks.compiled_matches_eager(CUDA)
 
 
-def test_compiled_steps_lower_the_loss() -> None:
-    checks.steps_lower_the_loss(CUDA, "auto", compile=True)
+@pytest.mark.parametrize("compile", ["on", *CUDA_GRAPHS])
+def test_compiled_steps_lower_the_loss(compile: Any) -> None:
+    checks.steps_lower_the_loss(CUDA, "auto", compile)
 
 
 def test_evaluation_counts_every_sample(dataset: Dataset) -> None:

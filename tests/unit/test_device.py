@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from tidali.config import CUDA_GRAPHS
 from tidali.dataset.contract import open_dataset
 from tidali.errors import TidaliError, UsageError
 from tidali.hardware import device
@@ -82,7 +83,7 @@ def test_compilation_is_on_where_it_is_asked_for(info: DeviceInfo) -> None:
 )
 def test_compilation_that_cannot_work_is_refused(info: DeviceInfo, cause: str) -> None:
     assert choose_compile(info, "off", find_fault(info)) == (False, "--compile off")
-    for choice in ("on", "max-autotune"):
+    for choice in ("on", *CUDA_GRAPHS):
         with pytest.raises(TidaliError, match=f"--compile {choice}: .*{cause}.*--compile off"):
             choose_compile(info, choice, find_fault(info))
     if info.type == "cuda":

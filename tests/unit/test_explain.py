@@ -68,6 +68,19 @@ def test_paired_figures_are_used_where_they_are_recorded() -> None:
     assert found.paragraphs[0].endswith("Fewer than two standard errors may be chance.")
 
 
+def test_of_several_seeds_it_is_the_means_that_are_compared() -> None:
+    several = study(240, 408, 7, row4=81.0, row5=27.0)
+    for row, deviation in zip(several["rows"], (4.3, 3.3, 11.5, 4.5, 14.4), strict=True):
+        row["top1_percent"]["last"]["deviation"] = deviation
+    pair = {"row": "5", "against": "4", "p_value": 0.0312, "standard_error_percent": 1.25}  # of the first seed alone
+    found = explain({**several, "seeds": [0, 1, 2], "comparisons": [pair]})
+    assert found is not None
+    assert math.hypot(4.5, 14.4) / math.sqrt(3) == pytest.approx(8.71, abs=5e-3)
+    assert found.paragraphs[0].startswith("Row 5 is 54.0 ± 8.7 points below row 4 (over 3 seeds); the study's")
+    assert "had 28 steps here (7 epochs of 4)" in found.paragraphs[-1]
+    assert "running averages" in found.paragraphs[-1]
+
+
 def test_nothing_is_explained_without_the_rows() -> None:
     without = study()
     without["rows"][2]["status"] = "not run"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.unit.test_cache_on_cuda import cached_on
-from tidali.config import Augment, Preprocess, TrainSettings
+from tidali.config import CUDA_GRAPHS, Augment, Preprocess, TrainSettings
 from tidali.dataset.contract import Dataset, open_dataset
 from tidali.errors import TidaliError, UsageError
 from tidali.hardware.device import DevicePlan
@@ -203,13 +203,14 @@ def plan_on_cuda(mode: Any) -> DevicePlan:
     )
 
 
-def test_cuda_graphs_beside_dali_are_refused() -> None:
+@pytest.mark.parametrize("mode", CUDA_GRAPHS)
+def test_cuda_graphs_beside_dali_are_refused(mode: str) -> None:
     streamed, cached = Given(True), Given(False)
     for given in ((streamed, cached), (cached, streamed)):
-        with pytest.raises(UsageError, match=r"--compile max-autotune .*--compile on.*--decoder cpu.*--cache device"):
-            refuse_graphs_beside_dali(plan_on_cuda("max-autotune"), *given)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=rf"--compile {mode} .*--compile on.*--decoder cpu.*--cache device"):
+            refuse_graphs_beside_dali(plan_on_cuda(mode), *given)  # type: ignore[arg-type]
         refuse_graphs_beside_dali(plan_on_cuda("default"), *given)  # type: ignore[arg-type]
-    refuse_graphs_beside_dali(plan_on_cuda("max-autotune"), cached, cached)  # type: ignore[arg-type]
+    refuse_graphs_beside_dali(plan_on_cuda(mode), cached, cached)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

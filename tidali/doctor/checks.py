@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, multiprocessing
 from torch.nn import functional
 
-from tidali.config import AmpChoice, Augment, CacheChoice, DecoderChoice, Preprocess
+from tidali.config import AmpChoice, Augment, CacheChoice, CompileChoice, DecoderChoice, Preprocess
 from tidali.console import silenced
 from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError, counted
@@ -141,14 +141,14 @@ def precisions(device: torch.device, chosen: torch.dtype | None) -> tuple[AmpCho
 
 
 @numerics()
-def steps_lower_the_loss(device: torch.device, amp: AmpChoice, *, compile: bool = False) -> str:
+def steps_lower_the_loss(device: torch.device, amp: AmpChoice, compile: CompileChoice = "off") -> str:
     """15 training steps of ResNet-18 on one batch of 16 images of 32 px lower the loss to less than half.
 
     Raises:
         TidaliError: names the precision and the losses.
     """
-    state, (images, labels) = _tiny_state(device, amp, compile=compile), _one_batch(device)
-    how = state.plan.dtype_name + (", compiled" if compile else "")
+    state, (images, labels) = _tiny_state(device, amp, compile), _one_batch(device)
+    how = state.plan.dtype_name + ("" if compile == "off" else ", compiled" if compile == "on" else f", --compile {compile}")
     losses = []
     for _ in range(_STEPS):
         logits = train_step(state, images, labels)
@@ -169,7 +169,7 @@ def compiled_matches_eager(device: torch.device) -> str:
     Raises:
         TidaliError: names the difference, or nothing was compiled.
     """
-    state, (images, _) = _tiny_state(device, "off", compile=True), _one_batch(device)
+    state, (images, _) = _tiny_state(device, "off", "on"), _one_batch(device)
     require(state.forward is not state.model, "nothing was compiled")
     state.model.eval()
     with torch.inference_mode():
@@ -181,13 +181,13 @@ def compiled_matches_eager(device: torch.device) -> str:
     return f"outputs differ from the eager model's by at most {difference:.1g}"
 
 
-def _tiny_state(device: torch.device, amp: AmpChoice, *, compile: bool = False) -> TrainState:
+def _tiny_state(device: torch.device, amp: AmpChoice, compile: CompileChoice = "off") -> TrainState:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_resnet18(4, "imagenet")
     return make_train_state(
         model,
-        plan_device("cpu" if device.type == "cpu" else "cuda", amp, "on" if compile else "off"),
+        plan_device("cpu" if device.type == "cpu" else "cuda", amp, compile),
         lambda step: 0.01,
         make_recipe("modern", ema_decay=0.0),
     )

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from tidali.config import AmpChoice, CompileChoice, DeviceChoice
+from tidali.config import CUDA_GRAPHS, AmpChoice, CompileChoice, DeviceChoice
 from tidali.errors import TidaliError, UsageError
 from tidali.hardware.limits import cpu_count
 
@@ -49,7 +49,8 @@ class DevicePlan:
     amp_reason: str
     compile: bool
     compile_reason: str
-    compile_mode: Literal["default", "max-autotune"] = "default"
+    compile_mode: str = "default"
+    """As `torch.compile` takes it."""
 
     @property
     def needs_scaler(self) -> bool:
@@ -220,7 +221,7 @@ def plan_device(device: DeviceChoice, amp: AmpChoice, compile: CompileChoice) ->
         amp_reason=amp_reason,
         compile=compiled,
         compile_reason=compile_reason,
-        compile_mode="max-autotune" if compile == "max-autotune" else "default",
+        compile_mode=compile if compile in CUDA_GRAPHS else "default",
     )
 
 

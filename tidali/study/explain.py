@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import hypot
+from math import hypot, sqrt
 from typing import Any
 
 from tidali.study.rows import ROWS
+from tidali.training.judgement import FEW_STEPS
 from tidali.training.uncertainty import standard_error_percent
 
 _STUDY_TRAIN_SAMPLES = 100_000
@@ -111,16 +112,28 @@ def _steps(study: Mapping[str, Any], fifth: Mapping[str, Any]) -> tuple[str, ...
     steps, of_study = fifth["epochs"] * per_epoch, recipe.epochs * _STUDY_TRAIN_SAMPLES // recipe.batch_size
     if steps >= of_study / 2:
         return ()
-    return (
+    text = (
         f"Rows 4 and 5 had {steps:,} steps here ({fifth['epochs']} epochs of {per_epoch:,}), and {of_study:,} in the study. "
-        f"Row 5's first convolution is learnt from random weights in these steps, at a learning rate of {recipe.lr:g}.",
+        f"Row 5's first convolution is learnt from random weights in these steps, at a learning rate of {recipe.lr:g}."
     )
+    if steps < FEW_STEPS:
+        text += (
+            " As in the study, batch norm is evaluated with running averages. They move by a tenth a step and are behind the "
+            "weights after so few, the more so behind a new first convolution."
+        )
+    return (text,)
 
 
 def _difference(study: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], row: str, other: str) -> _Difference:
-    """With McNemar's standard error where the study recorded it, else that of two independent accuracies, which is larger."""
+    """With the standard error of the means over several seeds; of one seed with McNemar's where the study recorded it, else
+    that of two independent accuracies, which is larger."""
     published = float(_published(row)) - float(_published(other))
     here = _last(rows[row]) - _last(rows[other])
+    if (seeds := len(study.get("seeds", (0,)))) > 1:
+        deviation = hypot(*(rows[name]["top1_percent"]["last"]["deviation"] for name in (row, other)))
+        return _Difference(
+            published=published, here=here, standard_error=deviation / sqrt(seeds), test=f" (over {seeds} seeds)"
+        )
     for one in study.get("comparisons", ()):
         if (one["row"], one["against"]) == (row, other):
             test = f" (McNemar's test: p = {one['p_value']:.2g})"

@@ -157,7 +157,7 @@ def train_step(state: TrainState, images: Tensor, targets: Tensor) -> Tensor:
                 output = state.forward(part)
                 loss = functional.cross_entropy(output.float(), labels, label_smoothing=recipe.label_smoothing)
             state.scaler.scale(loss * (len(part) / len(images))).backward()
-        # A copy: where CUDA graphs are replayed (--compile max-autotune), the next piece is written over this one's output.
+        # A copy: where CUDA graphs are replayed, the next piece is written over this one's output.
         logits.append(output.detach().clone() if len(parts) > 1 else output.detach())
     if recipe.grad_clip_norm:
         state.scaler.unscale_(state.optimizer)

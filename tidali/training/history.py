@@ -84,6 +84,7 @@ class Run:
             batch_size=_count(self.settings.get("batch_size")),
             lr=_number(self.settings.get("lr")),
             ema_decay=_number(self.settings.get("ema_decay", 0)),
+            norm_images=_count(self.settings.get("norm_images")),
             steps=_count(last.get("step")),
         )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from tidali.config import CacheChoice, Preprocess, TrainSettings
+from tidali.config import CUDA_GRAPHS, CacheChoice, Preprocess, TrainSettings
 from tidali.console import say
 from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError, counted
@@ -182,9 +182,9 @@ def refuse_graphs_beside_dali(plan: DevicePlan, *given: Batches) -> None:
     Raises:
         UsageError: CUDA graphs would be captured while DALI decodes on the GPU.
     """
-    if plan.compile_mode == "max-autotune" and any(batches.source.decodes_on_gpu for batches in given):
+    if plan.compile_mode in CUDA_GRAPHS and any(batches.source.decodes_on_gpu for batches in given):
         raise UsageError(
-            "--compile max-autotune captures CUDA graphs, and DALI, which decodes this stream on the GPU, frees memory "
+            f"--compile {plan.compile_mode} captures CUDA graphs, and DALI, which decodes this stream on the GPU, frees memory "
             "meanwhile, which ends a capture; give --compile on, --decoder cpu, or --cache device"
         )
 
