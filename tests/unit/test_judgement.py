@@ -58,7 +58,7 @@ def test_at_chance(samples: int, top1_percent: float, chance: bool) -> None:
     [
         ({}, True),
         ({"norm_images": 256}, False),
-        ({"steps": 100}, False),
+        ({"steps": 60}, False),
         ({"steps": 0}, False),
         ({"loss": 1.2}, False),
         ({"train_losses": []}, False),

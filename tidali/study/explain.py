@@ -8,7 +8,7 @@ from math import hypot, sqrt
 from typing import Any
 
 from tidali.study.rows import ROWS
-from tidali.training.judgement import FEW_STEPS
+from tidali.training.judgement import RUNNING_AVERAGES_STEPS
 from tidali.training.uncertainty import standard_error_percent
 
 _STUDY_TRAIN_SAMPLES = 100_000
@@ -116,7 +116,7 @@ def _steps(study: Mapping[str, Any], fifth: Mapping[str, Any]) -> tuple[str, ...
         f"Rows 4 and 5 had {steps:,} steps here ({fifth['epochs']} epochs of {per_epoch:,}), and {of_study:,} in the study. "
         f"Row 5's first convolution is learnt from random weights in these steps, at a learning rate of {recipe.lr:g}."
     )
-    if steps < FEW_STEPS:
+    if steps < RUNNING_AVERAGES_STEPS:
         text += (
             " As in the study, batch norm is evaluated with running averages. They move by a tenth a step and are behind the "
             "weights after so few, the more so behind a new first convolution."

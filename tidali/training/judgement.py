@@ -22,6 +22,8 @@ FEW_STEPS = 100
 FEW_IMAGES = 100
 """With fewer, the standard error of an accuracy can be more than 5 points: sqrt(0.5 * 0.5 / 100)."""
 LEFT_OUT_SHARE = 0.1
+RUNNING_AVERAGES_STEPS = 60
+"""After so many, 0.9 ** 60 = 0.2 % of batch norm's first statistics is left in the running ones."""
 LAG_TIMES = 2.0
 """A loss of so many times that of training, after few steps, is more than few steps can overfit."""
 SETTLED_STEPS = 500
@@ -174,7 +176,7 @@ def _high_loss(figures: Figures) -> list[Finding]:
 
 def _statistics(figures: Figures) -> list[Finding]:
     # Row 1 of the study on 408 photographs, after 36 steps: 20 % of val with running averages, 78 % with measured statistics.
-    if figures.norm_images or not 0 < figures.steps < FEW_STEPS or not figures.train_losses:
+    if figures.norm_images or not 0 < figures.steps < RUNNING_AVERAGES_STEPS or not figures.train_losses:
         return []
     if not figures.loss > LAG_TIMES * figures.train_losses[-1]:
         return []
