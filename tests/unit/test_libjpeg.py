@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,11 +31,17 @@ def encoded(mode: str = "RGB", size: tuple[int, int] = SIZE, seed: int = 0, form
     return file.getvalue()
 
 
-def decoded(files: Sequence[bytes], size: tuple[int, int] = SIZE) -> tuple[NDArray[np.uint8], list[bool]]:
+def decoded(
+    files: Sequence[bytes], size: tuple[int, int] = SIZE, crc32s: Sequence[int] | None = None
+) -> tuple[NDArray[np.uint8], list[bool]]:
     arrays = [np.frombuffer(file, np.uint8) for file in files]
-    places = np.array([one.ctypes.data for one in arrays], np.uint64), np.array([len(one) for one in arrays], np.uint64)
+    encoded = native.Encoded(
+        np.array([one.ctypes.data for one in arrays], np.uint64),
+        np.array([len(one) for one in arrays], np.uint64),
+        np.array([zlib.crc32(file) for file in files], np.uint32) if crc32s is None else np.array(crc32s, np.uint32),
+    )
     out = np.zeros((len(files), *size, 3), np.uint8)
-    return out, native.jpegs(native.load(), libjpeg.load(), places, out).tolist()
+    return out, native.jpegs(native.load(), libjpeg.load(), encoded, out).tolist()
 
 
 @given(
@@ -71,6 +78,15 @@ def test_what_it_does_not_decode_spoils_no_other() -> None:
     images, done = decoded(files)
     assert done == [True, False] * len(others)
     assert all(np.array_equal(image, simplejpeg.decode_jpeg(good)) for image in images[::2])
+
+
+@given(st.integers(0, 40), st.integers(1, 2**32 - 1))
+def test_bytes_without_their_crc32_are_left(comment_bytes: int, change: int) -> None:
+    """Of every length, as eight bytes at a time are summed."""
+    files = [encoded(comment=b"c" * comment_bytes), encoded(quality=30)]
+    crc32s = [zlib.crc32(file) for file in files]
+    assert decoded(files, crc32s=crc32s)[1] == [True, True]
+    assert decoded(files, crc32s=[crc32s[0] ^ change, crc32s[1]])[1] == [False, True]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=4), st.booleans())

@@ -39,6 +39,30 @@ struct functions {
   void (*destroy)(struct decompressor *);
 };
 
+/* CRC-32 as zip, gzip and zlib have it, of eight bytes at a time: table[k] is of a byte that k others follow. Little-endian. */
+static uint32_t table[8][256];
+
+__attribute__((constructor)) static void make_table(void) {
+  for (uint32_t n = 0; n < 256; n++) {
+    table[0][n] = n;
+    for (int bit = 0; bit < 8; bit++) table[0][n] = (table[0][n] & 1 ? 0xEDB88320 : 0) ^ table[0][n] >> 1;
+  }
+  for (int k = 1; k < 8; k++)
+    for (int n = 0; n < 256; n++) table[k][n] = table[0][table[k - 1][n] & 255] ^ table[k - 1][n] >> 8;
+}
+
+static uint32_t crc32_of(const uint8_t *data, uint64_t size) {
+  uint32_t crc = ~0u;
+  for (; size >= 8; data += 8, size -= 8) {
+    uint64_t next;
+    memcpy(&next, data, 8);
+    next ^= crc, crc = 0;
+    for (int k = 0; k < 8; k++) crc ^= table[7 - k][next >> 8 * k & 255];
+  }
+  for (; size; data++, size--) crc = table[0][(crc ^ *data) & 255] ^ crc >> 8;
+  return ~crc;
+}
+
 struct jumping {
   struct errors errors;
   jmp_buf to;
@@ -76,9 +100,10 @@ static int decode(const struct functions *f, struct decompressor *d, struct jump
   return errors->errors.warnings == 0;
 }
 
-/* JPEGs at `addresses` to `out`, [images][height][width][3]; `done` says which. 1 where libjpeg has another interface, else 0. */
-int tidali_jpegs(const struct functions *f, const uint64_t *addresses, const uint64_t *sizes, int64_t images, int64_t height,
-                 int64_t width, uint8_t *out, uint8_t *done) {
+/* JPEGs at `addresses` to `out`, [images][height][width][3]; `done` says which: those with their CRC-32, of that size and without a
+   fault. Returns 0, or 1: libjpeg has another interface. */
+int tidali_jpegs(const struct functions *f, const uint64_t *addresses, const uint64_t *sizes, const uint32_t *crc32s,
+                 int64_t images, int64_t height, int64_t width, uint8_t *out, uint8_t *done) {
   struct decompressor d = {0};
   struct jumping errors;
   f->std_error(&errors.errors);
@@ -88,7 +113,8 @@ int tidali_jpegs(const struct functions *f, const uint64_t *addresses, const uin
   f->create(&d, VERSION, sizeof d);
   for (int64_t n = 0; n < images; n++) {
     const uint8_t *jpeg = (const uint8_t *)(uintptr_t)addresses[n];
-    done[n] = decode(f, &d, &errors, jpeg, sizes[n], height, width, out + n * height * width * 3);
+    done[n] = crc32_of(jpeg, sizes[n]) == crc32s[n] &&
+              decode(f, &d, &errors, jpeg, sizes[n], height, width, out + n * height * width * 3);
   }
   f->destroy(&d);
   return 0;

@@ -7,6 +7,7 @@ simplejpeg makes a decompressor for each image and reads each header twice: with
 from __future__ import annotations
 
 import ctypes
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ def _works(library: Any, functions: Any) -> bool:
     pixels = np.random.default_rng(0).integers(256, size=(40, 56, 3), dtype=np.uint8)
     data = np.frombuffer(simplejpeg.encode_jpeg(pixels, colorsubsampling="420"), np.uint8)
     out = np.empty((1, *pixels.shape), np.uint8)
-    places = np.array([data.ctypes.data], np.uint64), np.array([len(data)], np.uint64)
-    done = native.jpegs(library, functions, places, out)
+    encoded = native.Encoded(
+        np.array([data.ctypes.data], np.uint64),
+        np.array([len(data)], np.uint64),
+        np.array([zlib.crc32(data.tobytes())], np.uint32),
+    )
+    done = native.jpegs(library, functions, encoded, out)
     return bool(done.all()) and np.array_equal(out[0], simplejpeg.decode_jpeg(data))

@@ -78,6 +78,18 @@ class Chosen(NamedTuple):
         return len(self.stored if self.rows is None else self.rows)
 
 
+class Encoded(NamedTuple):
+    """Where in memory the bytes of some files are, such as JPEGs. All (n,) and contiguous."""
+
+    addresses: NDArray[np.uint64]
+    sizes_bytes: NDArray[np.uint64]
+    crc32s: NDArray[np.uint32]
+    """That they should have."""
+
+    def part(self, rows: slice) -> Encoded:
+        return Encoded(self.addresses[rows], self.sizes_bytes[rows], self.crc32s[rows])
+
+
 class Axis(NamedTuple):
     """A matrix by its non-zero elements: each row's stand side by side."""
 
@@ -185,15 +197,12 @@ def squares(library: Any, images: Sequence[Any], boxes: Sequence[Sequence[float]
         raise MemoryError("no memory to resize an image in")
 
 
-def jpegs(
-    library: Any, functions: Any, places: tuple[NDArray[np.uint64], NDArray[np.uint64]], out: NDArray[np.uint8]
-) -> NDArray[np.bool_]:
-    """(n,) which JPEGs were decoded without a warning, in grey or three colours, by one thread, the caller's.
+def jpegs(library: Any, functions: Any, encoded: Encoded, out: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """(n,) which JPEGs have their CRC-32 and were decoded without a warning, in grey or three colours, by the caller's thread.
 
     Args:
         library: `load`'s.
         functions: `tidali.loading.libjpeg.load`'s.
-        places: (n,) addresses and (n,) sizes in bytes of what is encoded, contiguous.
         out: (n, H, W, 3), contiguous. What was not decoded may be written over.
 
     Raises:
@@ -203,9 +212,9 @@ def jpegs(
     assert out.flags.c_contiguous
     assert out.dtype == np.uint8
     assert out.shape[3] == 3
-    assert all(array.flags.c_contiguous and len(array) == len(out) for array in places)
+    assert all(array.flags.c_contiguous and len(array) == len(out) for array in encoded)
     numbers = map(ctypes.c_int64, out.shape[:3])
-    pointers = (ctypes.c_void_p(array.ctypes.data) for array in places)
+    pointers = (ctypes.c_void_p(array.ctypes.data) for array in encoded)
     if library.tidali_jpegs(functions, *pointers, *numbers, *(ctypes.c_void_p(array.ctypes.data) for array in (out, done))):
         raise TidaliError("another libjpeg than libjpeg-turbo with version 6.2's binary interface")
     return done

@@ -119,16 +119,18 @@ class SampleTable:
         library = native.load()
         if library is not None and len(positions) and (self._expected < len(self) or not self._fits_memory):
             self._expected += len(positions)
-            addresses, sizes_bytes = self.in_memory(positions)
-            begin_pages = addresses // mmap.PAGESIZE * mmap.PAGESIZE
-            native.expect(library, begin_pages, addresses + sizes_bytes - begin_pages)
+            encoded = self.in_memory(positions)
+            begin_pages = encoded.addresses // mmap.PAGESIZE * mmap.PAGESIZE
+            native.expect(library, begin_pages, encoded.addresses + encoded.sizes_bytes - begin_pages)
         return held
 
-    def in_memory(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        """(n,) addresses and (n,) sizes in bytes of samples' encoded bytes, as long as their shards are held (see `expect`)."""
+    def in_memory(self, positions: NDArray[np.int64]) -> native.Encoded:
+        """Samples' encoded bytes, as long as their shards are held (see `expect`)."""
         shards, begins, ends = self.places(positions)
         tars = np.array([self._tar(shard).address for shard in shards.tolist()], np.uint64)
-        return tars + begins.astype(np.uint64), (ends - begins).astype(np.uint64)
+        return native.Encoded(
+            tars + begins.astype(np.uint64), (ends - begins).astype(np.uint64), np.ascontiguousarray(self._crc32s[positions])
+        )
 
     def read(self, positions: NDArray[np.int64]) -> Iterator[memoryview | None]:
         """Samples' encoded bytes; None where they are not those that were packed, by their CRC-32."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,29 +99,23 @@ class ThreadDecoder:
             decoded = torch.empty(PIECE_IMAGES, *(self.table.info.single_image_size or ()), 3, dtype=torch.uint8)
             make = job.pieces.made_from(decoded)
         positions = job.positions[chunk.start : chunk.stop]
-        samples, (addresses, sizes_bytes) = self.table.read(positions), self.table.in_memory(positions)
+        encoded = self.table.in_memory(positions) if self._libjpeg is not None else None
         pixels, begin = decoded.numpy(), chunk.start
         while begin < chunk.stop:
             row = begin % len(pixels)
             end = min(begin + len(pixels) - row, chunk.stop)
-            images = pixels[row : row + end - begin]
-            part = slice(begin - chunk.start, end - chunk.start)
-            done = self._by_libjpeg((addresses[part], sizes_bytes[part]), images)
-            for number, (data, finished) in enumerate(zip(islice(samples, len(images)), done, strict=True), begin):
-                if data is None or not finished:
-                    image = self.decode(data, images[number - begin])
-                    if isinstance(image, str):
-                        bad[number] = image
+            images, part = pixels[row : row + end - begin], slice(begin - chunk.start, end - chunk.start)
+            left = np.arange(len(images))
+            if encoded is not None:
+                left = np.flatnonzero(~native.jpegs(native.load(), self._libjpeg, encoded.part(part), images))
+            for number, data in zip(left.tolist(), self.table.read(positions[part][left]) if len(left) else (), strict=True):
+                image = self.decode(data, images[number])
+                if isinstance(image, str):
+                    bad[begin + number] = image
             if make is not None:
                 make(begin, end)
             begin = end
         return bad
-
-    def _by_libjpeg(self, places: tuple[NDArray[np.uint64], NDArray[np.uint64]], images: NDArray[np.uint8]) -> list[bool]:
-        """Which of the images are decoded now: JPEGs of their size without any fault."""
-        if self._libjpeg is None:
-            return [False] * len(images)
-        return native.jpegs(native.load(), self._libjpeg, places, images).tolist()
 
     def _squares(self, job: Job, chunk: range, out: Tensor) -> dict[int, str]:
         assert job.boxes is not None
