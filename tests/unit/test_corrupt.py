@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -161,6 +163,27 @@ def test_a_truncated_tar_loses_its_last_samples_alone(folder: Path, cache: Cache
     assert equal(collect(batches_of(data)), without(whole, {last}))
     assert data.corrupt("val") == {last}
     assert len(named(capsys)) == 1
+
+
+def test_a_tar_cut_off_under_its_reader_ends_the_process_with_a_line(demo_data: Path, tmp_path: Path) -> None:
+    """Whole pages of it: to read them is no error but a signal."""
+    folder = shutil.copytree(demo_data, tmp_path / "data")
+    script = """if True:
+        import os, sys
+        from pathlib import Path
+        import numpy as np
+        from tidali.dataset.contract import open_dataset
+        from tidali.loading.samples import SampleTable
+
+        table = SampleTable(open_dataset(Path(sys.argv[1])), "train")
+        (sample, *_) = table.read(np.array([len(table) - 1]))
+        os.truncate(table.dataset.root / table.shards[-1].name, 4096)
+        bytes(sample)
+    """
+    command = [sys.executable, "-c", script, str(folder)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "tidali: a shard was cut off while it was read, or its disk failed; 'tidali verify DATA' names it\n"
 
 
 @ROUTES

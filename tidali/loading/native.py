@@ -246,6 +246,12 @@ def expect(library: Any, addresses: NDArray[np.uint64], lengths: NDArray[np.uint
     library.tidali_expect(*pointers, ctypes.c_int64(len(addresses)))
 
 
+def explain_bus_error(library: Any) -> None:
+    """From now on the process ends with a line where a mapped file is shorter than it was, if nothing else handles that."""
+    text = "tidali: a shard was cut off while it was read, or its disk failed; 'tidali verify DATA' names it\n"
+    library.tidali_explain_bus_error(text.encode())
+
+
 def in_parallel(run: Pass, samples: int) -> None:
     """``run`` ranges of the samples on as many threads as torch uses. They do not wait for each other after each operator, as
     torch's own do, which on a busy machine costs more than the work."""

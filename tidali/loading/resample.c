@@ -2,10 +2,12 @@
    of images of any size to uint8 squares. Compiled at first use by tidali/loading/native.py. GCC and Clang: vector types. */
 
 #include <math.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 typedef float pixel __attribute__((vector_size(16)));             /* R, G, B and nothing */
 typedef float pair __attribute__((vector_size(32), aligned(16))); /* a pixel of one row and one of the next */
@@ -414,4 +416,21 @@ int64_t tidali_integers(const char *text, int64_t length, int64_t *out, int64_t 
 /* Tell the kernel that `count` pieces of mapped files are read next; `addresses` are multiples of a page. */
 void tidali_expect(const uint64_t *addresses, const uint64_t *lengths, int64_t count) {
   for (int64_t i = 0; i < count; i++) madvise((void *)(uintptr_t)addresses[i], lengths[i], MADV_WILLNEED);
+}
+
+static char *bus_error;
+
+static void end_with_bus_error(int signal) {
+  (void)signal;
+  if (write(STDERR_FILENO, bus_error, strlen(bus_error)) < 0) _exit(1);
+  _exit(1);
+}
+
+/* Have the process end with a text and exit code 1 where it reads a mapped file beyond its end, which is a signal and no error. */
+void tidali_explain_bus_error(const char *text) {
+  struct sigaction action;
+  if (bus_error != NULL || sigaction(SIGBUS, NULL, &action) || action.sa_handler != SIG_DFL) return;
+  if ((bus_error = strdup(text)) == NULL) return;
+  action.sa_handler = end_with_bus_error;
+  sigaction(SIGBUS, &action, NULL);
 }

@@ -64,6 +64,8 @@ class SampleTable:
         self._labels, self._image_sizes = np.empty(info.samples, np.int64), np.empty((info.samples, 2), np.int32)
         self._offsets, self._sizes_bytes = np.empty(info.samples, np.int64), np.empty(info.samples, np.uint32)
         self._crc32s = np.empty(info.samples, np.uint32)
+        if (library := native.load()) is not None:
+            native.explain_bus_error(library)
         with ThreadPoolExecutor(rank_threads()) as pool:  # reading, hashing and scanning let go of the interpreter's lock
             list(pool.map(self._read_record, range(len(self.shards))))
         self._expected = 0  # samples, by `expect`
