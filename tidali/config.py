@@ -48,7 +48,7 @@ def _check_types(settings: Any, where: str = "") -> None:
     for field in fields(settings):
         value, kind = getattr(settings, field.name), kinds[field.name]
         if not _fits(value, kind):
-            wanted = f"none of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else f"no {field.type}"
+            wanted = f"not one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else f"no {field.type}"
             raise UsageError(f"{where}{field.name} {value!r} is {wanted}")
 
 

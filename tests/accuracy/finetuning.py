@@ -1,10 +1,12 @@
 """Fine-tuning on few photographs: all of the network, the head alone, and the recipe ``finetune``. A script, not a test:
 
-    python tests/accuracy/finetuning.py WEIGHTS SOURCE --per-class 10 --res 64 --epochs 12 --seeds 3
+    python tests/accuracy/finetuning.py WEIGHTS SOURCE --per-class 10 --res 64 --epochs 10 --seeds 3
 
 WEIGHTS is what ``--init`` takes, SOURCE a folder of ``train|val/CLASS/*.jpg``: the first images of each class are packed. Each
 seed's accuracy on val after the last epoch is printed for each way, then mean and standard deviation. Before that, steps per
 second of processor time, with one thread: of the training step alone, on random pixels.
+
+docs/models.md has what was found.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--per-class", type=int, default=10)
     parser.add_argument("--res", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()

@@ -37,7 +37,7 @@ CASES = {
         (["train", "--set", "accumulate=65"], "accumulate 65: at least 1, with two of 128 samples"),
         (["train", "--set", "train_sizes=64,16"], "train_sizes [64, 16]: at least 32 pixels"),
         (["train", "--set", "train_sizes=big"], "--set train_sizes=big"),
-        (["train", "--set", "kernel=lanczos"], "kernel 'lanczos' is none of pil, opencv"),
+        (["train", "--set", "kernel=lanczos"], "kernel 'lanczos' is not one of pil, opencv"),
         (["train", "--set", "momentum=0"], "with momentum 0 set nesterov=false too"),
         (["train", "--recipe", "seed", "--set", "step_epochs=0"], "step_epochs 0: at least 1"),
         (["train", "--set", "augment.crop_ratio=null"], "augment: crop_ratio None"),

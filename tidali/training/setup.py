@@ -251,11 +251,10 @@ def announce(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks:
         fact("", line)
     epochs = f"{counted(recipe.epochs, 'epoch')} of {counted(len(setup.train_batches), 'step')}"
     fact("recipe", f"{recipe.name}: {epochs}, batch {recipe.batch_size}, lr {recipe.lr:g}")
-    if (recipe.head_lr_scale, recipe.stage_lr_decay) != (1, 1):
-        fact(
-            "",
-            f"the head learns at {recipe.head_lr_scale:g} times this lr, a stage at {recipe.stage_lr_decay:g} times the next",
-        )
+    if recipe.head_lr_scale != 1:
+        fact("", f"the head's lr is {recipe.head_lr_scale:g} times this one")
+    if recipe.stage_lr_decay != 1:
+        fact("", f"the last stage has this lr, and each part before it {recipe.stage_lr_decay:g} times that of the next one")
     if recipe.train_sizes:
         fact("", f"trained at {', '.join(map(str, recipe.train_sizes))} px, {recipe.size_order}")
     original = RECIPES.get(recipe.name, recipe)
