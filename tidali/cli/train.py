@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
@@ -148,19 +149,19 @@ def train(
         plan_device(device, amp, compile)  # refused before the demo data are written
     folder = data if data is not None else str(demo_data())
 
-    from tidali.console import say
     from tidali.dataset.source import open_data
 
+    notes: list[str] = []
     dataset = open_data(folder)
     res = res or dataset.default_res
     if recipe is None and default_recipe(dataset.split("train").image_sizes, res) == "photos":
         chosen = made(usual, crops=True) if usual == "finetune" else made("photos")
-        say(
+        notes.append(
             f"recipe {chosen.name} with random crops: images of unequal size, larger than {res} px; "
             f"--recipe modern takes their centres, uncropped"
         )
     if recipe is None and usual == "finetune":
-        say("recipe finetune, as there are starting weights; --recipe modern trains longer, with larger steps")
+        notes.append("recipe finetune, as there are starting weights; --recipe modern trains longer, with larger steps")
     given = set_ or ()
     images = dataset.split("train").samples
     fitted = fit_to_images(
@@ -172,7 +173,7 @@ def train(
     )
     if fitted != chosen:
         steps, few = (one.epochs * (images // one.batch_size) for one in (fitted, chosen))
-        say(
+        notes.append(
             f"recipe {chosen.name} on {images} images: {counted(fitted.epochs, 'epoch')} of batches of {fitted.batch_size}, "
             f"{steps} steps instead of {few}; --epochs and --batch-size set others"
         )
@@ -196,10 +197,10 @@ def train(
         sync_bn=sync_bn,
         tensorboard=tensorboard,
     )
-    _run(settings, out=out)
+    _run(settings, out=out, notes=notes)
 
 
-def _run(settings: TrainSettings, *, out: str | None, resume: bool = False) -> None:
+def _run(settings: TrainSettings, *, out: str | None, resume: bool = False, notes: Sequence[str] = ()) -> None:
     """Train in the folder, or in a new one of a name of its own, and print the results."""
     from tidali.console import is_main_rank, print_table, say, show, suggest
     from tidali.dataset.source import open_data
@@ -209,7 +210,7 @@ def _run(settings: TrainSettings, *, out: str | None, resume: bool = False) -> N
 
     name = f"runs/{Path(settings.data).name}-{settings.res}-{settings.recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
     with new_run_folder(name) if out is None and is_main_rank() else nullcontext(name if out is None else out) as folder:
-        result = train(replace(settings, out=folder), open_data(settings.data), resume=resume)
+        result = train(replace(settings, out=folder), open_data(settings.data), resume=resume, notes=notes)
     if not is_main_rank():
         return
     (run,) = read_runs([str(result.out)])

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import signal
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def train(
     resume: bool = False,
     stop: StopRequest | None = None,
     model: nn.Module | None = None,
+    notes: Sequence[str] = (),
 ) -> RunResult:
     """Train a model. Writes config.json, metrics.jsonl, the best and last weights, the complete state and summary.json into
     ``settings.out``. On a CPU, the process keeps freed memory from then on (`tidali.hardware.cpu_memory`).
@@ -60,6 +61,7 @@ def train(
         stop: asks the run to stop after a step; SIGTERM and Ctrl-C by default.
         model: a network of the caller's own, from images (N, 3, H, W) to logits (N, classes), which is trained in place; by
             default the settings' ResNet.
+        notes: lines that are printed after the announcement of a run that can begin.
 
     Raises:
         TidaliError, UsageError: the settings, the data or the device do not allow the run; nothing is written then.
@@ -76,7 +78,7 @@ def train(
         cache = saved_route(Path(settings.out) / STATE_NAME) if resume else settings.cache
         run = Run(settings, dataset, plan, ranks, stop, cache, model)
         with run.files:
-            run.open_folder(resume)
+            run.open_folder(resume, notes)
             while run.progress.epoch < recipe.epochs:
                 run.epoch()
             return run.finish()
@@ -117,7 +119,7 @@ class Run:
         self.files = RunFiles(self.out)
         self.since_save = Stopwatch()
 
-    def open_folder(self, resume: bool) -> None:
+    def open_folder(self, resume: bool, notes: Sequence[str]) -> None:
         """Make the run folder, or resume from the state in it."""
         if resume:
             self.progress, loader = load_state(self.out / STATE_NAME, self.state, self.meter, self.setup.card, self.ranks.rank)
@@ -142,8 +144,8 @@ class Run:
                 tensorboard=self.settings.tensorboard,
             )
             announce(self.settings, self.dataset, self.plan, self.ranks, self.setup)
-            if resume:
-                say(f"resumed at step {self.state.step}")
+            for note in (*notes, *([f"resumed at step {self.state.step}"] if resume else ())):
+                say(note)
         if not resume:
             self.save_state()
         self.agreed_at, self.agree_at, self.since_agreed = self.state.step, self.state.step + 1, Stopwatch()
