@@ -24,6 +24,8 @@ from tidali.hardware.limits import cpu_count
 _COMPILER_TIMEOUT_S = 30
 # torch 2.9 warns of ``allow_tf32``, but its own compiler reads that still, and raises an error where the new setting was used.
 warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32", category=UserWarning)
+# Its compiler's advice, which `set_numerics` refuses.
+warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
 
 
 @dataclass(frozen=True, kw_only=True)

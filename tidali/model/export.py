@@ -219,7 +219,9 @@ def open_onnx(content: bytes) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
 def open_pt2(content: bytes, device: torch.device | None = None) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
     """A function that runs the exported bytes on a batch, on a device, and the metadata."""
     extra = {f"{METADATA_KEY}.json": ""}
-    program = torch.export.load(io.BytesIO(content), extra_files=extra)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what torch does with its own file
+        program = torch.export.load(io.BytesIO(content), extra_files=extra)
     if device is not None:
         program = move_to_device_pass(program, device)
     run_on = program.module()

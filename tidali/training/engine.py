@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -128,8 +127,6 @@ def compiled(model: nn.Module, plan: DevicePlan) -> Callable[[Tensor], Tensor]:
     if torch.are_deterministic_algorithms_enabled() and hasattr(torch._inductor.config, "deterministic"):
         # Otherwise Inductor times kernels and takes the fastest, which may be another one in the next run.
         torch._inductor.config.deterministic = True
-    # Its advice is refused: `tidali.hardware.device.set_numerics` keeps float32 products in full precision.
-    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
     fullgraph = type(model) is ResNet  # a network of the user's own may have parts that Dynamo cannot trace
     forward: Callable[[Tensor], Tensor] = torch.compile(model, fullgraph=fullgraph, dynamic=False, mode=plan.compile_mode)
     return forward
