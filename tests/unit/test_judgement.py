@@ -28,8 +28,8 @@ GOOD: dict[str, Any] = dict(
 
 
 def found(**changes: Any) -> dict[str, str]:
-    """The text of each finding, by its kind."""
-    return {finding.kind: finding.text for finding in judge(Figures(**{**GOOD, **changes}))}
+    """The line of each finding, by its kind."""
+    return {finding.kind: str(finding) for finding in judge(Figures(**{**GOOD, **changes}))}
 
 
 def test_of_a_good_result_nothing_is_said() -> None:

@@ -129,11 +129,11 @@ def _difference(study: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]],
     that of two independent accuracies, which is larger."""
     published = float(_published(row)) - float(_published(other))
     here = _last(rows[row]) - _last(rows[other])
-    if (seeds := len(study.get("seeds", (0,)))) > 1:
-        deviation = hypot(*(rows[name]["top1_percent"]["last"]["deviation"] for name in (row, other)))
-        return _Difference(
-            published=published, here=here, standard_error=deviation / sqrt(seeds), test=f" (over {seeds} seeds)"
-        )
+    seeds = len(study.get("seeds", (0,)))
+    deviations = [rows[name]["top1_percent"]["last"].get("deviation") for name in (row, other)]
+    if None not in deviations:
+        error = hypot(*deviations) / sqrt(seeds)
+        return _Difference(published=published, here=here, standard_error=error, test=f" (over {seeds} seeds)")
     for one in study.get("comparisons", ()):
         if (one["row"], one["against"]) == (row, other):
             test = f" (McNemar's test: p = {one['p_value']:.2g})"

@@ -232,7 +232,7 @@ class Study:
             ],
             "findings": list(
                 dict.fromkeys(
-                    str(finding)
+                    f"{finding.kind}: {finding.text}."
                     for run in read_runs([str(self.folder(row.name, seed)) for seed in self.seeds])
                     for finding in run.findings
                 )

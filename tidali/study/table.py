@@ -109,7 +109,9 @@ def notes(study: Mapping[str, Any]) -> list[str]:
 
 def findings(study: Mapping[str, Any]) -> list[str]:
     """What is wrong with the results of rows, and what to try."""
-    return [f"Row {row['row']}: {text}" for row in study["rows"] for text in row.get("findings", ())]
+    found = [f"Row {row['row']}: {text}" for row in study["rows"] for text in row.get("findings", ())]
+    advice = "A row's run with other settings: 'tidali train --config RUN/config.json --set FIELD=VALUE --out OTHER'."
+    return [*found, advice] if found else []
 
 
 def rows_not_run(study: Mapping[str, Any]) -> list[str]:

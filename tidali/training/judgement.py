@@ -33,10 +33,12 @@ SETTLED_STEPS = 500
 class Finding(NamedTuple):
     kind: Kind
     text: str
-    """What is seen, and what to try, in whole sentences."""
+    """What is seen."""
+    advice: str
+    """What to try, by options of ``tidali train`` and ``tidali shard``, in whole sentences."""
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.text}"
+        return f"{self.kind}: {self.text}. {self.advice}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,8 @@ class Figures:
 def judge(figures: Figures) -> list[Finding]:
     """What is wrong, the most important first; nothing where the result can be taken as it is."""
     if figures.classes == 1:
-        text = "every answer is right, so the accuracy says nothing. Pack a source with a folder for each of several classes."
-        return [Finding("one class", text), *_few_images(figures)]
+        advice = "Pack a source with a folder for each of several classes."
+        return [Finding("one class", "every answer is right, so the accuracy says nothing", advice), *_few_images(figures)]
     return [finding for rule in _RULES for finding in rule(figures)]
 
 
@@ -138,14 +140,14 @@ def _at_chance(figures: Figures) -> list[Finding]:
     else:
         hint = f"Try another --lr (it was {figures.lr:g}), more --epochs or --init imagenet, and look at the labels with "
         hint += "'tidali info DATA --sheet sheet.png'"
-    return [Finding("at chance", f"{text}. {hint}.")]
+    return [Finding("at chance", text, f"{hint}.")]
 
 
 def _diverging(figures: Figures) -> list[Finding]:
     if not figures.train_loss_rose:
         return []
     text = f"the loss on train rose from {_lowest(figures.train_losses)} to {loss_text(figures.train_losses[-1])}"
-    return [Finding("diverging", f"{text}. Try --lr {figures.lr / 10:g}, or --set grad_clip_norm=1.")]
+    return [Finding("diverging", text, f"Try --lr {figures.lr / 10:g}, or --set grad_clip_norm=1.")]
 
 
 def _overfitting(figures: Figures) -> list[Finding]:
@@ -155,7 +157,7 @@ def _overfitting(figures: Figures) -> list[Finding]:
     text = f"the loss on {figures.split} rose from {_lowest(figures.losses)} to {loss_text(figures.losses[-1])}, "
     text += "and that on train did not"
     hint = "Try fewer --epochs, more augmentation (--set augment.mixup_alpha=0.2), --init imagenet, or more images"
-    return [Finding("overfitting", f"{text}. {hint}.")]
+    return [Finding("overfitting", text, f"{hint}.")]
 
 
 def _high_loss(figures: Figures) -> list[Finding]:
@@ -171,7 +173,7 @@ def _high_loss(figures: Figures) -> list[Finding]:
         hint = f"The network is wrong and sure of it: try --lr {figures.lr / 10:g}, or --set label_smoothing=0.1"
     else:
         hint = "The network is wrong and sure of it: check that it was trained on images of this kind and size"
-    return [Finding("high loss", f"{text}. {hint}.")]
+    return [Finding("high loss", text, f"{hint}.")]
 
 
 def _statistics(figures: Figures) -> list[Finding]:
@@ -183,7 +185,7 @@ def _statistics(figures: Figures) -> list[Finding]:
     text = f"the loss on {figures.split} is {loss_text(figures.loss)}, in training it was {loss_text(figures.train_losses[-1])}"
     text += f": after {counted(figures.steps, 'step')} batch norm's running averages, which move by a tenth a step, may be "
     text += "behind the weights"
-    return [Finding("statistics", f"{text}. Try --set norm_images=256, which measures them, or more --epochs.")]
+    return [Finding("statistics", text, "Try --set norm_images=256, which measures them, or more --epochs.")]
 
 
 def _left_out(figures: Figures) -> list[Finding]:
@@ -196,7 +198,7 @@ def _left_out(figures: Figures) -> list[Finding]:
         f"each epoch trains on {figures.train_samples:,} of {counted(total, 'image')}, others each time, as the rest fills no "
     )
     text += f"batch of {figures.batch_size}"
-    return [Finding("left out", f"{text}. --batch-size {fitting} leaves out {total - steps * fitting or 'none'}.")]
+    return [Finding("left out", text, f"--batch-size {fitting} leaves out {total - steps * fitting or 'none'}.")]
 
 
 def _few_images(figures: Figures) -> list[Finding]:
@@ -205,7 +207,7 @@ def _few_images(figures: Figures) -> list[Finding]:
     error_percent = 100 * math.sqrt(0.25 / max(figures.samples, 1))
     text = f"{counted(figures.samples, 'image')} of {figures.split} give an accuracy to ± {error_percent:.0f} points "
     text += "near 50 % (one standard error)"
-    return [Finding("few images", f"{text}. Hold out more, with a larger --val-fraction of 'tidali shard'.")]
+    return [Finding("few images", text, "Hold out more, with a larger --val-fraction of 'tidali shard'.")]
 
 
 _RULES: tuple[Callable[[Figures], list[Finding]], ...] = (
