@@ -72,8 +72,7 @@ def export_model(model: Classifier, path: Path, format: ExportFormat, size: tupl
     served = ServedModel(model.model, model.card, size)
     batches = f"batches of {_batch_size(size)} images of {size} px"
     with _explain_failure(path, format), explain_out_of_memory(batches, "give a smaller --input-size"):
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # the exporters warn about their own internals
+        with torch.no_grad():
             content = {"onnx": to_onnx, "pt2": to_pt2}[format](served, size, json.dumps(metadata))
             run, found = {"onnx": open_onnx, "pt2": open_pt2}[format](content)
         if json.loads(found) != metadata:
@@ -162,6 +161,15 @@ def _batch_size(size: tuple[int, int]) -> int:
     return max(min(_BATCH, _BATCH_PIXELS // (size[0] * size[1])), 1)
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """The exporters warn of their own internals."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@_without_warnings()
 def to_onnx(served: ServedModel, size: tuple[int, int], metadata: str) -> bytes:
     log = logging.getLogger("torch.onnx")
     level = log.level
@@ -187,6 +195,7 @@ def to_onnx(served: ServedModel, size: tuple[int, int], metadata: str) -> bytes:
     return content
 
 
+@_without_warnings()
 def to_pt2(served: ServedModel, size: tuple[int, int], metadata: str) -> bytes:
     dynamic = ({0: torch.export.Dim("batch", min=1)},)
     program = torch.export.export(served, (_example(size),), dynamic_shapes=dynamic)
@@ -201,6 +210,7 @@ def _example(size: tuple[int, int]) -> Tensor:
     return torch.zeros(2, *size, 3, dtype=torch.uint8)  # two images: the exporter would make a batch size of one a constant
 
 
+@_without_warnings()
 def open_onnx(content: bytes) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
     """A function that runs the exported bytes on a batch, and the metadata."""
     import onnxruntime
@@ -216,12 +226,11 @@ def open_onnx(content: bytes) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
     return run, session.get_modelmeta().custom_metadata_map[METADATA_KEY]
 
 
+@_without_warnings()
 def open_pt2(content: bytes, device: torch.device | None = None) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
     """A function that runs the exported bytes on a batch, on a device, and the metadata."""
     extra = {f"{METADATA_KEY}.json": ""}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what torch does with its own file
-        program = torch.export.load(io.BytesIO(content), extra_files=extra)
+    program = torch.export.load(io.BytesIO(content), extra_files=extra)
     if device is not None:
         program = move_to_device_pass(program, device)
     run_on = program.module()
