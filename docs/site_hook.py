@@ -30,6 +30,11 @@ def on_post_page(html: str, **_: Any) -> str:
     return html.replace('role="dialog"', 'role="dialog" aria-label="Search"')
 
 
+def on_post_template(html: str, **_: Any) -> str:
+    """The page of what is not found is made of a template."""
+    return on_post_page(html)
+
+
 def on_page_content(html: str, **_: Any) -> str:
     """Python's prompts are taken off examples, whose results become comments. Words with a dash do not break."""
     html = re.sub(r'<span class="gp">(?:&gt;&gt;&gt;|\.\.\.) ?</span>', "", html)
