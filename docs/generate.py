@@ -220,7 +220,10 @@ def pages() -> dict[Path, str]:
     """Every page and picture that is generated, or has a generated part, as it should be."""
     results = DOCS / "results.md"
     generated_parts = {
-        DOCS.parent / "README.md": {"results in short": measured.results_in_short()},
+        DOCS.parent / "README.md": {
+            "results in short": measured.results_in_short(),
+            "study in short": measured.study_in_short(),
+        },
         **{page: measured.benchmark_tables(page.read_text(encoding="utf-8")) for page in (results, DOCS / "gpu.md")},
         DOCS / "study.md": {file: measured.study_table(file) for file in measured.STUDIES},
         DOCS / "recipes.md": {"recipe fields": recipe_table()},

@@ -131,6 +131,17 @@ def study_table(file: str) -> str:
     return "\n".join([*lines, ""])
 
 
+def study_in_short() -> str:
+    """README's table of the study: its rows, published and as recorded at full epochs."""
+    study = json.loads((ROOT / STUDIES[0]).read_text(encoding="utf-8"))
+    lines = ["", "| row | starts from | published | here |", "|---|---|---|---|"]
+    for row in study["rows"]:
+        published = row["published_top1_percent"]
+        here = _with_deviation(row["top1_percent"]["last"])
+        lines.append(f"| {row['row']} | {row['title']} | {'' if published is None else f'{published:.1f}'} | {here} |")
+    return "\n".join([*lines, ""])
+
+
 def _with_deviation(found: Mapping[str, Any]) -> str:
     deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.2f}"
     return f"{found['mean']:.2f}{deviation}"
