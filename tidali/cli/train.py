@@ -174,8 +174,8 @@ def train(
     if fitted != chosen:
         steps, few = (one.epochs * (images // one.batch_size) for one in (fitted, chosen))
         notes.append(
-            f"recipe {chosen.name} on {images} images: {counted(fitted.epochs, 'epoch')} of batches of {fitted.batch_size}, "
-            f"{steps} steps instead of {few}; --epochs and --batch-size set others"
+            f"recipe {chosen.name} on {counted(images, 'image')}: {counted(fitted.epochs, 'epoch')} of batches of "
+            f"{fitted.batch_size}, {steps:,} steps instead of {few:,}; --epochs and --batch-size set others"
         )
     settings = TrainSettings(
         data=folder,
