@@ -19,12 +19,12 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 from tidali.config import AmpChoice, CompileChoice, DeviceChoice, Stem
 from tidali.hardware.timing import Stopwatch
+from tidali.hardware.versions import installed_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ def serve(job: Job) -> None:
 
     try:
         subject = _open(job)
-        answer({"ready": True, "version": _version(job.package)})
+        answer({"ready": True, "version": installed_version(job.package) or "unknown"})
         for line in sys.stdin:
             request = json.loads(line)
             if request["do"] == "check":
@@ -254,13 +254,6 @@ def _open(job: Job) -> Subject:
     found: Any = _named(job.target)(job)
     subject: Subject = Stream(found, job) if isinstance(job, DataJob) and not hasattr(found, "step") else found
     return subject
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # DALI has a distribution for each CUDA version, and tidali may run from a checkout
-        return "unknown"
 
 
 def _measure(subject: Subject, min_seconds: float) -> dict[str, Any]:

@@ -16,12 +16,12 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from bench.measure import CaseFailed
 from tidali.console import say
 from tidali.files import cache_folder, lock
+from tidali.hardware.versions import installed_version
 
 INSTALL_TIMEOUT_S = 1800.0
 _SHARED = ("torch", "torchvision")
@@ -168,10 +168,5 @@ def what_failed(log: str) -> str:
 
 
 def _constraints() -> list[str]:
-    lines = []
-    for name in _SHARED:
-        try:
-            lines.append(f"{name}=={version(name)}")
-        except PackageNotFoundError:
-            continue
-    return lines
+    found = {name: installed_version(name) for name in _SHARED}
+    return [f"{name}=={version}" for name, version in found.items() if version is not None]

@@ -422,7 +422,7 @@ static char *bus_error;
 
 static void end_with_bus_error(int signal) {
   (void)signal;
-  if (write(STDERR_FILENO, bus_error, strlen(bus_error)) < 0) _exit(1);
+  (void)!write(STDERR_FILENO, bus_error, strlen(bus_error));
   _exit(1);
 }
 
