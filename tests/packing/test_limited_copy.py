@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from tidali.config import Augment, Preprocess, TrainSettings
 from tidali.dataset import fetch as fetch_module
 from tidali.dataset import limited_copy as copy_module
 from tidali.dataset.contract import Dataset, open_dataset
+from tidali.dataset.fetch import Unreachable
 from tidali.dataset.limited_copy import Needs
 from tidali.dataset.remote import filesystem
 from tidali.dataset.source import open_data
@@ -231,6 +234,40 @@ def test_what_another_attempt_would_not_change(limited: Dataset, monkeypatch: py
     with pytest.raises(DatasetError, match="missing; 'tidali verify memory://"):
         limited.copy.hold(shard)
     assert pauses == []
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "text"),
+    [
+        (404, DatasetError, r"x\.tar: missing; 'tidali verify "),
+        (403, TidaliError, r"x\.tar: .*403"),
+        (503, Unreachable, r"x\.tar: .*503"),
+        (None, Unreachable, r"x\.tar: ClientConnectorError: "),
+    ],
+)
+def test_what_an_http_server_answers(status: int | None, error: type[Exception], text: str) -> None:
+    """fsspec has one exception for all of these. None: nobody listens."""
+    pytest.importorskip("aiohttp", reason="aiohttp, with which fsspec speaks HTTP, is not installed")
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status or 500)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        url = f"http://127.0.0.1:{server.server_port}/set"
+        if status is None:
+            server.server_close()
+        else:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(error, match=text) as raised:
+            fetch_module.fetch(url, "x.tar", "", io.BytesIO())
+        assert type(raised.value) is error
+        if status is not None:
+            server.shutdown()
 
 
 def test_a_damaged_shard_is_fetched_twice_and_named(limited: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,12 +75,17 @@ def _blocks(url: str, name: str) -> Iterator[bytes]:
                 yield block
     except TidaliError:
         raise
-    except FileNotFoundError:
-        raise DatasetError(f"{url}/{name}: missing; {_fix(url)}") from None
-    except PermissionError as error:
-        raise TidaliError(f"{url}/{name}: {first_line(error)}") from None
     except Exception as error:  # each fsspec implementation raises exceptions of its own
-        raise Unreachable(f"{url}/{name}: {type(error).__name__}: {first_line(error)}") from None
+        cause: BaseException = error
+        if isinstance(error, FileNotFoundError) and url.startswith("http"):
+            cause = error.__cause__ or error  # fsspec says this of an HTTP server for whatever goes wrong when it opens a file
+        status = getattr(cause, "status", None)
+        if isinstance(cause, FileNotFoundError) or status in (404, 410):
+            raise DatasetError(f"{url}/{name}: missing; {_fix(url)}") from None
+        text = f"{url}/{name}: {type(cause).__name__}: {first_line(cause)}"
+        if isinstance(cause, PermissionError) or status in (401, 403):
+            raise TidaliError(text) from None
+        raise Unreachable(text) from None
 
 
 def _fix(url: str) -> str:
