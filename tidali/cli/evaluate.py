@@ -129,14 +129,13 @@ def _print_findings(found: Sequence[tuple[int, Sequence[Finding]]]) -> None:
 
 
 def _findings(row: ResolutionScore, dataset: Dataset, split: str) -> list[Finding]:
-    counts = dataset.split(split).class_counts
     figures = Figures(
         split=split,
         samples=row.score.samples,
         classes=len(dataset.manifest.classes),
         top1_percent=row.score.top1_percent,
         loss=row.score.loss,
-        largest_class_percent=100 * max(counts) / sum(counts),
+        largest_class_percent=dataset.split(split).largest_class_percent,
     )
     return judge(figures)
 

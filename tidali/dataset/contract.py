@@ -136,6 +136,11 @@ class Split:
         return parse_image_size(next(iter(self.image_sizes))) if len(self.image_sizes) == 1 else None
 
     @property
+    def largest_class_percent(self) -> float:
+        """What is right if the most frequent class is always said. Labelled splits only."""
+        return 100 * max(self.class_counts) / self.samples
+
+    @property
     def content(self) -> str:
         """Identifies the samples and their order, on which a saved position depends."""
         return "".join(f"{shard.sha256}{shard.samples}" for shard in self.shards)

@@ -52,7 +52,7 @@ class Setup:
         trained = min(len(self.train_batches) * recipe.batch_size, self.train_batches.samples)
         return {
             "classes": len(manifest.classes),
-            "largest_class_percent": 100 * max(evaluated.class_counts) / evaluated.samples,
+            "largest_class_percent": evaluated.largest_class_percent,
             "train_samples": trained,
             "train_left_out": self.train_batches.samples - trained,
         }
