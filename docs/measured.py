@@ -123,7 +123,7 @@ def study_table(file: str) -> str:
     sizes = [one["res"] for one in measured[0]["at_resolution"]]
     lines += ["", f"| last weights, top-1 % | {' | '.join(f'{size} px' for size in sizes)} |", f"|---|{'---|' * len(sizes)}"]
     for row in measured:
-        accuracies = [f"{one['top1_percent']:.2f}" for one in row["at_resolution"]]
+        accuracies = [f"{one['top1_percent']:.1f}" for one in row["at_resolution"]]
         lines.append(f"| row {row['row']} | {' | '.join(accuracies)} |")
     explanation = explain(study)
     if explanation is not None:
@@ -143,8 +143,8 @@ def study_in_short() -> str:
 
 
 def _with_deviation(found: Mapping[str, Any]) -> str:
-    deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.2f}"
-    return f"{found['mean']:.2f}{deviation}"
+    deviation = "" if found["deviation"] is None else f" ± {found['deviation']:.1f}"
+    return f"{found['mean']:.1f}{deviation}"
 
 
 # --------------------------------------------------------------------------------------------------------------------- picture

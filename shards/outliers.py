@@ -11,7 +11,7 @@ from PIL import Image
 
 from shards.sheet import COLUMNS, Cell, Section, stored_cell
 from tidali.dataset.contract import Dataset, SampleRecord, Shard, iter_records
-from tidali.errors import DatasetError
+from tidali.errors import DatasetError, counted
 from tidali.images.stored import stored_image
 
 LOOKED_AT = 20_000
@@ -36,9 +36,9 @@ class Outliers(NamedTuple):
 
 
 def find_outliers(dataset: Dataset, split: str, progress: Callable[[int, int], None] = lambda done, total: None) -> Outliers:
-    """The duplicates, and of what can be decoded the eight smallest, largest and darkest images and those that are the most
-    unusual for their class: by the distance of their colours, on a grid of 4 x 4, from the mean of the class, in multiples of
-    the class's usual distance.
+    """The duplicates, in other splits too, and of what can be decoded the eight smallest, largest and darkest images and those
+    that are the most unusual for their class: by the distance of their colours, on a grid of 4 x 4, from the mean of the class,
+    in multiples of the class's usual distance.
 
     Raises:
         DatasetError: no such split.
@@ -57,24 +57,29 @@ def find_outliers(dataset: Dataset, split: str, progress: Callable[[int, int], N
     light = {place: float(grid.mean()) for place, grid in colours.items()}
     by_area = sorted(colours, key=lambda place: samples[place][1].height * samples[place][1].width)
     unusual = _unusual(samples, colours)
-    chosen: list[tuple[str, list[tuple[int, str]]]] = [
-        ("byte for byte the same", [(place, "duplicate") for place in _duplicates(dataset, samples) if place not in broken]),
-        ("smallest", [(place, "") for place in by_area[:COLUMNS]]),
-        ("largest", [(place, "") for place in by_area[: -COLUMNS - 1 : -1]]),
-        ("darkest", [(place, f"mean {light[place]:.0f} of 255") for place in sorted(light, key=light.__getitem__)[:COLUMNS]]),
+    by_light, by_distance = sorted(light, key=light.__getitem__), sorted(unusual, key=unusual.__getitem__, reverse=True)
+    unreadable = {samples[place][1].crc32 for place in broken}
+    groups = [group for group in _duplicates(dataset, split) if group[0][1][1].crc32 not in unreadable]
+    across = [group for group in groups if len({name for name, _ in group}) > 1]
+    within = [group for group in groups if group not in across]
+    chosen: list[tuple[str, list[tuple[Sample, str]]]] = [
+        (f"byte for byte the same in {split} and another split", _first_of(across)),
+        ("byte for byte the same", _first_of(within)),
+        ("smallest", [(samples[place], "") for place in by_area[:COLUMNS]]),
+        ("largest", [(samples[place], "") for place in by_area[: -COLUMNS - 1 : -1]]),
+        ("darkest", [(samples[place], f"mean {light[place]:.0f} of 255") for place in by_light[:COLUMNS]]),
         (
             "most unusual colours for their class",
-            [
-                (place, f"{unusual[place]:.1f} x usual")
-                for place in sorted(unusual, key=unusual.__getitem__, reverse=True)[:COLUMNS]
-            ],
+            [(samples[place], f"{unusual[place]:.1f} x usual") for place in by_distance[:COLUMNS]],
         ),
     ]
     sections, lines = [], [f"cannot be decoded: {samples[place][1].source}" for place in broken]
+    if across:
+        of_split = sum(name == split for group in across for name, _ in group)
+        lines.append(f"{counted(of_split, 'image')} of {split} {'is' if of_split == 1 else 'are'} in another split too")
     for heading, found in chosen:
         cells = []
-        for place, note in found:
-            shard, record = samples[place]
+        for (shard, record), note in found:
             image, (name, size) = stored_cell(dataset, shard, record)
             cells.append(Cell(image, (name, note or size, record.source.rsplit("/", 1)[-1])))
             lines.append(f"{heading}: {record.source} ({name}, {note or size})")
@@ -82,19 +87,27 @@ def find_outliers(dataset: Dataset, split: str, progress: Callable[[int, int], N
     return Outliers(sections, lines, len(looked_at))
 
 
-def _duplicates(dataset: Dataset, samples: Sequence[Sample]) -> list[int]:
-    """Samples with equal bytes, beside each other, those of different classes first; at most two rows of them."""
-    alike = defaultdict(list)
-    for place, (_, record) in enumerate(samples):
-        alike[record.crc32, record.size_bytes].append(place)
+def _duplicates(dataset: Dataset, split: str) -> list[list[tuple[str, Sample]]]:
+    """Groups of samples with equal bytes, each with the name of its split, the first of the given one. Those of different
+    classes come first."""
+    alike: defaultdict[tuple[int, int], list[tuple[str, Sample]]] = defaultdict(list)
+    for name in (split, *(other for other in dataset.manifest.splits if other != split)):
+        for sample in iter_records(dataset, name):
+            key = sample[1].crc32, sample[1].size_bytes
+            if name == split or key in alike:
+                alike[key].append((name, sample))
     groups = []
-    for places in alike.values():
-        if len(places) > 1:
-            first = dataset.stored_bytes(*samples[places[0]])  # equal checksums are not yet equal bytes
-            groups.append([place for place in places if dataset.stored_bytes(*samples[place]) == first])
+    for found in alike.values():
+        if len(found) > 1:
+            first = dataset.stored_bytes(*found[0][1])  # equal checksums are not yet equal bytes
+            groups.append([one for one in found if dataset.stored_bytes(*one[1]) == first])
     groups = [group for group in groups if len(group) > 1]
-    groups.sort(key=lambda group: -len({samples[place][1].label for place in group}))
-    return [place for group in groups for place in group][: 2 * COLUMNS]
+    return sorted(groups, key=lambda group: -len({record.label for _, (_, record) in group}))
+
+
+def _first_of(groups: Sequence[Sequence[tuple[str, Sample]]]) -> list[tuple[Sample, str]]:
+    """The samples of the first groups, beside each other, as many as fill two rows."""
+    return [(sample, f"duplicate, {name}") for group in groups for name, sample in group][: 2 * COLUMNS]
 
 
 def _unusual(samples: Sequence[Sample], colours: dict[int, np.ndarray]) -> dict[int, float]:

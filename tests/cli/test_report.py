@@ -110,7 +110,7 @@ def test_a_report_begins_with_a_summary_and_has_every_value(one, trained, read_p
     assert "chance, 25.0 %" in page.text  # the dotted line
     rows = table(page, "epoch")[1:]
     assert [row[1] for row in rows] == [f"{epoch['val_top1_percent']:.1f}" for epoch in epochs]
-    assert [row[4] for row in rows] == [f"{epoch['train_loss']:.4f}" for epoch in epochs]
+    assert [row[4] for row in rows] == [f"{epoch['train_loss']:.3f}" for epoch in epochs]
     tip = f"<title>x, epoch 2: {epochs[1]['val_top1_percent']:.4g}</title>"  # shown by the browser at the point
     assert tip in one[0].read_text()
 
@@ -136,7 +136,7 @@ def test_report_has_the_results_of_the_run(one, trained, read_page) -> None:
     results = {row[0]: row[1] for row in table(page, "result")}
     assert results["last: top-1, %"] == f"{summary['last']['top1_percent']:.1f} ± {error_percent(summary['last']):.1f}"
     assert "last: top-5, %" not in results  # of four classes
-    assert results["last: loss"] == f"{summary['last']['loss']:.4f}"
+    assert results["last: loss"] == f"{summary['last']['loss']:.3f}"
     assert results["best: top-1, %"].startswith(f"{summary['best']['top1_percent']:.1f} ± ")
     assert results["best: epoch"] == f"{summary['best_epoch']}"
     assert results["evaluated on"] == "val, 32 samples"

@@ -59,7 +59,7 @@ def test_scaling_keeps_at_least_an_epoch() -> None:
 def test_a_cell_has_mean_and_deviation_and_a_row_that_was_not_run_says_so() -> None:
     found = {**describe(row("1"), row("1").recipe), "gmacs": 0.1478, "images_per_s": 1234.5, "minutes": 0.5, "status": "done"}
     spread = {"last": {"mean": 25.0, "deviation": 0.5}, "best": {"mean": 26.0, "deviation": None}, "flip": None}
-    assert cells({**found, "top1_percent": spread})[2:] == ("25.9", "25.00 ± 0.50", "26.00", "", "0.148", "1,234", "0.5")
+    assert cells({**found, "top1_percent": spread})[2:] == ("25.9", "25.0 ± 0.5", "26.0", "", "0.148", "1,234", "0.5")
     left_out = {**found, "status": "not run", "top1_percent": None, "images_per_s": None, "minutes": None}
     assert cells(left_out)[2:] == ("25.9", "not run", "", "", "0.148", "", "")
 

@@ -144,9 +144,9 @@ def test_the_table(page, study) -> None:
     for cells, row in zip(rows, study[0]["rows"], strict=True):
         assert cells[1] == f"{row['title']} {row['setting']}"
         assert cells[2] == ("-" if row["published_top1_percent"] is None else f"{row['published_top1_percent']:.1f}")
-        assert cells[3] == f"{row['top1_percent']['last']['mean']:.2f}"
-        assert cells[4] == f"{row['top1_percent']['best']['mean']:.2f} ± 0.20"
-        assert cells[5] == (f"{row['top1_percent']['flip']['mean']:.2f}" if row["top1_percent"]["flip"] else "-")
+        assert cells[3] == f"{row['top1_percent']['last']['mean']:.1f}"
+        assert cells[4] == f"{row['top1_percent']['best']['mean']:.1f} ± 0.2"
+        assert cells[5] == (f"{row['top1_percent']['flip']['mean']:.1f}" if row["top1_percent"]["flip"] else "-")
         assert cells[6] == f"{row['gmacs']:.3f}"
         assert cells[8] == ("1,321" if row["runs"] else "-")
 

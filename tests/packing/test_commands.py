@@ -293,6 +293,26 @@ def test_outliers(tidali: Any, tmp_path: Path, write_photos: Any) -> None:
         assert image.width == 8 * 134 + 6
 
 
+def test_an_image_of_another_split_is_an_outlier(tidali: Any, tmp_path: Path, write_photos: Any) -> None:
+    """What is trained on and evaluated makes a result look better than it is."""
+    source = tmp_path / "source"
+    for split in ("train", "val"):
+        write_photos(source / split, {"a": 4, "b": 4}, size=(64, 48))
+        for file in (source / split).rglob("*.jpg"):
+            file.write_bytes(file.read_bytes() + split.encode())  # equal pictures, other bytes
+    shutil.copy(source / "train" / "b" / "003.jpg", source / "val" / "a" / "leaked.jpg")
+    assert tidali("shard", source, tmp_path / "data", "--workers", 1).code == 0
+    for split in ("train", "val"):
+        ended = tidali("info", tmp_path / "data", "--sheet", tmp_path / "odd.png", "--outliers", "--split", split)
+        assert ended.code == 0, ended.stderr
+        assert f"1 image of {split} is in another split too" in ended.stderr
+        heading = f"byte for byte the same in {split} and another split: "
+        assert sorted(line for line in ended.stderr.splitlines() if line.startswith(heading)) == [
+            f"{heading}train/b/003.jpg (b, duplicate, train)",
+            f"{heading}val/a/leaked.jpg (a, duplicate, val)",
+        ]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -71,6 +71,15 @@ def test_running_averages_that_lag_behind(changes: dict[str, Any], lags: bool) -
     assert ("2.783, in training it was 0.586: after 28 steps" in text and "--set norm_images=256" in text) == lags
 
 
+def test_averaged_weights_do_not_lag_behind_a_training_that_diverged() -> None:
+    """More epochs would not help it: a run at --lr 40 said so."""
+    texts = found(top1_percent=10.0, loss=3.6e14, losses=[2e6, 3.6e14], train_losses=[3.2e4, 7.5e12], steps=10, lr=40.0)
+    assert not [text for text in texts.values() if "averaged" in text]
+    assert "Training diverged: try --lr 4." in texts["at chance"]
+    assert "3.6e+14, is 2e+14 times the 2.30" in texts["high loss"]
+    assert "averaged" in found(top1_percent=10.0, loss=9.0, train_losses=[2.2, 1.9], steps=10)["at chance"]
+
+
 def test_the_largest_class_is_what_guessing_can_score() -> None:
     """80 of 100 images are of one class, and an answer that is always that one is right for 80 %."""
     text = found(classes=2, top1_percent=81.0, largest_class_percent=80.0)["at chance"]

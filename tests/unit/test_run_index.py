@@ -111,6 +111,29 @@ def test_fifty_folders(write_run, tmp_path: Path, tidali) -> None:
     }
 
 
+def test_a_run_whose_loss_was_not_finite_diverged(write_run, tmp_path: Path, tidali) -> None:
+    """Not one that was stopped, which a resume would bring to its end."""
+    write_run("good", [60.0])
+    for name, top1, step in (("early", [], 3), ("late", [60.0, 10.0], 25)):
+        folder = write_run(name, top1, ["lr=4"], done=False)
+        lines = [{"step": 1, "epoch": 0.1, "train_loss": 2.0}, {"step": step, "epoch": step / 10, "not_finite": "loss"}]
+        (folder / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    advice = "diverged: the loss is not finite by step 25. Try --lr 0.4, or --set grad_clip_norm=1."
+    document = {one["name"]: one for one in json.loads(tidali("runs", tmp_path / "runs", "--json").stdout)}
+    assert [document[name]["state"] for name in ("good", "early", "late")] == ["finished", "diverged", "diverged"]
+    assert document["late"]["findings"] == [advice]
+    shown = tidali("runs", tmp_path / "runs", "--html", tmp_path / "runs.html").stdout
+    page = (tmp_path / "runs.html").read_text()
+    for text in ("diverged in epoch 1 of 4", "diverged in epoch 3 of 4"):
+        assert text in shown
+        assert text in page
+    assert "the loss is not finite by step 25" in page
+    assert "no finished epoch; diverged: the loss" in tidali("report", tmp_path / "runs" / "early", "-o", "x.html").stderr
+    # A resume removes the line with those of steps that are done again, and the run goes on.
+    (tmp_path / "runs" / "late" / "steps.jsonl").write_text(json.dumps({"step": 20, "epoch": 2.0}) + "\n")
+    assert by_name(tmp_path / "runs")["late"].state == "stopped"
+
+
 def test_what_most_others_do_not_have_differs(write_run, tmp_path: Path) -> None:
     write_run("a", [40.0], ["lr=0.1"])
     write_run("b", [40.0], ["lr=0.2"])

@@ -233,7 +233,8 @@ def info(
         bool,
         sheet_option(
             "--outliers",
-            help="Instead of random samples: duplicates, and the smallest, largest, darkest and most unusual images.",
+            help="Instead of random samples: duplicates, also in other splits, and the smallest, largest, darkest and most "
+            "unusual images.",
         ),
     ] = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -38,10 +39,10 @@ def runs(
     ] = False,
     json_: JsonOption = False,
 ) -> None:
-    """List training runs: their results, how they differ, and whether they are finished, running, stopped or at chance.
+    """List training runs: their results, how they differ, and their state: finished, running, stopped, diverged.
 
     "differs in" names the settings that most other runs on the same data do not have. A run that was killed counts as stopped;
-    'tidali train --resume RUN' continues it.
+    'tidali train --resume RUN' continues it. One whose loss was not finite diverged.
     """
     if watch and (json_ or html is not None):
         raise UsageError("--watch: not together with --json or --html")
@@ -107,7 +108,7 @@ def table_row(entry: Entry) -> tuple[str, ...]:
 
 
 def state_text(entry: Entry) -> str:
-    """'finished', 'finished, at chance', 'stopped in epoch 3 of 20', 'running, epoch 3 of 20'."""
+    """'finished', 'finished, at chance', 'stopped in epoch 3 of 20', 'diverged in epoch 3 of 20', 'running, epoch 3 of 20'."""
     if entry.state == "unreadable":
         return f"unreadable: {entry.problem}"
     problems = "".join(f", {problem}" for problem in entry.problems)
@@ -116,6 +117,8 @@ def state_text(entry: Entry) -> str:
     done, total = entry.epochs_done, entry.epochs or "?"
     began = min(int(done) + 1, entry.epochs or int(done) + 1)
     where = f"epoch {began} of {total}"
+    if entry.state == "diverged":  # with a step of that epoch, perhaps its last
+        return f"diverged in epoch {max(math.ceil(done), 1)} of {total}"
     if entry.state == "stopped":
         return f"stopped in {where}{problems}"
     loss = entry.step.get("train_loss") if entry.step is not None else None

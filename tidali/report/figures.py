@@ -88,7 +88,7 @@ def accuracy(axes: Axes, runs: Sequence[Run], *, chance_percent: Collection[floa
     """
     _evaluated_and_train(axes, runs, "top1_percent", "top-1, %")
     for percent in chance_percent:
-        axes.axhline(percent, color=MUTED, linestyle=":", linewidth=1.2, gid=tip(f"chance: {percent:.2f} %"))
+        axes.axhline(percent, color=MUTED, linestyle=":", linewidth=1.2, gid=tip(f"chance: {percent:.1f} %"))
         at_the_right = axes.get_yaxis_transform()  # x is a fraction of the width
         axes.text(1, percent, f"chance, {percent:.1f} %", ha="right", va="bottom", color=MUTED, transform=at_the_right)
     _percent_limits(axes)

@@ -25,7 +25,7 @@ from tidali.report.insight import Insight, inspect_checkpoint
 from tidali.report.page import BEST_IS_BIASED, drawn, insight_part, render
 from tidali.training.evaluation import EvalOptions
 from tidali.training.history import Run, differing_settings, labels
-from tidali.training.judgement import shows_top5
+from tidali.training.judgement import loss_text, shows_top5
 from tidali.training.uncertainty import standard_error_percent, with_error
 
 _PERCENT = "\N{NO-BREAK SPACE}%"
@@ -53,7 +53,7 @@ def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> 
         except TidaliError as error:
             if data is not None:
                 raise
-            note = f"{run.name}: no pictures and no accuracy by class: {error}. If the data set has moved, give --data."
+            note = f"{run.name}: no pictures and no accuracy by class: {error}."
             warn(note)
             notes.append(note)
     differing = differing_settings(runs)
@@ -92,11 +92,16 @@ def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> 
 
 
 def _insight(run: Run, data: str | None) -> Insight:
-    location = data if data is not None else run.settings.get("data")
+    location, weights = data if data is not None else run.settings.get("data"), run.folder / f"last{SUFFIX}"
     if location is None:
         raise UsageError("config.json does not name a data set")
-    dataset = open_data(location)
-    return inspect_checkpoint(str(run.folder / f"last{SUFFIX}"), dataset, EvalOptions(split=run.split))
+    if not weights.exists():
+        raise UsageError(f"{weights}: no such file; it is written when the run is saved first after an epoch")
+    try:
+        dataset = open_data(location)
+    except TidaliError as error:
+        raise UsageError(f"{error}; if the data set has moved, give --data") from None
+    return inspect_checkpoint(str(weights), dataset, EvalOptions(split=run.split))
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
@@ -138,15 +143,15 @@ def _summary(run: Run) -> dict[str, dict[str, str]]:
 def _epochs(run: Run) -> dict[str, Any]:
     """A table of every epoch's values."""
     fields = {
-        f"{run.split} top-1, %": (f"{run.split}_top1_percent", "{:.1f}", 1),
-        "train top-1, %": ("train_top1_percent", "{:.1f}", 1),
-        f"{run.split} loss": (f"{run.split}_loss", "{:,.4f}", 1),
-        "train loss": ("train_loss", "{:,.4f}", 1),
-        "images/s": ("images_per_s", "{:,.1f}", 1),
-        "waiting for data, %": ("data_wait_share", "{:.1f}", 100),
+        f"{run.split} top-1, %": (f"{run.split}_top1_percent", "{:.1f}".format, 1),
+        "train top-1, %": ("train_top1_percent", "{:.1f}".format, 1),
+        f"{run.split} loss": (f"{run.split}_loss", loss_text, 1),
+        "train loss": ("train_loss", loss_text, 1),
+        "images/s": ("images_per_s", "{:,.1f}".format, 1),
+        "waiting for data, %": ("data_wait_share", "{:.1f}".format, 100),
     }
     rows = [
-        [epoch["epoch"], *(form.format(scale * epoch[name]) if name in epoch else "-" for name, form, scale in fields.values())]
+        [epoch["epoch"], *(text(scale * epoch[name]) if name in epoch else "-" for name, text, scale in fields.values())]
         for epoch in run.epochs
     ]
     return {"columns": ["epoch", *fields], "rows": rows}
@@ -154,7 +159,7 @@ def _epochs(run: Run) -> dict[str, Any]:
 
 def _why_far_off(runs: Sequence[Run]) -> str:
     """An explanation of evaluated losses that begin far above those of training; empty if none does."""
-    found = [run for run in runs if _starts_far_off(run)]
+    found = [run for run in runs if _starts_far_off(run) and run.diverged is None]
     if not found:
         return ""
     averaged = any(run.settings.get("ema_decay", "0") != "0" for run in found)
@@ -186,7 +191,7 @@ def _measures(run: Run) -> dict[str, str]:
     return {
         "last: top-1, %": _accuracy(last, top1, samples),
         "last: top-5, %": _accuracy(last, f"{run.split}_top5_percent", samples) if shows_top5(run.classes) else "-",
-        "last: loss": _figure(last, f"{run.split}_loss", 4),
+        "last: loss": loss_text(last[f"{run.split}_loss"]) if f"{run.split}_loss" in last else "-",
         "last, with flip TTA: top-1, %": _accuracy(summary.get("last_flip") or {}, "top1_percent", samples),
         "best: top-1, %": _accuracy(best, top1, samples),
         "best: epoch": f"{best['epoch']}",
@@ -218,8 +223,8 @@ def _numbers(run: Run, field: str) -> list[float]:
     return [value for value in run.column(field) if math.isfinite(value)]
 
 
-def _figure(epoch: Mapping[str, Any], field: str, digits: int = 1) -> str:
-    return f"{epoch[field]:.{digits}f}" if field in epoch else "-"
+def _figure(epoch: Mapping[str, Any], field: str) -> str:
+    return f"{epoch[field]:.1f}" if field in epoch else "-"
 
 
 def _made_of(run: Run) -> str:

@@ -60,7 +60,7 @@ def cells(row: Mapping[str, Any], *, short: bool = False) -> tuple[str, ...]:
         found = row["top1_percent"] and row["top1_percent"][name]
         if not found:
             return ""
-        return f"{found['mean']:.2f}" + (f" ± {found['deviation']:.2f}" if found["deviation"] is not None else "")
+        return f"{found['mean']:.1f}" + (f" ± {found['deviation']:.1f}" if found["deviation"] is not None else "")
 
     return (
         row["row"],
@@ -130,7 +130,7 @@ def markdown(study: Mapping[str, Any]) -> str:
         lines += ["", "Last weights at other resolutions, top-1 %:", ""]
         lines += [f"| row | {' | '.join(f'{size} px' for size in sizes)} |", f"|---|{'|'.join(['---:'] * len(sizes))}|"]
         for row in measured:
-            lines.append(f"| {row['row']} | {' | '.join(format(one['top1_percent'], '.2f') for one in row['at_resolution'])} |")
+            lines.append(f"| {row['row']} | {' | '.join(format(one['top1_percent'], '.1f') for one in row['at_resolution'])} |")
     explanation = explain(study)
     if explanation is not None:
         lines += ["", "## Row 5 against row 4", "", *explanation.markdown()]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tidali.errors import UsageError
-from tidali.training.judgement import Figures, Finding, judge
+from tidali.training.judgement import Figures, Finding, diverged, judge
 
 _NOT_COMPARED = {"out"}
 """Settings that name a run's place and do not change its results."""
@@ -35,6 +35,8 @@ class Run:
     """The lines of metrics.jsonl: finished epochs in order; at least one, but for `open_run`."""
     summary: Mapping[str, Any] | None
     """The content of summary.json; None before the run has ended."""
+    step: Mapping[str, Any] | None = None
+    """The last line of steps.jsonl (`tidali.training.step_log`)."""
 
     @property
     def split(self) -> str:
@@ -89,8 +91,16 @@ class Run:
         )
 
     @property
+    def diverged(self) -> Finding | None:
+        """Why the run ended before its last epoch, if that is because the loss or the weights were not finite."""
+        what = self.step.get("not_finite") if self.step is not None and self.summary is None else None
+        return diverged(what, _count(self.step["step"]), _number(self.settings.get("lr"))) if self.step and what else None
+
+    @property
     def findings(self) -> list[Finding]:
-        """What is wrong with the result, and what to try."""
+        """What is wrong with the result, and what to try. Of a run that diverged the rest only follows from it."""
+        if self.diverged is not None:
+            return [self.diverged]
         figures = self.figures
         return judge(figures) if figures is not None else []
 
@@ -114,7 +124,8 @@ def read_runs(given: Sequence[str]) -> list[Run]:
     ]
     for run in runs:
         if not run.epochs:
-            raise UsageError(f"{run.folder}: no finished epoch yet (metrics.jsonl is missing or empty)")
+            why = f"; {run.diverged}" if run.diverged is not None else " yet (metrics.jsonl is missing or empty)"
+            raise UsageError(f"{run.folder}: no finished epoch{why}")
     return runs
 
 
@@ -153,10 +164,11 @@ def open_run(folder: Path, name: str) -> Run:
         settings=dict(_flattened(config)),
         epochs=_epochs(folder / "metrics.jsonl"),
         summary=json_object(folder / "summary.json"),
+        step=_last_step(folder),
     )
 
 
-def last_step(folder: Path) -> dict[str, Any] | None:
+def _last_step(folder: Path) -> dict[str, Any] | None:
     """The last line of the run's steps.jsonl that is whole; None without one. Reads no more than the end of the file."""
     try:
         with (folder / "steps.jsonl").open("rb") as file:

@@ -12,7 +12,9 @@ from typing import Literal, NamedTuple
 
 from tidali.errors import counted
 
-Kind = Literal["one class", "at chance", "diverging", "overfitting", "high loss", "statistics", "left out", "few images"]
+Kind = Literal[
+    "diverged", "one class", "at chance", "diverging", "overfitting", "high loss", "statistics", "left out", "few images"
+]
 
 MANY_TIMES = 3.0
 """A loss of so many times that of guessing is of a network that is wrong and sure of it."""
@@ -90,7 +92,9 @@ class Figures:
     def averages_lag(self) -> bool:
         """Training did far better than the averaged weights that are evaluated, which have had few steps to settle."""
         few = self.ema_decay > 0 and 0 < self.steps < SETTLED_STEPS
-        return few and bool(self.train_losses) and self.loss > 1.5 * max(self.train_losses[-1], self.guessing_loss)
+        if not few or not self.train_losses or self.train_loss_rose or self.train_losses[-1] > 2 * self.guessing_loss:
+            return False
+        return self.loss > 1.5 * max(self.train_losses[-1], self.guessing_loss)
 
 
 def judge(figures: Figures) -> list[Finding]:
@@ -99,6 +103,17 @@ def judge(figures: Figures) -> list[Finding]:
         advice = "Pack a source with a folder for each of several classes."
         return [Finding("one class", "every answer is right, so the accuracy says nothing", advice), *_few_images(figures)]
     return [finding for rule in _RULES for finding in rule(figures)]
+
+
+def diverged(what: str, step: int, lr: float) -> Finding:
+    """
+    Args:
+        what: is not finite: 'loss' or 'weights'.
+        step: at which it was seen.
+        lr: of the recipe.
+    """
+    text = f"the {what} {'are' if what == 'weights' else 'is'} not finite by step {step:,}"
+    return Finding("diverged", text, _lower_lr(lr))
 
 
 def shows_top5(classes: int | None) -> bool:
@@ -147,7 +162,7 @@ def _diverging(figures: Figures) -> list[Finding]:
     if not figures.train_loss_rose:
         return []
     text = f"the loss on train rose from {_lowest(figures.train_losses)} to {loss_text(figures.train_losses[-1])}"
-    return [Finding("diverging", text, f"Try --lr {figures.lr / 10:g}, or --set grad_clip_norm=1.")]
+    return [Finding("diverging", text, _lower_lr(figures.lr))]
 
 
 def _overfitting(figures: Figures) -> list[Finding]:
@@ -219,6 +234,10 @@ _RULES: tuple[Callable[[Figures], list[Finding]], ...] = (
     _left_out,
     _few_images,
 )
+
+
+def _lower_lr(lr: float) -> str:
+    return f"Try --lr {lr / 10:g}, or --set grad_clip_norm=1."
 
 
 def _rose(losses: Sequence[float]) -> bool:

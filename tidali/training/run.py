@@ -26,7 +26,7 @@ from tidali.loading.augment import draw_mix, mix_batch
 from tidali.training.averages import batch_norms, first_images, measure_statistics
 from tidali.training.engine import EpochResult, all_finite, evaluate, train_epoch
 from tidali.training.interrupt import StopRequest
-from tidali.training.judgement import loss_text
+from tidali.training.judgement import diverged, loss_text
 from tidali.training.metrics import JsonlLog, Meter, Score
 from tidali.training.resume import STATE_NAME, Progress, copy_state, load_state, saved_route
 from tidali.training.run_files import RunFiles
@@ -163,7 +163,7 @@ class Run:
 
             def on_step(waited_s: float) -> None:
                 score = self.meter.peek()
-                self.require(math.isfinite(score.loss_sum), "the loss is")
+                self.require(math.isfinite(score.loss_sum), "loss")
                 if self.steps is not None:
                     self.steps.update(self.state.step, self.state.schedule(self.state.step - 1), score)
                 if not bar.disable and score.samples:
@@ -187,14 +187,14 @@ class Run:
             batches = self.train_batches if self.dataset.copy is None else self.fetched_batches()
             trained = train_epoch(self.state, batches, self.meter, ranks=self.ranks, mix=self.mixer(), on_step=on_step)
         # On a GPU, on_step may not have seen the last steps' loss.
-        self.require(math.isfinite(trained.score.loss_sum), "the loss is")
+        self.require(math.isfinite(trained.score.loss_sum), "loss")
 
         self.setup.data.share_corrupt()
         if self.norm_images is not None:
             measure_statistics(self.state.evaluated, self.norm_images, self.plan, self.state.frozen)
         self.ranks.broadcast_buffers(self.state.evaluated)
         score = self.evaluate()
-        self.require(math.isfinite(score.loss_sum), "the loss is")
+        self.require(math.isfinite(score.loss_sum), "loss")
         is_best = progress.best is None or score.is_better(progress.best)
         if is_best:
             progress.best, progress.best_epoch = score, number
@@ -283,9 +283,13 @@ class Run:
         return [bool(flag) for flag in agreed]
 
     def require(self, finite: bool, what: str) -> None:
-        if not finite:
-            where = f"{what} not finite by step {self.state.step}; try a lower --lr"
-            raise TidaliError(f"{where}; the last state that was finite is {self.out / STATE_NAME}")
+        if finite:
+            return
+        step = self.state.step
+        if self.steps is not None:
+            self.steps.diverged(step, self.state.schedule(max(step - 1, 0)), what)
+        found = diverged(what, step, self.settings.recipe.lr)
+        raise TidaliError(f"{found.text}. {found.advice} The last state that was finite is {self.out / STATE_NAME}")
 
     def report_epoch(self, trained: EpochResult, score: Score, is_best: bool) -> None:
         """Keep the weights for the next save, append to metrics.jsonl, and print a line."""
@@ -319,8 +323,8 @@ class Run:
             position: this rank's in the data; by default that of its next batch.
             beside_training: write while training goes on.
         """
-        self.require(math.isfinite(self.meter.read().loss_sum), "the loss is")
-        self.require(all_finite(self.state.model), "the weights are")
+        self.require(math.isfinite(self.meter.read().loss_sum), "loss")
+        self.require(all_finite(self.state.model), "weights")
         loaders = self.ranks.gather(position or self.train_batches.state_dict())
         if self.ranks.is_main:
             progress = replace(self.progress, seconds=self.progress.seconds + self.watch.elapsed_s())

@@ -1,5 +1,5 @@
-"""All training runs below a folder: finished, running, stopped, damaged. Standard library only, so that a list of them is
-there at once."""
+"""All training runs below a folder: finished, running, stopped, diverged, damaged. Standard library only, so that a list of
+them is there at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from tidali.errors import TidaliError, UsageError
 from tidali.files import is_locked
-from tidali.training.history import Run, last_step, open_run
+from tidali.training.history import Run, open_run
 from tidali.training.judgement import Finding
 
-State = Literal["finished", "running", "stopped", "unreadable"]
+State = Literal["finished", "running", "stopped", "diverged", "unreadable"]
 
 _MAX_DEPTH = 4
 """A study's runs are in STUDY/runs/ROW, below a folder of studies."""
@@ -42,8 +42,11 @@ class Entry:
     """None where it cannot be read. Its epochs may be empty."""
     differs: Mapping[str, str]
     """The settings that most other runs on the same data do not have."""
-    step: Mapping[str, Any] | None = None
-    """The last line of steps.jsonl (`tidali.training.step_log`)."""
+
+    @property
+    def step(self) -> Mapping[str, Any] | None:
+        """The last line of steps.jsonl."""
+        return self.run.step if self.run is not None else None
 
     @property
     def data(self) -> str:
@@ -70,7 +73,7 @@ class Entry:
     @property
     def problems(self) -> list[str]:
         """The kinds of the findings, without those that qualify a result and do not spoil it."""
-        return [one.kind for one in self.findings if one.kind not in ("left out", "few images")]
+        return [one.kind for one in self.findings if one.kind not in ("left out", "few images", self.state)]
 
     def figure(self, which: Literal["best", "last"]) -> float | None:
         """Top-1 in percent."""
@@ -157,8 +160,9 @@ def _entry(folder: Path, root: Path) -> Entry | None:
             "config.json is damaged" if whole else "config.json is empty" if config.is_file() else "config.json is missing"
         )
         return Entry(name=name, folder=folder, begun_s=begun_s, state="unreadable", problem=problem, differs={})
-    state: State = "running" if is_running else "finished" if run.summary is not None else "stopped"
-    return Entry(name=name, folder=folder, begun_s=begun_s, state=state, run=run, differs={}, step=last_step(folder))
+    ended: State = "finished" if run.summary is not None else "stopped" if run.diverged is None else "diverged"
+    state: State = "running" if is_running else ended
+    return Entry(name=name, folder=folder, begun_s=begun_s, state=state, run=run, differs={})
 
 
 def _with_differences(entries: Sequence[Entry]) -> Iterator[Entry]:

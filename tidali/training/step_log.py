@@ -13,7 +13,8 @@ POINTS_AN_EPOCH = 50
 
 class StepLog:
     """Lines of steps.jsonl: ``step``; ``epoch``, the passes over the data so far; ``lr``; ``train_loss``, the mean since the
-    line before, of the main rank's images; ``images_per_s`` since then, over all ranks, with what compiling took.
+    line before, of the main rank's images; ``images_per_s`` since then, over all ranks, with what compiling took. A run that
+    ended as something was not finite has a last line with ``not_finite``, which says what, instead of the two.
 
     A file of its own, as a line of metrics.jsonl is an epoch for whoever reads it.
     """
@@ -52,3 +53,7 @@ class StepLog:
         if self._events is not None:
             self._events.write(step, **rates)
         self.begin_epoch(step, score)
+
+    def diverged(self, step: int, lr: float, what: str) -> None:
+        """Write the last line: a resume removes it with those of other steps that are done again."""
+        self._log.write(step=step, epoch=step / self._epoch_steps, lr=lr, not_finite=what)
