@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,10 +90,11 @@ def name_repeated(
 ) -> Iterator[str]:
     """A line for each repeated image, with all its places. ``shards``: split, contents, names of the samples in the source."""
     wanted = repeated.all
-    places: dict[int, list[str]] = {}
+    places: defaultdict[int, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for split, contents, names in shards:
         for digest, label, name in zip(contents.digests, contents.labels, names, strict=True):
             if digest in wanted:
                 class_ = "" if label == _NO_LABEL else f", class {class_ids[label]!r}"
-                places.setdefault(digest, []).append(f"{name!r} ({split}{class_})")
-    yield from sorted(f"the same image: {', '.join(sorted(found))}" for found in places.values())
+                places[digest][f"{split}{class_}"].append(repr(name))
+    named = (sorted(f"{', '.join(sorted(names))} ({place})" for place, names in found.items()) for found in places.values())
+    yield from sorted(f"the same image: {', '.join(one)}" for one in named)

@@ -55,7 +55,12 @@ def find_outliers(dataset: Dataset, split: str, progress: Callable[[int, int], N
             broken.append(place)
         progress(done, len(looked_at))
     light = {place: float(grid.mean()) for place, grid in colours.items()}
-    by_area = sorted(colours, key=lambda place: samples[place][1].height * samples[place][1].width)
+    area = {place: samples[place][1].height * samples[place][1].width for place in colours}
+    by_area = sorted(area, key=area.__getitem__)
+    sizes = [
+        ("smallest", [(samples[place], "") for place in by_area[:COLUMNS]]),
+        ("largest", [(samples[place], "") for place in by_area[: -COLUMNS - 1 : -1]]),
+    ]
     unusual = _unusual(samples, colours)
     by_light, by_distance = sorted(light, key=light.__getitem__), sorted(unusual, key=unusual.__getitem__, reverse=True)
     unreadable = {samples[place][1].crc32 for place in broken}
@@ -65,8 +70,7 @@ def find_outliers(dataset: Dataset, split: str, progress: Callable[[int, int], N
     chosen: list[tuple[str, list[tuple[Sample, str]]]] = [
         (f"byte for byte the same in {split} and another split", _first_of(across)),
         ("byte for byte the same", _first_of(within)),
-        ("smallest", [(samples[place], "") for place in by_area[:COLUMNS]]),
-        ("largest", [(samples[place], "") for place in by_area[: -COLUMNS - 1 : -1]]),
+        *(sizes if len(set(area.values())) > 1 else ()),
         ("darkest", [(samples[place], f"mean {light[place]:.0f} of 255") for place in by_light[:COLUMNS]]),
         (
             "most unusual colours for their class",
@@ -106,8 +110,13 @@ def _duplicates(dataset: Dataset, split: str) -> list[list[tuple[str, Sample]]]:
 
 
 def _first_of(groups: Sequence[Sequence[tuple[str, Sample]]]) -> list[tuple[Sample, str]]:
-    """The samples of the first groups, beside each other, as many as fill two rows."""
-    return [(sample, f"duplicate, {name}") for group in groups for name, sample in group][: 2 * COLUMNS]
+    """Of each group one for each of its splits and classes, or two, beside each other; as many as fill two rows."""
+    shown = []
+    for group in groups:
+        differing = {(name, sample[1].label): (name, sample) for name, sample in reversed(group)}
+        some = list(differing.values())[::-1] if len(differing) > 1 else group[:2]
+        shown += [(sample, f"one of {len(group)}, {name}") for name, sample in some]
+    return shown[: 2 * COLUMNS]
 
 
 def _unusual(samples: Sequence[Sample], colours: dict[int, np.ndarray]) -> dict[int, float]:

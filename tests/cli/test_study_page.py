@@ -192,7 +192,7 @@ def test_rows_that_were_not_run_say_why(study, read_page) -> None:
     assert page.unclosed == []
     rows = {cells[0].split()[-1]: cells for cells in page.tables[0][1:]}
     assert rows["3"][3] == "not run: needs ImageNet weights: give --imagenet-weights PATH"
-    assert rows["7"][3] == "66.50"
+    assert rows["7"][3] == "66.5"
     assert "Accuracy against resolution" not in page.text
     assert "What row 7 gets right and wrong" in page.text
 

@@ -83,6 +83,7 @@ def lines(root: Path) -> list[str]:
 
 def test_images_in_two_splits_or_classes_are_counted_and_listed(make: Any, tree: Tree, tmp_path: Path) -> None:
     tree["val/cat/1.jpg"] = tree["train/cat/1.jpg"]
+    tree["train/cat/9.jpg"] = tree["train/cat/1.jpg"]
     tree["val/dog/1.jpg"] = tree["train/cat/2.jpg"]
     tree["train/dog/7.jpg"] = tree["train/cat/0.jpg"]
     tree["train/dog/8.jpg"] = tree["train/dog/1.jpg"]  # in one class of one split: nothing to say
@@ -91,7 +92,7 @@ def test_images_in_two_splits_or_classes_are_counted_and_listed(make: Any, tree:
     assert "tidali verify" in warning
     assert lines(tmp_path / "data") == [
         "the same image: 'train/cat/0.jpg' (train, class 'cat'), 'train/dog/7.jpg' (train, class 'dog')",
-        "the same image: 'train/cat/1.jpg' (train, class 'cat'), 'val/cat/1.jpg' (val, class 'cat')",
+        "the same image: 'train/cat/1.jpg', 'train/cat/9.jpg' (train, class 'cat'), 'val/cat/1.jpg' (val, class 'cat')",
         "the same image: 'train/cat/2.jpg' (train, class 'cat'), 'val/dog/1.jpg' (val, class 'dog')",
     ]
     again = packed(make, tree, tmp_path, shard_samples=2)
