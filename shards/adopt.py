@@ -15,12 +15,11 @@ from shards.adopt_tar import AdoptTask, adopt_tar, beside, is_record
 from shards.executor import default_workers, in_task_order, run_tasks
 from shards.pack import PackReport, Progress, about_repeated, library_versions, publish_manifest, samples_done
 from shards.plan import plan_id
-from shards.record import build_manifest
+from shards.record import about_classes, build_manifest
 from shards.store import LocalStore
 from shards.tar_files import (
     Tar,
     TarSummary,
-    about_classes,
     find_tars,
     make_classes,
     refuse_faults,
@@ -219,4 +218,4 @@ def _check_losses(folder: Path, manifest: Manifest) -> list[str]:
             lost = [entry for entry in manifest.quarantine if entry.split == name]
             why = f": {lost[0].source!r} for this: {lost[0].reason}" if lost else ""
             raise TidaliError(f"{folder}: no usable image in the tars of {name}{why}")
-    return list(about_classes(str(folder), manifest.classes, manifest.splits["train"].class_counts))
+    return list(about_classes(manifest, str(folder)))

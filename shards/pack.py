@@ -17,7 +17,7 @@ from shards.describe import QUARANTINE
 from shards.duplicates import find_repeated
 from shards.executor import default_workers, in_task_order, run_tasks, start_early
 from shards.plan import PackSettings, Plan, make_plan
-from shards.record import build_manifest
+from shards.record import about_classes, build_manifest
 from shards.scan import Scan, Source
 from shards.store import Store, open_store
 from shards.write import ShardResult, finish_shard
@@ -101,7 +101,8 @@ def pack(
                 settings=plan.settings,
                 versions=library_versions(),
             )
-            warnings = (*scan.warnings, *_check_losses(store, manifest), *about_repeated(store, results))
+            about = (*_check_losses(store, manifest), *about_classes(manifest, store.location), *about_repeated(store, results))
+            warnings = (*scan.warnings, *about)
             publish_manifest(store, manifest)
     by_state = {state: tuple(r.summary.shard.name for r in results if r.state == state) for state in ("kept", "repaired")}
     return PackReport(

@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from tidali.dataset.contract import ClassName, Manifest, Quarantined, Shard, Split
+from tidali.errors import counted, some_of
 
 _SEAL = b',"checksum":"'
 _Channels = tuple[float, float, float]
@@ -136,6 +137,23 @@ def _total(counts: Any) -> dict[Any, int]:
     for count in counts:
         total.update(count)
     return dict(sorted(total.items()))
+
+
+def about_classes(manifest: Manifest, where: str) -> Iterator[str]:
+    """Warnings of classes without images: in train, or in val alone and not because none of theirs is usable."""
+    lost = {(entry.split, entry.label) for entry in manifest.quarantine}
+    counts = {name: split.class_counts for name, split in manifest.splits.items() if split.labelled}
+    for name in ("train", "val"):
+        without = [
+            class_.id
+            for label, class_ in enumerate(manifest.classes)
+            if name in counts
+            and not counts[name][label]
+            and (name, label) not in lost
+            and (name == "train" or counts["train"][label])
+        ]
+        if without:
+            yield f"{where}: {name} has no image of {counted(len(without), 'class')}: {some_of(without, 8)}"
 
 
 def mean_std(summaries: Sequence[ShardSummary]) -> tuple[_Channels, _Channels]:

@@ -18,7 +18,7 @@ from braceexpand import braceexpand
 from shards.tar_samples import Label, TarContents, read_tar
 from tidali.dataset.contract import ClassName
 from tidali.dataset.file_names import name_key, printable_path, shown, split_of, visible_name, walk
-from tidali.errors import UsageError, counted, some_of
+from tidali.errors import UsageError, counted
 
 _MOST_TARS = 1_000_000
 _SMALL_JOB_BYTES = 1 << 25
@@ -261,13 +261,6 @@ def _ids(where: str, texts: Iterable[str], names: Sequence[str] | None) -> list[
     if missing := [id_ for id_ in found if id_ not in set(names)]:
         raise UsageError(f"--class-names: has no {shown(missing[0])}, which is a label in {where}")
     return list(names)
-
-
-def about_classes(where: str, classes: Sequence[ClassName], train_counts: Sequence[int]) -> Iterator[str]:
-    """Warnings."""
-    without = [class_.id for class_, count in zip(classes, train_counts, strict=True) if not count]
-    if without:
-        yield f"{where}: train has no image of {len(without):,} classes: {some_of(without, 8)}"
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from shards.executor import default_workers, in_task_order, run_tasks
 from shards.items import Item, Items, ItemsBuilder
 from shards.scan import FileSource, Scan, Source, fingerprint
@@ -22,7 +20,6 @@ from shards.tar_files import (
     Labels,
     Tar,
     TarSummary,
-    about_classes,
     find_tars,
     is_pattern,
     make_classes,
@@ -94,7 +91,6 @@ class TarSource:
         for split, items in splits.items():
             if not len(items):
                 raise UsageError(f"{self.path}: the tars of {split} hold no images")
-        counts = np.bincount(splits["train"].labels, minlength=len(classes))
         return Scan(
             name=printable_path(os.path.realpath(root)).rpartition("/")[2],
             layout=LAYOUT,
@@ -103,7 +99,6 @@ class TarSource:
             left_out=sum((Counter(summary.left_out) for summary in summaries), Counter()),
             reader=TarReader(os.fsencode(root)),
             fingerprint=fingerprint(splits),
-            warnings=tuple(about_classes(str(self.path), classes, counts.tolist())),
         )
 
 

@@ -72,7 +72,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.write_bytes(content)
         sync(path.parent)
     except OSError as error:
-        raise TidaliError(f"{path}: cannot be written ({error.strerror}); the previous file is untouched") from None
+        kept = "; the previous file is untouched" if path.exists() else ""
+        raise TidaliError(f"{path}: cannot be written ({error.strerror}){kept}") from None
 
 
 @contextmanager

@@ -34,6 +34,8 @@ CASES = {
         (["eval", "{run}", "--data", "nowhere"], "nowhere: no dataset.json"),
         (["bench", "--data", "nowhere"], "nowhere: no dataset.json"),
         (["info", "nowhere"], "nowhere: no dataset.json"),
+        (["info", "{demo}", "--sheet", "sheet.jpg"], "--sheet sheet.jpg: give a file that ends in .png"),
+        (["train", "--resume", "nowhere"], "--resume: there is no file nowhere/config.json; 'tidali runs' lists the runs"),
         (["train", "--set", "accumulate=65"], "accumulate 65: at least 1, with two of 128 samples"),
         (["train", "--set", "train_sizes=64,16"], "train_sizes [64, 16]: at least 32 pixels"),
         (["train", "--set", "train_sizes=big"], "--set train_sizes=big"),

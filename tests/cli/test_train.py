@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tidali.dataset.contract import open_dataset
+from tidali.errors import TidaliError
 from tidali.hardware.device import plan_device
 
 FOLDER = {"config.json", "metrics.jsonl", "steps.jsonl", "summary.json"}
@@ -44,6 +45,21 @@ def test_demo_data_where_no_folder_can_be_made(tidali, tmp_path: Path, monkeypat
     assert line.startswith("tidali: data/demo: ")
     assert "(File exists)" in line
     assert "--data" in line
+
+
+def test_a_run_that_cannot_be_saved_leaves_nothing(
+    tidali, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise TidaliError("state.safetensors: cannot be written (No space left on device)")
+
+    monkeypatch.setattr("tidali.training.run.copy_state", full)
+    ended = tidali("train", "--data", demo_data, "--res", "32", "--device", "cpu", "--out", tmp_path / "run")
+    assert (ended.code, ended.stderr.splitlines()[-1]) == (
+        1,
+        "tidali: state.safetensors: cannot be written (No space left on device)",
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_folder(trained, demo_data: Path) -> None:

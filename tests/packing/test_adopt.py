@@ -20,6 +20,7 @@ import pytest
 from shards import adopt_tar
 from shards.adopt import AdoptSettings, adopt
 from shards.pack import pack
+from shards.scan import FileSource
 from shards.store import local_copy
 from shards.tar_source import TarSource
 from shards.verify import verify
@@ -129,6 +130,15 @@ def test_an_unlabelled_test_and_classes_that_do_not_occur(make: Any, tmp_path: P
     assert not report.manifest.splits["test"].labelled
     assert [label for _, label in pairs_of(tmp_path / "tars", "test")] == [None, None]
     assert not verify(tmp_path / "tars").faults
+
+
+def test_a_class_without_images_in_val_is_named(make: Any, tmp_path: Path) -> None:
+    tree = {f"{split}/{class_}/{n}.jpg": make.jpeg(n) for split in ("train", "val") for class_ in "abc" for n in range(2)}
+    kept = {name: b"damaged" if "val/c" in name else data for name, data in tree.items() if "val/b" not in name}
+    report = pack(FileSource(make.folder(kept, tmp_path / "source")), tmp_path / "packed", workers=1)
+    of_c, of_b, *_ = report.warnings
+    assert "no usable image in class 'c' of val" in of_c
+    assert of_b == f"{tmp_path / 'packed'}: val has no image of 1 class: b"
 
 
 def test_images_that_not_every_decoder_reads_are_left_out(make: Any, contents: Any, tmp_path: Path) -> None:

@@ -16,7 +16,15 @@ import torchvision
 from tidali.dataset.contract import ClassName
 from tidali.errors import TidaliError, UsageError
 from tidali.files import write_atomically
-from tidali.model.checkpoint import ModelCard, find_checkpoint, load_checkpoint, load_model, save_checkpoint
+from tidali.model.checkpoint import (
+    ModelCard,
+    find_checkpoint,
+    load_checkpoint,
+    load_model,
+    read_safetensors,
+    save_checkpoint,
+    write_safetensors,
+)
 from tidali.model.resnet import build_resnet18
 
 CARD = ModelCard(
@@ -123,6 +131,21 @@ def test_damaged_checkpoint_is_one_line(saved, tmp_path: Path, damage, complaint
     with pytest.raises(UsageError, match=rf"^\S+x\.safetensors: .*{complaint}") as refused:
         load_model(path)
     assert "\n" not in str(refused.value)
+
+
+def test_a_changed_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = {"a": torch.randn(3, 5), "b": torch.tensor(7), "c": torch.randn(4, dtype=torch.bfloat16), "d": torch.zeros(0)}
+    write_safetensors(path, tensors, {"tidali": "{}"})
+    good = path.read_bytes()
+    assert read_safetensors(path)[0].keys() == tensors.keys()
+    for position in range(8 + int.from_bytes(good[:8], "little"), len(good)):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 4]) + good[position + 1 :])
+        with pytest.raises(UsageError, match=r"x\.safetensors: damaged"):
+            read_safetensors(path)
+    path.write_bytes(good.replace(b'"{}"', b'"{ "'))
+    with pytest.raises(UsageError, match=r"x\.safetensors: damaged"):
+        read_safetensors(path)
 
 
 @pytest.mark.parametrize("failing", ["write", "fsync", "replace"])

@@ -250,7 +250,7 @@ def info(
     if sheet is not None:
         from tidali.cli.sheet import before_and_after, odd_samples, random_samples, write_sheet
 
-        output_file(sheet, "--sheet")
+        output_file(sheet, "--sheet", (".png",))
         dataset = open_data(data)
         if outliers:
             sections = odd_samples(dataset, split)

@@ -7,6 +7,7 @@ import inspect
 import io
 import os
 import re
+import signal
 import sys
 import traceback
 from typing import Annotated
@@ -101,6 +102,8 @@ def main() -> None:
         if isinstance(error, Interrupted) and not console.is_main_rank():
             sys.exit(error.exit_code)  # every rank stopped for the same reason; the main rank prints it
         sys.exit(_fail(str(error), error.exit_code))
+    except KeyboardInterrupt:  # before the command began
+        sys.exit(_fail("interrupted", 128 + signal.SIGINT))
     except BrokenPipeError:  # the reader of our output has exited, as in `tidali info DATA | head`
         _discard_output()
         sys.exit(1)

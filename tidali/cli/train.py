@@ -234,6 +234,9 @@ def _saved_settings(path: Path, option: str) -> TrainSettings:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = "'tidali runs' lists the runs" if option == "resume" else "each run folder has a config.json"
+        raise UsageError(f"--{option}: there is no file {path}; {known}") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"--{option}: {path} cannot be read as the settings of a run ({error})") from None
     return TrainSettings.from_dict(document, str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,8 @@ EVAL_BATCH_SIZE = 256
 METADATA_KEY = "tidali"  # safetensors metadata maps strings to strings: under this key, a JSON document
 STATE_KEY = "tidali-state"
 """In place of `METADATA_KEY` in the state of a run (`tidali.training.resume`)."""
+CHECKSUM_KEY = "tidali-crc32"
+"""safetensors itself has no checksum."""
 _METADATA_VERSION = 2
 """1: before `ModelCard.arch`, always ResNet-18's."""
 
@@ -83,7 +86,7 @@ def save_checkpoint(path: Path, weights: nn.Module | Mapping[str, Tensor], card:
     """
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(state, metadata={METADATA_KEY: json.dumps(asdict(card))}))
+    write_safetensors(path, state, {METADATA_KEY: json.dumps(asdict(card))})
 
 
 def find_checkpoint(given: str) -> Path:
@@ -205,14 +208,36 @@ def check_classes(card: ModelCard, dataset: Dataset, given: str) -> None:
             )
 
 
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write contiguous tensors on the CPU, and metadata with a checksum of all; the file appears whole or not at all.
+
+    Raises:
+        TidaliError: it cannot be written; a file that was at `path` before is unchanged.
+    """
+    write_atomically(path, save(dict(tensors), metadata={**metadata, CHECKSUM_KEY: _checksum(tensors, metadata)}))
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file.
 
     Raises:
-        UsageError: it cannot be read, or is not a safetensors file.
+        UsageError: it cannot be read, or is not a safetensors file, or its content is not what tidali wrote.
     """
     with _open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    checksum = metadata.pop(CHECKSUM_KEY, None)  # other programs' files and those of earlier versions have none
+    if checksum not in (None, _checksum(tensors, metadata)):
+        raise UsageError(f"{path}: damaged, or changed by another program (its CRC-32 is another); copy it or train again")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The CRC-32 of names, types, shapes, bytes and metadata."""
+    crc = zlib.crc32(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def read_metadata(path: Path) -> dict[str, str]:

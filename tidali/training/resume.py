@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from tidali.config import CacheChoice, TrainSettings
 from tidali.console import warn
 from tidali.errors import UsageError, first_line
-from tidali.files import write_atomically
-from tidali.model.checkpoint import STATE_KEY, SUFFIX, ModelCard, read_metadata, read_safetensors
+from tidali.model.checkpoint import STATE_KEY, SUFFIX, ModelCard, read_metadata, read_safetensors, write_safetensors
 from tidali.training.engine import TrainState
 from tidali.training.metrics import Meter, Score
 
@@ -92,7 +90,7 @@ def write_state(path: Path, state: SavedState) -> None:
     Raises:
         TidaliError: it cannot be written; the previous state is still there.
     """
-    write_atomically(path, save(dict(state.tensors), metadata={STATE_KEY: state.document}))
+    write_safetensors(path, state.tensors, {STATE_KEY: state.document})
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -102,7 +100,7 @@ def read_document(path: Path) -> dict[str, Any]:
         UsageError: no state, or it cannot be read.
     """
     if not path.is_file():
-        raise UsageError(f"--resume {path.parent}: holds no {STATE_NAME}, so there is nothing to resume")
+        raise UsageError(f"--resume {path.parent}: holds no {STATE_NAME}, so nothing can be resumed; remove it and train again")
     try:
         document = json.loads(read_metadata(path)[STATE_KEY])
         version = document["version"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shutil
 import signal
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -147,7 +148,12 @@ class Run:
             for note in (*notes, *([f"resumed at step {self.state.step}"] if resume else ())):
                 say(note)
         if not resume:
-            self.save_state()
+            try:
+                self.save_state()
+            except TidaliError:
+                if self.ranks.is_main:
+                    shutil.rmtree(self.out, ignore_errors=True)  # it was made above: a run that cannot be saved leaves nothing
+                raise
         self.agreed_at, self.agree_at, self.since_agreed = self.state.step, self.state.step + 1, Stopwatch()
 
     def epoch(self) -> None:
