@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import TypeVar
 
 from tidali.errors import TidaliError
@@ -65,8 +65,13 @@ def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     if sys.version_info >= (3, 11):  # an earlier one would import from the current folder, see `own_import_path`
         context.set_forkserver_preload(["shards.write"])
-    with own_import_path():
-        forkserver.ensure_running()
+    resource_tracker.ensure_running()  # it unblocks signals, so it has to be there before they are blocked
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # else Ctrl-C while the server imports is a traceback
+    try:
+        with own_import_path():
+            forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return context
 
 
@@ -91,8 +96,8 @@ def _run_in_pool(job: Callable[[T], R], tasks: Sequence[T], workers: int) -> Ite
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and exit when it dies, for whatever reason: an orphan would wait for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Exit when the parent dies, for whatever reason: an orphan would wait for work for ever. Ctrl-C is left to the parent: the
+    server's children inherit that it is blocked."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
