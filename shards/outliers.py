@@ -65,8 +65,7 @@ def find_outliers(dataset: Dataset, split: str, progress: Callable[[int, int], N
     by_light, by_distance = sorted(light, key=light.__getitem__), sorted(unusual, key=unusual.__getitem__, reverse=True)
     unreadable = {samples[place][1].crc32 for place in broken}
     groups = [group for group in _duplicates(dataset, split) if group[0][1][1].crc32 not in unreadable]
-    across = [group for group in groups if len({name for name, _ in group}) > 1]
-    within = [group for group in groups if group not in across]
+    across, within = ([group for group in groups if (len({name for name, _ in group}) > 1) == many] for many in (True, False))
     chosen: list[tuple[str, list[tuple[Sample, str]]]] = [
         (f"byte for byte the same in {split} and another split", _first_of(across)),
         ("byte for byte the same", _first_of(within)),
