@@ -167,9 +167,15 @@ def _bars(ax: Axes, rows: Sequence[Mapping[str, Any]], *, in_page: bool) -> None
         ax.text(1.01, place, text, transform=ax.get_yaxis_transform(), va="center")  # beside the axes
     ax.set_yticks(range(len(rows)), [row["case"] for row in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.xaxis.set_major_formatter(lambda rate, _: f"{rate:,.9g}")
+    ax.xaxis.set_major_formatter(lambda rate, _: _short(rate))
     ax.set_xlabel(f"images/s{', logarithmic' if logarithmic else ''}")
     ax.grid(visible=False, axis="y")
+
+
+def _short(rate: float) -> str:
+    """'100k' and '2.5M', for an axis that has no room for all the zeros."""
+    divisor, unit = next(((size, unit) for size, unit in ((1e6, "M"), (1e3, "k")) if rate >= size), (1, ""))
+    return f"{rate / divisor:,.9g}{unit}"
 
 
 def _curves(ax: Axes, rows: Sequence[Mapping[str, Any]], quantity: str) -> None:

@@ -159,7 +159,9 @@ def recipe_table() -> str:
 
 
 def _shown(value: Any) -> str:
-    return "`null`" if value is None else f"`{list(value) if isinstance(value, tuple) else str(value).lower()}`"
+    if isinstance(value, tuple):
+        return f"`{[round(one, 4) for one in value]}`"
+    return "`null`" if value is None else f"`{str(value).lower()}`"
 
 
 def _describe(docstring: str) -> str:

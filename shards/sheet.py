@@ -12,7 +12,9 @@ from tidali.images.stored import stored_image
 
 COLUMNS = 8
 SHEET_IMAGES = 6 * COLUMNS
-_CELL_PX, _LINE_PX, _GAP_PX = 128, 14, 6
+_CELL_PX, _LINE_PX, _GAP_PX = 128, 16, 6
+_FONT_PX = 12
+"""PIL's built-in font leaves no room between words in smaller sizes."""
 
 
 class Cell(NamedTuple):
@@ -54,7 +56,7 @@ def stored_cell(dataset: Dataset, shard: Shard, record: SampleRecord) -> Cell:
 
 def draw_sheet(sections: Sequence[Section]) -> Image.Image:
     """An RGB image. Each cell's image is enlarged or reduced to fit."""
-    font = ImageFont.load_default()
+    font = ImageFont.load_default(_FONT_PX)
     heights = [max((len(cell.lines) for cell in section.cells), default=0) for section in sections]  # of captions, in lines
     steps_y = [_CELL_PX + lines * _LINE_PX + _GAP_PX for lines in heights]
     rows = [-(-len(section.cells) // COLUMNS) for section in sections]
@@ -73,10 +75,11 @@ def draw_sheet(sections: Sequence[Section]) -> Image.Image:
             image = ImageOps.contain(cell.image, (_CELL_PX, _CELL_PX))
             sheet.paste(image, (left + (_CELL_PX - image.width) // 2, top + (_CELL_PX - image.height) // 2))
             for number, line in enumerate(cell.lines):
-                text = _ascii(line)
-                while len(text) > 1 and draw.textlength(text, font) > _CELL_PX:
+                text = shown = _ascii(line)
+                while len(text) > 1 and draw.textlength(shown, font) > _CELL_PX:
                     text = text[:-1]
-                draw.text((left, top + _CELL_PX + number * _LINE_PX), text, "black" if number == 0 else "#555555", font)
+                    shown = f"{text}..."
+                draw.text((left, top + _CELL_PX + number * _LINE_PX), shown, "black" if number == 0 else "#555555", font)
         y += count * step_y
     return sheet
 

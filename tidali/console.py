@@ -258,7 +258,8 @@ def table_lines(
     for number, (chosen, widths) in enumerate(_tables(columns, cells, width)):
         aligned = [place in left_columns for place in chosen]
         out += [("", None)] if number else []
-        out += [(line, "bold") for line in _row_lines([columns[place] for place in chosen], widths, aligned)]
+        headings = [columns[place] for place in chosen]
+        out += [(line, "bold") for line in _row_lines(headings, widths, aligned) if any(headings)]
         out.append(("─" * _total(widths), None))
         for row in cells:
             out += [(line, None) for line in _row_lines([row[place] for place in chosen], widths, aligned)]

@@ -169,6 +169,17 @@ def test_the_site_builds_and_asks_for_nothing(site: Path) -> None:
         assert [address for address in loaded if re.match(r"(https?:)?//", address)] == [], page
 
 
+def test_output_scrolls_and_commands_are_copied_as_they_are(site: Path) -> None:
+    """A table's columns stay below each other, and the words of a command are whole."""
+    hour = (site / "first-hour" / "index.html").read_text()
+    scrolled = re.findall(r'<div class="[^"]*\boutput\b[^"]*">.*?</div>', hour, re.DOTALL)
+    assert len(scrolled) == (DOCS / "first-hour.md").read_text().count("<!-- output -->") > 0
+    assert "split  samples  shards" in scrolled[0]
+    tutorial = (site / "tutorial" / "index.html").read_text()
+    assert '<span class="whole">--val-fraction</span> 0.2' in tutorial
+    assert "34&nbsp;%" in (site / "results" / "index.html").read_text()
+
+
 def test_axe_finds_nothing_serious_in_the_site(site: Path, serious_findings) -> None:
     assert serious_findings(site, [site / "index.html", site / "recipes" / "index.html"]) == []
 

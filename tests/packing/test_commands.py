@@ -211,7 +211,7 @@ def test_contact_sheet(tidali: Any, packed: Path, tmp_path: Path) -> None:
         assert tidali("info", packed, "--sheet", tmp_path / f"{name}.png").code == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as sheet:
-        assert sheet.size == (8 * 134 + 6, 20 + 6 * 162 + 6)
+        assert sheet.size == (8 * 134 + 6, 22 + 6 * 166 + 6)
         assert len(sheet.convert("RGB").getcolors(1 << 24) or []) > 1000
     few = tidali("info", packed, "--sheet", tmp_path / "val.png", "--split", "test")
     assert few.code == 0
@@ -247,7 +247,7 @@ def test_contact_sheet_of_what_the_network_sees(tidali: Any, packed: Path, tmp_p
             return image.convert("RGB")
 
     plain = sheet("plain", "--set", "augment.flip=none")
-    assert plain.size == (8 * 134 + 6, 20 + 6 * 162 + 6)
+    assert plain.size == (8 * 134 + 6, 22 + 6 * 166 + 6)
     assert plain == sheet("again", "--set", "augment.flip=none")
     for number, change in enumerate(["augment.flip=random", "augment.erase=1", "augment.mixup_alpha=1"]):
         assert sheet(str(number), "--set", "augment.flip=none", "--set", change) != plain
@@ -266,7 +266,7 @@ def test_contact_sheet_of_what_the_network_sees(tidali: Any, packed: Path, tmp_p
 
 def cell(sheet: Image.Image, number: int) -> Image.Image:
     """The picture of one cell, without its caption."""
-    left, top = 6 + number % 8 * 134, 26 + number // 8 * 162
+    left, top = 6 + number % 8 * 134, 28 + number // 8 * 166
     return sheet.crop((left, top, left + 128, top + 128))
 
 

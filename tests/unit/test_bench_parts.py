@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import re
 import subprocess
@@ -347,6 +348,17 @@ def test_bars_and_curves_show_the_figures() -> None:
     assert texts[0] == "100, 25 % of memory copy"
     assert texts[-1].startswith("not run: it has no wheel")
     assert list(curves.lines[0].get_ydata()) == [1, 2, 4]
+
+
+def test_labels_of_a_logarithmic_axis_do_not_touch() -> None:
+    """Of 10,000 to 100,000,000, as a GPU's cache has beside its decoding."""
+    (axes,) = plot.draw(document(15_000, 90_000_000)).axes
+    axes.figure.draw_without_rendering()
+    low, high = axes.get_xlim()
+    labels = [text for text in axes.get_xticklabels() if low <= text.get_position()[0] <= high]
+    assert [text.get_text() for text in labels] == ["10k", "100k", "1M", "10M", "100M"]
+    boxes = [text.get_window_extent().intervalx for text in labels]
+    assert all(left[1] < right[0] for left, right in itertools.pairwise(boxes))
 
 
 def test_bars_where_the_axis_is_linear_and_no_spread_of_one_repeat() -> None:

@@ -20,7 +20,9 @@ from tidali.errors import TidaliError, UsageError
 from tidali.report import class_figures, figures
 from tidali.report.drawing import COLOURS, inline_svg, legend_entries, save_figure, series_colour, theme_css
 from tidali.report.figures import Evaluated
+from tidali.report.run_report import notes_of, why_far_off
 from tidali.training.history import Run
+from tidali.training.judgement import Finding
 from tidali.training.predictions import ClassAccuracy
 
 NASTY = '_<b>&"$x^$'
@@ -160,6 +162,12 @@ def test_the_line_of_chance_is_inside_the_figure() -> None:
     assert axes.get_ylim()[0] < 2
 
 
+def test_the_highest_throughput_is_below_the_top_of_its_figure() -> None:
+    (axes,) = figures.by_epoch(figures.throughput, RUNS).axes
+    assert axes.get_ylim()[0] == 0
+    assert axes.get_ylim()[1] > 1.04 * 102  # a marker is 3 % of the height
+
+
 def test_points_show_their_values_under_the_mouse() -> None:
     svg = inline_svg(DRAWN["accuracy"](), "x")
     titles = [title.text for title in ElementTree.fromstring(svg).iter("title")]
@@ -238,3 +246,37 @@ def test_paths_that_cannot_be_written_are_refused_before_work(given: str, tmp_pa
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(TidaliError, match="cannot be written"):
         save_figure(DRAWN["waiting"](), tmp_path / "gone" / "x.png")
+
+
+def test_what_is_said_of_every_run_is_said_once(monkeypatch) -> None:
+    few, high = Finding("few images", "48 of val", "Hold out more."), Finding("high loss", "of 80", "Try --lr 4.")
+    found = {"a": [few], "b": [few, high]}
+    monkeypatch.setattr(Run, "findings", property(lambda run: found[run.name]))
+    notes = notes_of([make_run("a", [10]), make_run("b", [20])])
+    assert [note for note in notes if "images: " in note or "loss: " in note] == [
+        "few images: 48 of val. Hold out more.",
+        "b: high loss: of 80. Try --lr 4.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "findings", "said"),
+    [
+        (
+            {"norm_images": "256", "ema_decay": "0.999"},
+            [],
+            "uses the moving average of the weights (ema_decay): behind",
+        ),
+        ({"norm_images": "0", "ema_decay": "0"}, [], "Evaluation uses batch norm's running statistics: behind"),
+        ({"norm_images": "256", "ema_decay": "0"}, [], ""),  # nothing in it lags
+        ({"norm_images": "0", "ema_decay": "0"}, [Finding("diverging", "from 1 to 80", "Try --lr 4.")], ""),
+    ],
+)
+def test_an_evaluated_loss_far_above_that_of_training_is_explained_by_what_lags(
+    settings: dict[str, str], findings: list[Finding], said: str, monkeypatch
+) -> None:
+    run = make_run("a", [10, 30])
+    run = replace(run, settings=settings, epochs=({**run.epochs[0], "val_loss": 80.0}, run.epochs[1]))
+    monkeypatch.setattr(Run, "findings", findings)
+    assert said in why_far_off([run])
+    assert bool(said) == bool(why_far_off([run]))

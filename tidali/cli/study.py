@@ -67,7 +67,7 @@ def study(
         cache=cache,
     )
     document = run_study(settings, open_data(data), command=shlex.join(["tidali", *sys.argv[1:]]))
-    print_table(settings.out, COLUMNS, [cells(row, short=True) for row in document["rows"]])
+    print_table(settings.out, COLUMNS, [cells(row, short=True) for row in document["rows"]], left=2)
     for finding in findings(document):
         show(finding)
     for note in (measured_on(document), *notes(document), *rows_not_run(document)):

@@ -114,7 +114,7 @@ def throughput(axes: Axes, runs: Sequence[Run]) -> None:
     for place, run in enumerate(runs):
         _line(axes, run, "images_per_s", place)
     _label_epochs(axes, runs, "images/s in training")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # room for the marker of the highest
 
 
 def waiting(axes: Axes, runs: Sequence[Run]) -> None:

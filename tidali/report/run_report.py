@@ -29,6 +29,7 @@ from tidali.training.judgement import loss_text, shows_top5
 from tidali.training.uncertainty import standard_error_percent, with_error
 
 _PERCENT = "\N{NO-BREAK SPACE}%"
+_DIVERGED = {"diverged", "diverging"}
 _FAR_OFF = 4
 """An evaluated loss this many times that of training is explained."""
 
@@ -46,7 +47,7 @@ def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> 
         TidaliError, UsageError: ``data`` was given and cannot be used, or the page cannot be written.
     """
     runs = [replace(run, name=label) for run, label in zip(runs, labels(runs), strict=True)]
-    insights, notes = [], _notes(runs)
+    insights, notes = [], notes_of(runs)
     for run in runs:
         try:
             insights.append((run, _insight(run, data)))
@@ -77,7 +78,7 @@ def write_report(runs: Sequence[Run], out: Path, *, data: str | None = None) -> 
         accuracy=drawn(by_epoch(partial(accuracy, chance_percent=chance_percent), runs), "top-1 by epoch"),
         chance_note="dotted: what guessing reaches" if chance_percent else "",
         logarithmic=loss_is_logarithmic(runs),
-        far_off=_why_far_off(runs),
+        far_off=why_far_off(runs),
         loss=drawn(by_epoch(loss, runs), "cross entropy by epoch"),
         throughput=drawn(by_epoch(throughput, runs), "images per second by epoch"),
         waiting=drawn(by_epoch(waiting, runs), "percentage of the time spent waiting for data, by epoch"),
@@ -104,14 +105,19 @@ def _insight(run: Run, data: str | None) -> Insight:
     return inspect_checkpoint(str(weights), dataset, EvalOptions(split=run.split))
 
 
-def _notes(runs: Sequence[Run]) -> list[str]:
+def notes_of(runs: Sequence[Run]) -> list[str]:
     """What a reader must know to understand the figures."""
     notes = [
         f"{run.name}: not finished, {len(run.epochs)} of {run.settings.get('epochs', '?')} epochs."
         for run in runs
         if run.summary is None
     ]
-    notes += [f"{run.name}: {finding}" if len(runs) > 1 else str(finding) for run in runs for finding in run.findings]
+    found: dict[str, list[str]] = {}  # to the names of the runs that have them
+    for run in runs:
+        for finding in run.findings:
+            found.setdefault(str(finding), []).append(run.name)
+    for text, names in found.items():
+        notes.append(f"{', '.join(names)}: {text}" if len(names) < len(runs) else text)
     if any(run.split == "val" for run in runs):
         notes.append(BEST_IS_BIASED)
     notes.append("± is one standard error: how far an accuracy counted on so many samples is usually from the true one.")
@@ -157,16 +163,19 @@ def _epochs(run: Run) -> dict[str, Any]:
     return {"columns": ["epoch", *fields], "rows": rows}
 
 
-def _why_far_off(runs: Sequence[Run]) -> str:
+def why_far_off(runs: Sequence[Run]) -> str:
     """An explanation of evaluated losses that begin far above those of training; empty if none does."""
-    found = [run for run in runs if _starts_far_off(run) and run.diverged is None]
-    if not found:
+    found = [run for run in runs if _starts_far_off(run) and not _DIVERGED & {finding.kind for finding in run.findings}]
+    lagging = []
+    if any(run.settings.get("norm_images", "0") == "0" for run in found):
+        lagging.append("batch norm's running statistics")
+    if any(run.settings.get("ema_decay", "0") != "0" for run in found):
+        lagging.append("the moving average of the weights (ema_decay)")
+    if not lagging:
         return ""
-    averaged = any(run.settings.get("ema_decay", "0") != "0" for run in found)
-    what = " and the moving average of the weights (ema_decay), which lag" if averaged else ", which lag"
     return (
-        "In the first epochs the evaluated loss is many times that of training. Evaluation uses batch norm's running statistics"
-        f"{what} behind weights that change fast."
+        "In the first epochs the evaluated loss is many times that of training. Evaluation uses "
+        f"{' and '.join(lagging)}: behind weights that change fast."
     )
 
 
