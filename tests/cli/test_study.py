@@ -16,7 +16,7 @@ from tidali.dataset.contract import Dataset, open_dataset
 from tidali.recipes import make_recipe
 from tidali.study import rows as rows_module
 from tidali.study import run as study_module
-from tidali.study.rows import ROWS, needed_by, scaled
+from tidali.study.rows import ROWS, Row, needed_by, scaled
 from tidali.study.run import Study, StudySettings
 from tidali.study.table import cells, describe, markdown
 
@@ -194,6 +194,28 @@ def test_without_imagenet_weights_the_rows_that_need_them_are_shown_as_not_run(
     assert fifth["reason"] == "starts from row 3, which was not run"
     assert ended.stdout.count("not run") == 2
     assert not (out / "runs" / "3-seed0").exists()
+
+
+@pytest.mark.slow
+def test_a_row_that_diverges_is_recorded_and_the_others_are_run(
+    tidali, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_batches: None
+) -> None:
+    first = rows_module.ROWS[0]
+    assert first.recipe is not None
+    wild = replace(first, recipe=replace(first.recipe, lr=1e30))
+    again = Row(name="1@64", title="row 1's weights, which there are not", start="1")
+    monkeypatch.setattr(rows_module, "ROWS", (wild, again, replace(first, name="mild")))
+    out = tmp_path / "study"
+    ended = tidali("study", "--data", data, "--epochs-scale", 0.2, "--device", "cpu", "--out", out)
+    assert ended.code == 1
+    assert "1 row of the study diverged: 1" in ended.stderr
+    diverged, evaluated, mild = json.loads((out / "study.json").read_text())["rows"]
+    assert (diverged["status"], evaluated["status"], mild["status"]) == ("diverged", "not run", "done")
+    assert "not finite by step" in diverged["reason"]
+    assert evaluated["reason"] == "starts from row 1, which diverged"
+    assert mild["top1_percent"]["last"]["mean"] >= 0
+    assert "Row 1 diverged: the " in (out / "study.md").read_text()
+    assert "diverged: the " in (out / "study.html").read_text()
 
 
 @pytest.mark.parametrize(

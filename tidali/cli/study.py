@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from tidali.cli.options import AmpOption, ArchOption, CacheOption, CompileOption, DataOption, DeviceOption
-from tidali.errors import UsageError
+from tidali.errors import TidaliError, UsageError, counted
 
 
 def study(
@@ -51,7 +51,7 @@ def study(
     from tidali.console import print_table, say, show, suggest
     from tidali.dataset.source import open_data
     from tidali.study.run import StudySettings, run_study
-    from tidali.study.table import COLUMNS, cells, findings, measured_on, notes, rows_not_run
+    from tidali.study.table import COLUMNS, cells, findings, measured_on, notes, rows_without_result
 
     settings = StudySettings(
         data=data,
@@ -70,10 +70,12 @@ def study(
     print_table(settings.out, COLUMNS, [cells(row, short=True) for row in document["rows"]], left=2)
     for finding in findings(document):
         show(finding)
-    for note in (measured_on(document), *notes(document), *rows_not_run(document)):
+    for note in (measured_on(document), *notes(document), *rows_without_result(document)):
         say(note)
-    say(f"{Path(settings.out) / 'study.html'}: learning curves and pictures")
     runs = [Path(settings.out) / row["runs"][0]["folder"] for row in document["rows"] if row["runs"]]
     if runs:
+        say(f"{Path(settings.out) / 'study.html'}: learning curves and pictures")
         page = Path(settings.out) / "report.html"
         suggest("the rows side by side, with the accuracy of every class", "tidali", "report", *runs, "-o", page)
+    if diverged := [row["row"] for row in document["rows"] if row["status"] == "diverged"]:
+        raise TidaliError(f"{counted(len(diverged), 'row')} of the study diverged: {', '.join(diverged)}")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tidali.config import AmpChoice, Arch, CacheChoice, CompileChoice, DeviceChoice, Recipe, Stem, TrainSettings
-from tidali.console import say
+from tidali.console import say, warn
 from tidali.dataset.contract import Dataset
 from tidali.errors import TidaliError, UsageError
 from tidali.files import file_digest, write_atomically
@@ -35,7 +35,7 @@ from tidali.study.page import write_study_page
 from tidali.study.rows import IMAGENET, ROWS, Row, needed_by, scaled
 from tidali.study.table import describe, markdown
 from tidali.training.evaluation import EvalOptions, evaluate_checkpoint, evaluate_served
-from tidali.training.history import read_runs
+from tidali.training.history import open_run, read_runs
 from tidali.training.resume import STATE_NAME
 from tidali.training.run import train
 from tidali.training.run_folder import write_json
@@ -104,6 +104,10 @@ def run_study(settings: StudySettings, dataset: Dataset, *, command: str) -> dic
     return document
 
 
+class RowDiverged(TidaliError):
+    """A row's training had a loss or weights that were not finite. The other rows have nothing to do with it."""
+
+
 class Study:
     """A study in progress."""
 
@@ -117,7 +121,7 @@ class Study:
         self.why_no_weights = ""
         if any(row.start == IMAGENET for row in needed_by(settings.rows)):
             self.find_weights()
-        self.not_run: set[str] = set()
+        self.without_result: dict[str, str] = {}  # name of a row -> what became of it
 
     def find_weights(self) -> None:
         """Find the ImageNet weights before any row is trained. Without them, the rows that need them are not run."""
@@ -181,18 +185,22 @@ class Study:
             "runs": [],
         }
         if entry["reason"] is not None:
-            self.not_run.add(row.name)
+            self.without_result[row.name] = "was not run"
             return entry
         say(f"row {row.name}: {row.title}")
-        entry["status"] = "done"
-        return {**entry, **(self.trained(row, recipe) if recipe is not None else self.evaluated(row))}
+        try:
+            return {**entry, "status": "done", **(self.trained(row, recipe) if recipe is not None else self.evaluated(row))}
+        except RowDiverged as error:
+            warn(f"row {row.name} diverged: {error}")
+            self.without_result[row.name] = "diverged"
+            return {**entry, "status": "diverged", "reason": str(error)}
 
     def why_not_run(self, row: Row) -> str | None:
         """Why a row cannot be run; None if it can."""
         if row.start == IMAGENET and self.weights is None:
             return self.why_no_weights
-        if row.start in self.not_run:
-            return f"starts from row {row.start}, which was not run"
+        if row.start in self.without_result:
+            return f"starts from row {row.start}, which {self.without_result[row.start]}"
         if row.served and self.dataset.split(self.split).single_image_size is None:
             return "the images have several sizes, but a network with the resize inside takes one"
         return None
@@ -294,7 +302,13 @@ class Study:
         if summary.exists():
             say(f"row {row.name}, seed {seed}: kept, finished before ({folder})")
         else:
-            train(wanted, self.dataset, resume=folder.exists())
+            try:
+                train(wanted, self.dataset, resume=folder.exists())
+            except TidaliError as error:
+                found = open_run(folder, folder.name).diverged if (folder / "config.json").exists() else None
+                if found is None or not str(error).startswith(found.text):  # the folder may say so of an earlier attempt
+                    raise
+                raise RowDiverged(str(error)) from None
         return dict(json.loads(summary.read_text(encoding="utf-8")))
 
     def measured(self, checkpoint: Path, res: int, served: bool = False) -> float:

@@ -66,7 +66,7 @@ def cells(row: Mapping[str, Any], *, short: bool = False) -> tuple[str, ...]:
         row["row"],
         row["title"] if short else f"{row['title']} ({row['setting']})",
         number(row["published_top1_percent"], ".1f"),
-        *((accuracy("last"), accuracy("best"), accuracy("flip")) if row["status"] == "done" else ("not run", "", "")),
+        *((accuracy("last"), accuracy("best"), accuracy("flip")) if row["status"] == "done" else (row["status"], "", "")),
         number(row["gmacs"], ".3f"),
         number(row["images_per_s"], ",.0f"),
         number(row["minutes"], ".1f"),
@@ -114,8 +114,10 @@ def findings(study: Mapping[str, Any]) -> list[str]:
     return [*found, advice] if found else []
 
 
-def rows_not_run(study: Mapping[str, Any]) -> list[str]:
-    return [f"Row {row['row']} was not run: {row['reason']}." for row in study["rows"] if row["status"] != "done"]
+def rows_without_result(study: Mapping[str, Any]) -> list[str]:
+    """Why rows have no result."""
+    became = {"not run": "was not run", "diverged": "diverged"}
+    return [f"Row {row['row']} {became[row['status']]}: {row['reason']}." for row in study["rows"] if row["status"] != "done"]
 
 
 def markdown(study: Mapping[str, Any]) -> str:
@@ -123,7 +125,7 @@ def markdown(study: Mapping[str, Any]) -> str:
     lines = [f"# The study on {study['data']['name']}", "", f"`{study['command']}`, {study['date']}", ""]
     lines += [f"| {' | '.join(COLUMNS)} |", f"|{'|'.join(['---'] * 2 + ['---:'] * (len(COLUMNS) - 2))}|"]
     lines += [f"| {' | '.join(cells(row))} |" for row in study["rows"]]
-    remarks = [measured_on(study), *notes(study), *findings(study), *rows_not_run(study)]
+    remarks = [measured_on(study), *notes(study), *findings(study), *rows_without_result(study)]
     measured = [row for row in study["rows"] if row["at_resolution"]]
     if measured:
         sizes = [one["res"] for one in measured[0]["at_resolution"]]
