@@ -199,6 +199,10 @@ def markdown_table(document: Mapping[str, Any]) -> str:
     rows = document["rows"]
     places, cases = (list(dict.fromkeys(found)) for found in ((label(row) for row in rows), (row["case"] for row in rows)))
     by_place = {(row["case"], label(row)): row for row in rows}
+    if any("seconds" in row for row in rows):  # of growth
+        lines = [["case", *places], ["---"] * (1 + len(places))]
+        lines += [[case, *(_growth_cell(by_place.get((case, place), {})) for place in places)] for case in cases]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     memory = any("peak_rss_mib" in row for row in rows)
     head = ["case", *(cell for place in places for cell in (place or "images/s", "compared"))] + (
         ["peak RSS, MiB"] if memory else []
@@ -210,6 +214,14 @@ def markdown_table(document: Mapping[str, Any]) -> str:
         cells += [number(found[0]["peak_rss_mib"]) if found[0] and "peak_rss_mib" in found[0] else ""] if memory else []
         lines.append([case, *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _growth_cell(row: Mapping[str, Any]) -> str:
+    if not row or "not_run" in row:
+        return "not run" if row else ""
+    name, unit = ("seconds", "s") if "seconds" in row else ("images_per_s", "images/s")
+    memory = f", {row['peak_rss_mib']:,.0f} MiB" if "peak_rss_mib" in row else ""
+    return f"{number(row[name]['median'])} {unit}{memory}"
 
 
 def _markdown_cells(row: Mapping[str, Any] | None) -> tuple[str, str]:

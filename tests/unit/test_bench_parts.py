@@ -334,6 +334,22 @@ def test_markdown_has_a_column_for_each_place() -> None:
     ]
 
 
+def test_markdown_of_growth_has_times_and_memory() -> None:
+    rates = {"images_per_s": {"median": 4e3}}
+    packed = [
+        {"case": "pack", "samples": n, **rates, "seconds": {"median": n / 4e3}, "peak_rss_mib": n / 1e3}
+        for n in (2_000, 50_000)
+    ]
+    missing = {"case": "cached", "samples": 50_000, "not_run": "too large"}
+    rows = [*packed, {"case": "cached", "samples": 2_000, **rates}, missing]
+    assert [line.split(" | ") for line in report.markdown_table({"rows": rows}).splitlines()] == [
+        ["| case", "2,000 samples", "50,000 samples |"],
+        ["| ---", "---", "--- |"],
+        ["| pack", "0.5 s, 2 MiB", "12.5 s, 50 MiB |"],
+        ["| cached", "4,000 images/s", "not run |"],
+    ]
+
+
 def test_bars_and_curves_show_the_figures() -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     figure = plot.draw(plotted())
