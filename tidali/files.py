@@ -72,7 +72,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.write_bytes(content)
         sync(path.parent)
     except OSError as error:
-        kept = "; the previous file is untouched" if path.exists() else ""
+        kept = "; the previous file is untouched" if os.path.exists(path) else ""  # pathlib raises where the name is too long
         raise TidaliError(f"{path}: cannot be written ({error.strerror}){kept}") from None
 
 
