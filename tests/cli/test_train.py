@@ -208,6 +208,7 @@ def test_demo_then_default_resolution_and_folder(tidali, monkeypatch, tmp_path: 
     assert {path.name for path in runs[0].iterdir()} == FOLDER
 
 
+@pytest.mark.slow
 def test_another_architecture_is_in_its_checkpoint(tidali, demo_data: Path, tmp_path: Path) -> None:
     """Trained, evaluated, predicted and served without a word about it; ResNet-18's weights are not taken for it."""
     common = ["--data", demo_data, "--device", "cpu"]
