@@ -200,19 +200,18 @@ def markdown_table(document: Mapping[str, Any]) -> str:
     places, cases = (list(dict.fromkeys(found)) for found in ((label(row) for row in rows), (row["case"] for row in rows)))
     by_place = {(row["case"], label(row)): row for row in rows}
     if any("seconds" in row for row in rows):  # of growth
-        lines = [["case", *places], ["---"] * (1 + len(places))]
+        lines = [["case", *places]]
         lines += [[case, *(_growth_cell(by_place.get((case, place), {})) for place in places)] for case in cases]
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    memory = any("peak_rss_mib" in row for row in rows)
-    head = ["case", *(cell for place in places for cell in (place or "images/s", "compared"))] + (
-        ["peak RSS, MiB"] if memory else []
-    )
-    lines = [head, ["---"] * len(head)]
-    for case in cases:
-        found = [by_place.get((case, place)) for place in places]
-        cells = [cell for row in found for cell in _markdown_cells(row)]
-        cells += [number(found[0]["peak_rss_mib"]) if found[0] and "peak_rss_mib" in found[0] else ""] if memory else []
-        lines.append([case, *cells])
+    else:
+        memory = any("peak_rss_mib" in row for row in rows)
+        columns = [cell for place in places for cell in (place or "images/s", "compared")]
+        lines = [["case", *columns, *(["peak RSS, MiB"] if memory else [])]]
+        for case in cases:
+            found = [by_place.get((case, place)) for place in places]
+            cells = [cell for row in found for cell in _markdown_cells(row)]
+            cells += [number(found[0]["peak_rss_mib"]) if found[0] and "peak_rss_mib" in found[0] else ""] if memory else []
+            lines.append([case, *cells])
+    lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

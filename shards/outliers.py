@@ -64,7 +64,7 @@ def find_outliers(dataset: Dataset, split: str, progress: Callable[[int, int], N
     unusual = _unusual(samples, colours)
     by_light, by_distance = sorted(light, key=light.__getitem__), sorted(unusual, key=unusual.__getitem__, reverse=True)
     unreadable = {samples[place][1].crc32 for place in broken}
-    groups = [group for group in _duplicates(dataset, split) if group[0][1][1].crc32 not in unreadable]
+    groups = [group for group in _duplicates(dataset, split, samples) if group[0][1][1].crc32 not in unreadable]
     across, within = ([group for group in groups if (len({name for name, _ in group}) > 1) == many] for many in (True, False))
     chosen: list[tuple[str, list[tuple[Sample, str]]]] = [
         (f"byte for byte the same in {split} and another split", _first_of(across)),
@@ -90,12 +90,16 @@ def find_outliers(dataset: Dataset, split: str, progress: Callable[[int, int], N
     return Outliers(sections, lines, len(looked_at))
 
 
-def _duplicates(dataset: Dataset, split: str) -> list[list[tuple[str, Sample]]]:
+def _duplicates(dataset: Dataset, split: str, samples: Sequence[Sample]) -> list[list[tuple[str, Sample]]]:
     """Groups of samples with equal bytes, each with the name of its split, the first of the given one. Those of different
-    classes come first."""
+    classes come first.
+
+    Args:
+        samples: of the given split.
+    """
     alike: defaultdict[tuple[int, int], list[tuple[str, Sample]]] = defaultdict(list)
     for name in (split, *(other for other in dataset.manifest.splits if other != split)):
-        for sample in iter_records(dataset, name):
+        for sample in samples if name == split else iter_records(dataset, name):
             key = sample[1].crc32, sample[1].size_bytes
             if name == split or key in alike:
                 alike[key].append((name, sample))

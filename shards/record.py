@@ -144,14 +144,8 @@ def about_classes(manifest: Manifest, where: str) -> Iterator[str]:
     lost = {(entry.split, entry.label) for entry in manifest.quarantine}
     counts = {name: split.class_counts for name, split in manifest.splits.items() if split.labelled}
     for name in ("train", "val"):
-        without = [
-            class_.id
-            for label, class_ in enumerate(manifest.classes)
-            if name in counts
-            and not counts[name][label]
-            and (name, label) not in lost
-            and (name == "train" or counts["train"][label])
-        ]
+        empty = [label for label, count in enumerate(counts.get(name, ())) if not count and (name, label) not in lost]
+        without = [manifest.classes[label].id for label in empty if name == "train" or counts["train"][label]]
         if without:
             yield f"{where}: {name} has no image of {counted(len(without), 'class')}: {some_of(without, 8)}"
 

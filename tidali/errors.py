@@ -51,6 +51,10 @@ class Interrupted(TidaliError):
         self.exit_code = 128 + signal_number  # the shell's convention
 
 
+class Diverged(TidaliError):
+    """A run ended because its loss or its weights were not finite."""
+
+
 class DataLost(Interrupted):
     """The run stopped after the same step on every rank, because one could not get its data, and its state is saved."""
 

@@ -226,7 +226,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with _open_safetensors(path) as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     checksum = metadata.pop(CHECKSUM_KEY, None)  # other programs' files and those of earlier versions have none
-    if checksum not in (None, _checksum(tensors, metadata)):
+    if checksum is not None and checksum != _checksum(tensors, metadata):
         raise UsageError(f"{path}: damaged, or changed by another program (its CRC-32 is another); copy it or train again")
     return tensors, metadata
 

@@ -21,7 +21,7 @@ import torch
 from tidali.config import AmpChoice, Arch, CacheChoice, CompileChoice, DeviceChoice, Recipe, Stem, TrainSettings
 from tidali.console import say, warn
 from tidali.dataset.contract import Dataset
-from tidali.errors import TidaliError, UsageError
+from tidali.errors import Diverged, TidaliError, UsageError
 from tidali.files import file_digest, write_atomically
 from tidali.hardware.device import plan_device
 from tidali.hardware.versions import versions
@@ -35,7 +35,7 @@ from tidali.study.page import write_study_page
 from tidali.study.rows import IMAGENET, ROWS, Row, needed_by, scaled
 from tidali.study.table import describe, markdown
 from tidali.training.evaluation import EvalOptions, evaluate_checkpoint, evaluate_served
-from tidali.training.history import open_run, read_runs
+from tidali.training.history import read_runs
 from tidali.training.resume import STATE_NAME
 from tidali.training.run import train
 from tidali.training.run_folder import write_json
@@ -102,10 +102,6 @@ def run_study(settings: StudySettings, dataset: Dataset, *, command: str) -> dic
     if any(row["runs"] for row in document["rows"]):
         write_study_page(document, study.out, dataset)
     return document
-
-
-class RowDiverged(TidaliError):
-    """A row's training had a loss or weights that were not finite. The other rows have nothing to do with it."""
 
 
 class Study:
@@ -190,7 +186,7 @@ class Study:
         say(f"row {row.name}: {row.title}")
         try:
             return {**entry, "status": "done", **(self.trained(row, recipe) if recipe is not None else self.evaluated(row))}
-        except RowDiverged as error:
+        except Diverged as error:
             warn(f"row {row.name} diverged: {error}")
             self.without_result[row.name] = "diverged"
             return {**entry, "status": "diverged", "reason": str(error)}
@@ -302,13 +298,7 @@ class Study:
         if summary.exists():
             say(f"row {row.name}, seed {seed}: kept, finished before ({folder})")
         else:
-            try:
-                train(wanted, self.dataset, resume=folder.exists())
-            except TidaliError as error:
-                found = open_run(folder, folder.name).diverged if (folder / "config.json").exists() else None
-                if found is None or not str(error).startswith(found.text):  # the folder may say so of an earlier attempt
-                    raise
-                raise RowDiverged(str(error)) from None
+            train(wanted, self.dataset, resume=folder.exists())
         return dict(json.loads(summary.read_text(encoding="utf-8")))
 
     def measured(self, checkpoint: Path, res: int, served: bool = False) -> float:

@@ -93,8 +93,9 @@ class Run:
     @property
     def diverged(self) -> Finding | None:
         """Why the run ended before its last epoch, if that is because the loss or the weights were not finite."""
-        what = self.step.get("not_finite") if self.step is not None and self.summary is None else None
-        return diverged(what, _count(self.step["step"]), _number(self.settings.get("lr"))) if self.step and what else None
+        if self.step is None or self.summary is not None or not (what := self.step.get("not_finite")):
+            return None
+        return diverged(what, _count(self.step.get("step")), _number(self.settings.get("lr")))
 
     @property
     def findings(self) -> list[Finding]:

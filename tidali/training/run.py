@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tidali.config import CacheChoice, TrainSettings
 from tidali.console import progress_bar, say
 from tidali.dataset.contract import Dataset
-from tidali.errors import DataLost, Interrupted, TidaliError, UsageError, explain_out_of_memory
+from tidali.errors import DataLost, Diverged, Interrupted, TidaliError, UsageError, explain_out_of_memory
 from tidali.hardware.cpu_memory import keep_freed_memory
 from tidali.hardware.device import DevicePlan, numerics, plan_device
 from tidali.hardware.ranks import Ranks, joined_ranks
@@ -295,7 +295,7 @@ class Run:
         if self.steps is not None:
             self.steps.diverged(step, self.state.schedule(max(step - 1, 0)), what)
         found = diverged(what, step, self.settings.recipe.lr)
-        raise TidaliError(f"{found.text}. {found.advice} The last state that was finite is {self.out / STATE_NAME}")
+        raise Diverged(f"{found.text}. {found.advice} The last state that was finite is {self.out / STATE_NAME}")
 
     def report_epoch(self, trained: EpochResult, score: Score, is_best: bool) -> None:
         """Keep the weights for the next save, append to metrics.jsonl, and print a line."""
