@@ -23,6 +23,7 @@ from tidali.loading.cache import ANY_SIDE, PixelCache, fill_cache
 from tidali.loading.corrupt import CorruptSamples
 from tidali.loading.samples import SampleTable
 from tidali.loading.stream import ShardSource
+from tidali.loading.thread_decoder import ThreadDecoder
 
 SIDE_PX = 4
 COLOUR: dict[str, float] = {"brightness": 0.4, "contrast": 0.3, "saturation": 0.2, "hue": 0.1}
@@ -276,6 +277,7 @@ def test_a_filled_cache_is_pils_decodes_in_stored_order(
     dataset, seen = open_dataset(demo_data), []
     table = SampleTable(dataset, "val")
     source = ShardSource(table, torch.device("cpu"), CorruptSamples(table), batch_size=256)
+    monkeypatch.delattr(ThreadDecoder, "empty")  # they are decoded to where they stay
     cache = fill_cache(source, [32, 64], 1.0, on_batch=seen.append)
     expected = upright(dataset, "val")
     assert list(cache.pixels) == [ANY_SIDE]

@@ -18,6 +18,7 @@ import math
 import mmap
 import sys
 import weakref
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -47,6 +48,17 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _INT_MAX))
 
 
+def map_memory(size_bytes: int) -> mmap.mmap:
+    """Zeroed memory that no forked process shares, in pages of 2 MiB where the kernel has them.
+
+    In pages of 4 KiB a cache took an eighth longer to fill, two cores.
+    """
+    block = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # no Linux, or a kernel that was built without them
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
 class ReusedMemory:
     """Empty CPU tensors in blocks of memory, each used again once the last tensor in it is gone.
 
@@ -64,10 +76,7 @@ class ReusedMemory:
             return torch.empty(shape, dtype=dtype)
         size_bytes = count * dtype.itemsize
         place = next((i for i, block in enumerate(self._free) if len(block) >= size_bytes), None)
-        if place is None:  # private: no forked process shares it
-            block = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        else:
-            block = self._free.pop(place)
+        block = map_memory(size_bytes) if place is None else self._free.pop(place)
         lease = memoryview(block)
         weakref.finalize(lease, self._free.append, block).atexit = False
         return torch.frombuffer(lease, dtype=dtype, count=count).view(shape)

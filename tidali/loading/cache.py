@@ -81,12 +81,9 @@ def fill_cache(
     for side in sides if source.size is None else (ANY_SIDE,):
         pixels[side] = sharing.zeros((len(source.labels), *(source.size or (side, side)), 3), source.device)
         part = sharing.part(len(source.labels))
-        for request, found in source.read(stored_order(source, side, crop_fraction, FILL_BATCH, part)):
-            first, last = int(request.samples[0]), int(request.samples[-1])
-            if len(found.samples) == len(request.samples):
-                pixels[side][first : last + 1].copy_(found.stored)
-            else:
-                pixels[side].index_copy_(0, found.samples.to(source.device), found.stored)
+        for request, found in source.read(stored_order(source, side, crop_fraction, FILL_BATCH, part, pixels[side])):
+            if found.stored is not request.out:
+                pixels[side][found.samples] = found.stored
             stored += len(request.samples)
             if on_batch is not None:
                 on_batch(stored)
@@ -96,9 +93,19 @@ def fill_cache(
 
 
 def stored_order(
-    source: ShardSource, side: int, crop_fraction: float, batch_size: int, part: slice = slice(None)
+    source: ShardSource,
+    side: int,
+    crop_fraction: float,
+    batch_size: int,
+    part: slice = slice(None),
+    out: Tensor | None = None,
 ) -> Iterator[Request]:
-    """A split, or a part of it, in stored order, each image's centre."""
+    """A split, or a part of it, in stored order, each image's centre.
+
+    Args:
+        out: (N, H, W, 3) uint8, of the whole split: where the pixels may be put, see `Request`.
+    """
     sizes = source.table.sizes
     for samples in torch.arange(len(sizes))[part].split(batch_size):
-        yield Request(samples, side, centre_boxes(sizes[samples], side, crop_fraction) if source.takes_boxes else None)
+        boxes = centre_boxes(sizes[samples], side, crop_fraction) if source.takes_boxes else None
+        yield Request(samples, side, boxes, out=None if out is None else out[samples[0] : samples[-1] + 1])

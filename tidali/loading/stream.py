@@ -36,6 +36,8 @@ class Request(NamedTuple):
     images of one size."""
     pieces: Pieces | None = None
     """What makes the batch's images of them, if a source that `takes_pieces` can do that while it decodes."""
+    out: Tensor | None = None
+    """(n, H, W, 3) uint8: where a source may put the pixels, and says so by returning this very tensor as `Pixels.stored`."""
 
 
 class Pixels(NamedTuple):
@@ -174,12 +176,12 @@ class ShardSource:
 
     def _job(self, request: Request) -> Job:
         samples, boxes = request.samples.numpy(), None if request.boxes is None else request.boxes.numpy()
-        pieces = request.pieces
+        pieces, out = request.pieces, request.out
         if self.corrupt.positions:
             kept = np.isin(samples, sorted(self.corrupt.positions), invert=True)
             samples, boxes = samples[kept], None if boxes is None else boxes[kept]
-            pieces = pieces if kept.all() else None
-        return Job(samples, boxes, request.side, pieces, self.table.expect(samples))
+            pieces, out = (pieces, out) if kept.all() else (None, None)
+        return Job(samples, boxes, request.side, pieces, out, self.table.expect(samples))
 
     def _finish(self, request: Request, job: Job, decoding: Any) -> tuple[Request, Pixels]:
         stored, bad = self._decoder.finish(job, decoding)

@@ -32,6 +32,8 @@ class Job(NamedTuple):
     side: int
     pieces: Pieces | None = None
     """See `Request`."""
+    out: Tensor | None = None
+    """See `Request`."""
     shards: Any = ()
     """What `SampleTable.expect` returned: it is referred to until the batch is decoded."""
 
@@ -54,8 +56,9 @@ class ThreadDecoder:
 
     def start(self, job: Job) -> Any:
         """The batch's pixels (n, H, W, 3) uint8, or its pieces' images, not yet written, and the work that writes them."""
-        height, width = self.table.info.single_image_size or (job.side, job.side)
-        out = self.empty(len(job.positions), height, width) if job.pieces is None else job.pieces.images
+        out = job.out if job.pieces is None else job.pieces.images
+        if out is None or out.device.type != "cpu":
+            out = self.empty(len(job.positions), *(self.table.info.single_image_size or (job.side, job.side)))
         decode = self._whole if job.boxes is None else self._squares
         return out, self.in_chunks(len(job.positions), lambda chunk: decode(job, chunk, out))
 
