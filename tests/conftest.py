@@ -74,10 +74,10 @@ EXPENSIVE_FIXTURES = {"site", "trained", "undisturbed", "wheel"}
 @pytest.hookimpl(tryfirst=True)  # before ``-m`` chooses
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Mark as slow what SLOW and SLOW_FIXTURES name, and every test that starts another Python, which imports torch anew."""
-    slow = [Path(__file__).parent / name for name in SLOW]
+    slow = {Path(__file__).parent / name for name in SLOW}
     for item in items:
         if (
-            any(item.path.is_relative_to(path) for path in slow)
+            not slow.isdisjoint((item.path, *item.path.parents))
             or not SLOW_FIXTURES.isdisjoint(item.fixturenames)
             or _starts_python(item.function, set())
         ):
