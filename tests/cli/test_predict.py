@@ -209,7 +209,7 @@ def test_names_that_are_no_utf8_are_escaped(tidali, trained, val_files, tmp_path
     ended = tidali("predict", trained[0], tmp_path, "--device", "cpu", *options)
     assert ended.code == 1
     assert r"caf\udce9.jpg" in (json.loads(ended.stdout)["images"][0]["image"] if options == ("--json",) else ended.stdout)
-    assert "left out: 2 .cr2 files, 1 .txt files\n" in ended.stderr
+    assert "left out: 2 .cr2 files, 1 .txt file\n" in ended.stderr
     ended.stdout.encode("utf-8")  # as a terminal or a file takes it
     if options == ("--json",):
         assert json.loads(ended.stdout)["skipped"][0]["image"].endswith(r"bad\udcff.jpg")

@@ -32,7 +32,7 @@ def test_foreign_files_are_counted(tidali: Any, make: Any, tmp_path: Path) -> No
     source = make.folder(make.folder_tree() | {"train/class_0/notes.txt": b"x", "README.md": b"x"}, tmp_path / "src")
     ended = tidali("shard", source, tmp_path / "data")
     assert ended.code == 0
-    assert "left out: 1 .md files, 1 .txt files" in ended.stderr
+    assert "left out: 1 .md file, 1 .txt file" in ended.stderr
 
 
 def test_warnings_and_repeated_images_are_printed(tidali: Any, make: Any, tmp_path: Path) -> None:

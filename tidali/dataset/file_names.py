@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
-from tidali.errors import UsageError
+from tidali.errors import UsageError, counted
 from tidali.files import printable
 
 # By suffix here, by content where a file is opened: a text file named .jpg is a corrupt image, one named .txt is not an image.
@@ -114,11 +114,15 @@ def suffix_kind(name: str) -> str:
 
 
 def describe_left_out(counts: Mapping[str, int]) -> str:
-    """'3 .txt files, 40 images in @eaDir', the most first."""
+    """'40 images in @eaDir, 1 .txt file', the most first."""
     ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-    text = ", ".join(f"{count:,} {kind}" for kind, count in ordered[:_MOST_KINDS])
+    text = ", ".join(f"{count:,} {kind if count > 1 else _singular(kind)}" for kind, count in ordered[:_MOST_KINDS])
     more = sum(count for _, count in ordered[_MOST_KINDS:])
-    return printable(f"{text} and {more:,} other files" if more else text)
+    return printable(f"{text} and {counted(more, 'other file')}" if more else text)
+
+
+def _singular(kind: str) -> str:
+    return re.sub(r"^(file|image)s\b|\b(file|image)s$", r"\1\2", kind)
 
 
 def walk(root: str | os.PathLike[str], left_out: Counter[str]) -> Iterator[tuple[str, os.DirEntry[bytes], bool]]:
@@ -157,7 +161,7 @@ def walk(root: str | os.PathLike[str], left_out: Counter[str]) -> Iterator[tuple
                     left_out[kind] += images
                 continue
             if not is_folder and not is_file and os.path.exists(entry.path):
-                left_out["devices and pipes"] += 1
+                left_out["special files"] += 1
                 continue
             yield prefix + name, entry, is_folder
             if is_folder:
