@@ -147,7 +147,20 @@ def about_classes(manifest: Manifest, where: str) -> Iterator[str]:
         empty = [label for label, count in enumerate(counts.get(name, ())) if not count and (name, label) not in lost]
         without = [manifest.classes[label].id for label in empty if name == "train" or counts["train"][label]]
         if without:
-            yield f"{where}: {name} has no image of {counted(len(without), 'class')}: {some_of(without, 8)}"
+            text = f"{where}: {name} has no image of {counted(len(without), 'class')}: {some_of(without, 8)}"
+            yield f"{text}. {_COUNTED_FROM_1}" if name == "train" and _count_from_1(manifest.classes, counts) else text
+
+
+_COUNTED_FROM_1 = (
+    "The labels seem to count from 1, but classes count from 0: the network has an output for class 0, which is never right. "
+    "That does no harm. The first line of a file for --class-names is the name of class 0, for example 'unused'"
+)
+
+
+def _count_from_1(classes: Sequence[ClassName], counts: Mapping[str, Sequence[int]]) -> bool:
+    """Whether labels are numbers of classes without names, and the smallest is 1."""
+    unnamed = all(one.id == one.name == str(number) for number, one in enumerate(classes[:2]))
+    return unnamed and min((label for of in counts.values() for label, n in enumerate(of) if n), default=0) == 1
 
 
 def mean_std(summaries: Sequence[ShardSummary]) -> tuple[_Channels, _Channels]:

@@ -234,7 +234,11 @@ def make_classes(
         raise UsageError(f"{where}: no sample has a label")
     largest = max(numbers)
     if names is not None and largest >= len(names):
-        raise UsageError(f"{where}: a label is {largest}, and --class-names has only {len(names)} lines, which count from 0")
+        from_1 = min(numbers) == 1 and largest == len(names)
+        way_out = "; the labels count from 1: begin the file with a line for class 0, such as 'unused'" if from_1 else ""
+        raise UsageError(
+            f"{where}: a label is {largest}, and --class-names has only {len(names)} lines, which count from 0{way_out}"
+        )
     if names is None and largest >= 2 * len(numbers) + 8:
         what = f"labels are up to {largest}, but only {len(numbers)} different ones occur"
         raise UsageError(

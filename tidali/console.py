@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from rich.cells import cell_len
@@ -169,8 +170,10 @@ def wrap_command(command: str, width: int | None, *, indent: int = 0) -> str:
     """
     words = re.findall(r"""(?:'[^']*'|"[^"]*"|[^ ])+""", command)
     lines = [" " * indent + words[0]]
-    for word in words[1:]:
-        if width is not None and cell_len(f"{lines[-1]} {word} \\") > width:
+    for word, following in pairwise([*words[1:], ""]):
+        # An option stays with its value where there is room for both.
+        kept = f"{word} {following}" if word.startswith("-") and following and not following.startswith("-") else word
+        if width is not None and cell_len(f"{lines[-1]} {kept} \\") > width:
             lines[-1] += " \\"
             lines.append(f"{' ' * (indent + _HANG)}{word}")
         else:

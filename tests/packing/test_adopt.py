@@ -125,11 +125,26 @@ def test_an_unlabelled_test_and_classes_that_do_not_occur(make: Any, tmp_path: P
     )
     make.tar(tmp_path / "tars" / "pets-test-000.tar", {"a.jpg": make.jpeg(3), "b.png": make.encode(make.image(1), "PNG")})
     report = adopt(tmp_path / "tars")
-    assert report.warnings == (f"{tmp_path / 'tars'}: train has no image of 2 classes: 0, 2",)
+    (warning,) = report.warnings
+    assert warning.startswith(f"{tmp_path / 'tars'}: train has no image of 2 classes: 0, 2. ")
     assert report.manifest.splits["train"].class_counts == (0, 1, 0, 1)
     assert not report.manifest.splits["test"].labelled
     assert [label for _, label in pairs_of(tmp_path / "tars", "test")] == [None, None]
     assert not verify(tmp_path / "tars").faults
+
+
+def test_labels_that_count_from_1(make: Any, tmp_path: Path) -> None:
+    members = {f"{n}.{kind}": data for n in (1, 2) for kind, data in (("jpg", make.jpeg(n)), ("cls", b"%d" % n))}
+    make.tar(tmp_path / "tars" / "0.tar", members)
+    for source in (adopt(tmp_path / "tars"), pack(TarSource(tmp_path / "tars"), tmp_path / "packed", workers=1)):
+        assert source.manifest.splits["train"].class_counts == (0, 1, 1)
+        (warning,) = source.warnings
+        assert "train has no image of 1 class: 0. The labels seem to count from 1" in warning
+    with pytest.raises(UsageError, match=r"only 2 lines.* begin the file with a line for class 0"):
+        adopt(tmp_path / "tars", class_names=["a", "b"])
+    report = adopt(tmp_path / "tars", class_names=["unused", "a", "b"])
+    assert [one.name for one in report.manifest.classes] == ["unused", "a", "b"]
+    assert report.warnings == (f"{tmp_path / 'tars'}: train has no image of 1 class: 0",)
 
 
 def test_a_class_without_images_in_val_is_named(make: Any, tmp_path: Path) -> None:
@@ -429,3 +444,20 @@ def test_a_copy_of_a_url(adopted: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("TIDALI_CACHE_LIMIT", "5000")
     with pytest.raises(TidaliError, match="its tars are in folders, and it is larger than TIDALI_CACHE_LIMIT"):
         open_data("memory://adopted/data")
+
+
+@pytest.mark.parametrize("tars", [1, 3])
+def test_the_command_that_is_suggested_holds_images_out(make: Any, tidali: Any, tmp_path: Path, tars: int) -> None:
+    for tar in range(tars):
+        members = {f"{n}.{kind}": data for n in range(10) for kind, data in (("jpg", make.jpeg(n)), ("cls", b"0"))}
+        make.tar(tmp_path / "tars" / f"{tar}.tar", members)
+    (tmp_path / "names").write_text("cat\n")
+    said = tidali("adopt", tmp_path / "tars", "--class-names", tmp_path / "names").stderr
+    command = said[said.index("  tidali ") :].split()
+    assert command[1] == ("shard" if tars == 1 else "adopt")
+    followed = tidali(*command[1:])
+    assert followed.code == 0, followed.stderr
+    assert "next: train on it\n  tidali train --data " in followed.stderr
+    dataset = open_dataset(Path(followed.stderr.split()[-1]))
+    assert dataset.split("val").samples
+    assert [one.name for one in dataset.manifest.classes] == ["cat"]

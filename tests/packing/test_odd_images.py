@@ -505,7 +505,7 @@ def test_shard_says_what_becomes_of_alpha_and_of_dark_samples(make: Any, tidali:
     assert "3 images with transparent pixels" in said
     assert "1 image with 16-bit samples" in said
     again = f"tidali shard {tmp_path}/source {tmp_path}/packed --workers 1 --overwrite --val-fraction 0.1"
-    assert f"next: hold out a tenth of each class, as training needs a split to evaluate on\n  {again}\n" in done.stderr
+    assert f"next: hold out a tenth of the images, as training needs a split to evaluate on\n  {again}\n" in done.stderr
 
 
 def test_a_large_picture_on_a_sheet_and_in_an_export(make: Any, tidali: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -74,6 +74,12 @@ def test_a_suggested_command_can_be_copied(width: int, capsys: pytest.CaptureFix
     assert subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout.splitlines() == words
 
 
+def test_an_option_stays_with_its_value() -> None:
+    command = "tidali info data --sheet seen.png --set augment.shift_px=4"
+    assert console.wrap_command(command, 45) == "tidali info data --sheet seen.png \\\n  --set augment.shift_px=4"
+    assert console.wrap_command("tidali --out " + "r" * 20, 22) == "tidali \\\n  --out \\\n  " + "r" * 20
+
+
 def test_nothing_is_suggested_to_whom_wants_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     with console.silenced():
         console.suggest("train on it", "tidali", "train")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from tidali.cli.data import ClassNamesOption, LabelFieldOption, WorkersOption, pack_progress
-from tidali.cli.data_output import print_pack
+from tidali.cli.data import ClassNamesOption, LabelFieldOption, WorkersOption, pack_progress, which_option
+from tidali.cli.data_output import print_pack, suggest_next
 
 
 def adopt(
@@ -16,7 +16,8 @@ def adopt(
     label_field: LabelFieldOption = None,
     class_names: ClassNamesOption = None,
     val_fraction: Annotated[
-        float, typer.Option(help="Fraction of the tars that become val, whole tars, where none is named after a split.")
+        float,
+        which_option(help="Fraction of the tars, such as 0.1, that become val, whole tars, where none is named after a split."),
     ] = 0.0,
     workers: WorkersOption = None,
 ) -> None:
@@ -38,3 +39,7 @@ def adopt(
             progress=progress,
         )
     print_pack(report)
+    options = [word for pair in (("--label-field", label_field), ("--class-names", class_names)) if pair[1] for word in pair]
+    several = len(report.manifest.splits["train"].shards) > 1
+    command = ("adopt", folder) if several else ("shard", folder, f"{folder}-packed", "--layout", "webdataset")
+    suggest_next(folder, report, "tidali", *command, *options)

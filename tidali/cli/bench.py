@@ -47,10 +47,12 @@ USED_BY: dict[str, tuple[Case, ...]] = {
 
 def bench(
     context: typer.Context,
-    case: Annotated[Case, typer.Argument(help="What to measure; all: every case but growth in turn.")] = "train",
-    res: Annotated[str, what_option(help="Input sides in pixels, such as 64,224.")] = "64,224",
-    data: Annotated[str | None, what_option(help="A packed data set.", show_default="built-in demo data")] = None,
-    samples: Annotated[str, what_option(help="growth: numbers of images.")] = "1000,10000,100000",
+    case: Annotated[Case, typer.Argument(help="What to measure, as explained above.")] = "train",
+    res: Annotated[str, what_option(metavar="PX,PX", help="Input sides in pixels.")] = "64,224",
+    data: Annotated[
+        str | None, what_option(metavar="DATA", help="A packed data set.", show_default="built-in demo data, in data/demo")
+    ] = None,
+    samples: Annotated[str, what_option(metavar="N,N", help="growth: numbers of images.")] = "1000,10000,100000",
     stem: Annotated[Stem, what_option(help="train: the stem of the model.")] = "imagenet",
     batch_size: Annotated[
         int | None,
@@ -63,7 +65,7 @@ def bench(
     repeats: Annotated[int, what_option(help="Measurements of each row; the rows take turns.", min=1)] = 5,
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
-    compile: Annotated[CompileChoice, machine_option(help="train, step: torch.compile; auto chooses by device.")] = "auto",
+    compile: Annotated[CompileChoice, machine_option(help="torch.compile; auto chooses by device.")] = "auto",
     cache: CacheOption = "auto",
     peers: Annotated[
         str | None,
@@ -87,7 +89,7 @@ def bench(
         result_option(metavar="OLD.json", help="Print new/old for each case; exits with 1 if a case became slower."),
     ] = None,
     tolerance: Annotated[
-        float, result_option(metavar="PERCENT", min=0, help="compare: by how much a case must be slower to count.")
+        float, result_option(metavar="PERCENT", min=0, help="With --compare: by how much a case must be slower to count.")
     ] = 10.0,
     profile: Annotated[
         bool,
@@ -98,10 +100,15 @@ def bench(
 ) -> None:
     """Measure images/s, and name what limits this machine.
 
-    train: decoding, loading, the training step on synthetic data, and training end to end. step: tidali's training step beside
-    the original study's loop. loader: tidali's ways from shards to batches, and how they scale. pack: packing 110,000 images
-    with tidali, webdataset and FFCV. growth: seconds and memory of packing, checking, opening and reading, by the number of
-    images. peers: the loaders that people use today, on the same images and to the same batches.
+    These are the cases. An option that does not go with the chosen one is refused.
+
+    - train: decoding, loading, the step on synthetic data, training end to end
+    - step: tidali's training step beside the original study's loop
+    - loader: tidali's ways from shards to batches, and how they scale
+    - pack: packing 110,000 images, or DATA's, with tidali, webdataset and FFCV
+    - growth: time and memory of packing and reading, by the number of images
+    - peers: other projects' loaders beside tidali's, on the same images
+    - all: every case but growth, in turn
     """
     resolutions = parse_resolutions(res)
     if json_ is not None:

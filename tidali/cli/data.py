@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -81,14 +82,18 @@ def shard(
     ] = 0,
     shard_samples: Annotated[int | None, stored_option(help="Samples per shard.", show_default="1000")] = None,
     shard_size: Annotated[
-        str | None, stored_option(help="Largest size of a shard, such as 64MB or 256MiB, instead of --shard-samples.")
+        str | None,
+        stored_option(metavar="SIZE", help="Largest size of a shard, such as 64MB or 256MiB, instead of --shard-samples."),
     ] = None,
     val_fraction: Annotated[
         float,
-        which_option(help="Fraction of each train class to hold out: as val, or as heldout if SOURCE has a val split."),
+        which_option(
+            help="Fraction of each class of train to hold out, such as 0.1: as val, or as heldout if SOURCE has a val split."
+        ),
     ] = 0.0,
     classes: Annotated[
-        str | None, which_option(help="Only the first N classes, or those in a FILE with one class id per line.")
+        str | None,
+        which_option(metavar="N|FILE", help="Only the first N classes, or those in a FILE with one class id per line."),
     ] = None,
     size: Annotated[int | None, stored_option(help="Resize to PX x PX (bicubic) and encode as JPEG.", metavar="PX")] = None,
     shorter_side: Annotated[
@@ -100,13 +105,18 @@ def shard(
         ),
     ] = None,
     quality: Annotated[
-        int | None, stored_option(help="JPEG quality of images that --shorter-side shrinks.", show_default="92")
+        int | None, stored_option(help="JPEG quality, 1 to 100, of images that --shorter-side shrinks.", show_default="92")
     ] = None,
     kernel: Annotated[
         Kernel, stored_option(help="Bicubic kernel of --size. pil: a = -0.5, antialiased; opencv: a = -0.75, not antialiased.")
     ] = "pil",
-    max_pixels: Annotated[int, which_option(help="Images that declare more pixels are quarantined without being decoded.")] = 1
-    << 26,
+    max_pixels: Annotated[
+        int,
+        which_option(
+            help="Images that declare more pixels than this are quarantined without being decoded.",
+            show_default="67108864, which is 8192 x 8192",
+        ),
+    ] = 1 << 26,
     strict: Annotated[bool, running_option("--strict", help="Exit with 1 if any file was quarantined.")] = False,
     workers: WorkersOption = None,
     executor: Annotated[Literal["local", "ray"], running_option(help="Where to pack; ray needs the extra 'ray'.")] = "local",
@@ -150,7 +160,7 @@ def shard(
             progress=progress,
         )
     print_pack(report)
-    suggest_next(dest, report)
+    suggest_next(dest, report, "tidali", *sys.argv[1:], "--overwrite")
     if strict and report.manifest.quarantine:
         raise TidaliError(f"{dest}: --strict allows no quarantined file, and there are {len(report.manifest.quarantine):,}")
 
@@ -171,12 +181,14 @@ def demo(
             dest, classes=classes, per_class=per_class, seed=seed, workers=workers, overwrite=overwrite, progress=progress
         )
     print_pack(report)
+    suggest_next(dest, report)
 
 
 def verify(
     data: DataArgument,
     decode: Annotated[
-        bool, typer.Option("--decode", help="Also decode every image, as it is packed and, where DALI is installed, by DALI.")
+        bool,
+        typer.Option("--decode", help="Also decode every image: as 'tidali shard' does and, where DALI is installed, by DALI."),
     ] = False,
     workers: WorkersOption = None,
 ) -> None:
@@ -209,8 +221,10 @@ def verify(
 def info(
     data: DataArgument,
     json_: JsonOption = False,
-    sheet: Annotated[Path | None, sheet_option(help="Write a contact sheet of random samples to this PNG file.")] = None,
-    split: Annotated[str, sheet_option(help="Split to draw the samples from.")] = "train",
+    sheet: Annotated[
+        Path | None, sheet_option(metavar="FILE.png", help="Write a contact sheet of random samples to this file.")
+    ] = None,
+    split: Annotated[str, sheet_option(metavar="NAME", help="Split to draw the samples from.")] = "train",
     seed: Annotated[int, sheet_option(min=0, help="Random seed of the choice of samples.")] = 0,
     recipe: Annotated[
         RecipeName | None,
@@ -227,7 +241,8 @@ def info(
         ),
     ] = None,
     res: Annotated[
-        int | None, sheet_option(help="With --recipe: input side in pixels.", show_default="as in 'tidali train'")
+        int | None,
+        sheet_option(metavar="PX", help="With --recipe: input side in pixels.", show_default="as in 'tidali train'"),
     ] = None,
     outliers: Annotated[
         bool,
@@ -272,8 +287,12 @@ def download(
     dest: Annotated[
         str, typer.Argument(help="Folder to download into, created if it does not exist; or a file name, such as tiny.zip.")
     ],
-    url: Annotated[str | None, typer.Option(help="URL to download from.", show_default="Tiny-ImageNet's public home")] = None,
-    md5: Annotated[str | None, typer.Option(help="Expected MD5 of the file.", show_default="Tiny-ImageNet's")] = None,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where to download from.", show_default="Tiny-ImageNet's public home")
+    ] = None,
+    md5: Annotated[
+        str | None, typer.Option(metavar="HEX", help="Expected MD5 of the file.", show_default="Tiny-ImageNet's")
+    ] = None,
 ) -> None:
     """Download the real Tiny-ImageNet (237 MB). An interrupted download is resumed, and the file appears once it is checked."""
     from shards import download as fetch

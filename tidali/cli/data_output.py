@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING
 
 from tidali.console import print_table, say, show, suggest, warn
@@ -72,13 +71,13 @@ def _print_splits(title: str, manifest: Manifest) -> None:
     print_table(title, ("split", "samples", "shards", "MB", "per class", "height x width", "stored as"), rows)
 
 
-def suggest_next(dest: str, report: PackReport) -> None:
+def suggest_next(dest: object, report: PackReport, *hold_out: object) -> None:
+    """Suggest to train on a data set or, where there is nothing to evaluate on, the command that holds out a tenth of it."""
     splits = report.manifest.splits
     if any(splits[name].samples and splits[name].labelled for name in ("val", "heldout") if name in splits):
         suggest("train on it", "tidali", "train", "--data", dest)
     else:
-        again = ("tidali", *sys.argv[1:], "--overwrite", "--val-fraction", 0.1)
-        suggest("hold out a tenth of each class, as training needs a split to evaluate on", *again)
+        suggest("hold out a tenth of the images, as training needs a split to evaluate on", *hold_out, "--val-fraction", 0.1)
 
 
 def _print_classes(manifest: Manifest) -> None:

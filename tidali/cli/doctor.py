@@ -21,12 +21,16 @@ _MARKS = {"ok": "ok      ", "warning": "warning ", "failure": "FAILURE "}
 
 
 def doctor(
-    data: Annotated[str | None, typer.Option(help="A packed data set to check too, with all its hashes.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="A packed data set to check too, with all its hashes.")
+    ] = None,
     checkpoint: Annotated[
         str | None,
         typer.Option(metavar="CKPT", help="A checkpoint to check too; with --data, also whether its classes match the data's."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder in which 'tidali train' will make run folders.")] = Path("runs"),
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where 'tidali train' is to make run folders: can it write there?")
+    ] = Path("runs"),
     device: DeviceOption = "auto",
     parity: Annotated[
         bool,

@@ -40,9 +40,9 @@ def eval_(
         typer.Option(metavar="CKPT", help="Another checkpoint: compare the two on the same samples (McNemar's test)."),
     ] = None,
     res: Annotated[
-        str | None, typer.Option(help="Input sides in pixels, such as 64,128,224.", show_default="as trained")
+        str | None, typer.Option(metavar="PX,PX", help="Input sides in pixels, such as 64,128,224.", show_default="as trained")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
+    split: Annotated[str, typer.Option(metavar="NAME", help="Split to evaluate on.")] = "val",
     device: DeviceOption = "auto",
     amp: AmpOption = "auto",
     cache: CacheOption = "auto",

@@ -42,7 +42,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("tidali info data/pets --sheet seen.png --recipe modern --set augment.shift_px=4", "look at what the network sees"),
         ("tidali info data/pets --json | jq .splits", "for a program"),
     ),
-    "download": (("tidali download data/", "then: tidali shard data/tiny-imagenet-200.zip data/tiny"),),
+    "download": (
+        ("tidali download data/", "into data/tiny-imagenet-200.zip"),
+        ("tidali shard data/tiny-imagenet-200.zip data/tiny", "and pack it; it need not be extracted"),
+    ),
     "train": (
         ("tidali train --data data/pets", "at the images' own size, with the recipe 'modern'"),
         ("tidali train --data data/pets --res 224 --init imagenet --epochs 5", "start from ImageNet weights"),
@@ -121,8 +124,8 @@ class ProgramWithExamples(TyperGroup):
 
 
 def _say_what_it_takes(parameter: Any) -> None:
-    """Nothing for a flag or an argument, whose name says it; choices with spaces between them, so that the column is wrapped
-    there and not inside one."""
+    """Have the help say what an option takes: nothing for a flag or an argument, whose name says it; choices with spaces
+    between them, so that the column is wrapped there and not inside one."""
     usual = getattr(parameter, "display_type_rich", None)  # of typer's newer versions
     if usual is None:
         return
@@ -143,6 +146,8 @@ def _say_what_it_takes(parameter: Any) -> None:
         return "\n".join(wrap(text, _COLUMN, hang=0)) if text else text
 
     parameter.display_type_rich = shown
+    if isinstance(parameter.show_default, str):  # typer puts such a text into brackets of its own
+        parameter._get_default_string = lambda **_: parameter.show_default
     parameter._get_number_range_help_str = lambda: None
 
 

@@ -46,8 +46,8 @@ for panel, functions in {
     "Measure": (bench, doctor),
 }.items():
     for function in functions:
-        # Joined lines: a paragraph is as wide as the terminal.
-        text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
+        # Joined lines: a paragraph is as wide as the terminal. The items of a list have lines of their own.
+        text = re.sub(r"(?<!\n)\n(?!\n|- )", " ", inspect.getdoc(function) or "")
         name = function.__name__.rstrip("_")
         app.command(name, cls=CommandWithExamples, rich_help_panel=panel, help=text)(function)
 
@@ -65,12 +65,14 @@ def root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Give it before the command. Print only results, warnings and errors.")
+        bool, typer.Option("--quiet", "-q", help="Print only results, warnings and errors. It goes before the command.")
     ] = False,
     verbose: Annotated[
         bool,
         typer.Option(
-            "--verbose", "-v", help="Give it before the command. Print more messages, their times, and tracebacks of errors."
+            "--verbose",
+            "-v",
+            help="Print more messages, their times, and tracebacks of errors. It goes before the command.",
         ),
     ] = False,
 ) -> None:

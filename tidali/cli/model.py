@@ -107,6 +107,7 @@ def export(
     data: Annotated[
         str | None,
         typer.Option(
+            metavar="DATA",
             help="A packed data set; its image size becomes the input size, and the file is checked on its val images.",
             show_default="the one the checkpoint was trained on, if it is still there",
         ),
@@ -116,7 +117,8 @@ def export(
         typer.Option(
             metavar="H|HxW",
             help="Size of the input images in pixels.",
-            show_default="the size of the data set's images; where they differ, the resolution divided by crop_fraction",
+            show_default="the size of the data set's images; where they differ, the checkpoint's "
+            "resolution divided by its crop_fraction",
         ),
     ] = None,
     json_: JsonOption = False,

@@ -26,7 +26,9 @@ CheckpointArgument = Annotated[
     str,
     typer.Argument(metavar="CKPT", help="A checkpoint file, or a run folder for its best checkpoint.", show_default=False),
 ]
-DataOption = Annotated[str, data_option(help="A packed data set (made by 'tidali shard' or 'tidali demo').")]
+DataOption = Annotated[
+    str, data_option(metavar="DATA", help="A packed data set, as 'tidali shard', 'adopt' or 'demo' make it: a folder or a URL.")
+]
 MaxBadOption = Annotated[
     int | None,
     data_option(min=0, help="How many corrupt images of a split to skip before the run fails.", show_default="0.1 % of it"),

@@ -40,7 +40,9 @@ def report(
     out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="Page to write.")] = "report.html",
     data: Annotated[
         str | None,
-        typer.Option(help="A packed data set to evaluate all runs on.", show_default="the one each run was trained on"),
+        typer.Option(
+            metavar="DATA", help="A packed data set to evaluate all runs on.", show_default="the one each run was trained on"
+        ),
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about a run, or about several side by side.

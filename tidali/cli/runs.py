@@ -42,7 +42,7 @@ def runs(
     """List training runs: their results, how they differ, and their state: finished, running, stopped, diverged.
 
     "differs in" names the settings that most other runs on the same data do not have. A run that was killed counts as stopped;
-    'tidali train --resume RUN' continues it. One whose loss was not finite diverged.
+    'tidali train --resume RUN' continues it. A run whose loss was not finite has diverged.
     """
     if watch and (json_ or html is not None):
         raise UsageError("--watch: not together with --json or --html")

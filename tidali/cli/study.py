@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shlex
 import sys
@@ -12,13 +13,18 @@ import typer
 
 from tidali.cli.options import AmpOption, ArchOption, CacheOption, CompileOption, DataOption, DeviceOption
 from tidali.errors import TidaliError, UsageError, counted
+from tidali.study.rows import ROWS
 
 
 def study(
     data: DataOption,
     rows: Annotated[
         str | None,
-        typer.Option(help="Rows to run, such as 1,7; the rows whose weights they start from are added.", show_default="all"),
+        typer.Option(
+            metavar="ROW,ROW",
+            help="Rows to run, such as 1,7; the rows whose weights they start from are added.",
+            show_default="all",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each row, for the mean and the standard deviation.")] = 1,
     epochs_scale: Annotated[
@@ -28,7 +34,7 @@ def study(
     imagenet_weights: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH",
+            metavar="FILE",
             help="Weights to use instead of torchvision's ImageNet weights: .pth, .safetensors or a run folder.",
             show_default="torchvision's, downloaded once",
         ),
@@ -37,11 +43,14 @@ def study(
     amp: AmpOption = "auto",
     compile: CompileOption = "auto",
     cache: CacheOption = "auto",
-    out: Annotated[str | None, typer.Option(help="Folder of the study.", show_default="runs/study-DATA")] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder of the study.", show_default="runs/study-DATA")
+    ] = None,
 ) -> None:
     """Train and evaluate the rows of the transfer-learning study, and write them as one table.
 
-    Writes study.json, study.md and study.html, and a run folder for each row. When run again, it keeps the finished rows.
+    Writes study.json, study.md and study.html, and a run folder for each row. When run again, it keeps the finished rows and
+    resumes the stopped one. These are the rows:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
@@ -79,3 +88,6 @@ def study(
         suggest("the rows side by side, with the accuracy of every class", "tidali", "report", *runs, "-o", page)
     if diverged := [row["row"] for row in document["rows"] if row["status"] == "diverged"]:
         raise TidaliError(f"{counted(len(diverged), 'row')} of the study diverged: {', '.join(diverged)}")
+
+
+study.__doc__ = "\n".join([inspect.getdoc(study) or "", "", *(f"- {row.name}: {row.title}" for row in ROWS)])

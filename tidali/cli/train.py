@@ -39,11 +39,17 @@ def train(
     context: typer.Context,
     data: Annotated[
         str | None,
-        data_option(help="A packed data set (made by 'tidali shard').", show_default="built-in demo data, made on first use"),
+        data_option(
+            metavar="DATA",
+            help="A packed data set, as 'tidali shard', 'adopt' or 'demo' make it: a folder or a URL.",
+            show_default="built-in demo data, made in data/demo on first use",
+        ),
     ] = None,
     res: Annotated[
         int | None,
-        data_option(help="Input side in pixels.", show_default="the images' own side if all have the same, else 224"),
+        data_option(
+            metavar="PX", help="Input side in pixels.", show_default="the images' own side if all have the same, else 224"
+        ),
     ] = None,
     arch: ArchOption = "resnet18",
     stem: Annotated[
@@ -51,7 +57,10 @@ def train(
     ] = "imagenet",
     init: Annotated[
         str,
-        model_option(help="Initial weights: none (random), imagenet, or a checkpoint (.safetensors, .pth, or runs/NAME/best)."),
+        model_option(
+            metavar="none | imagenet | FILE",
+            help="Initial weights: random, torchvision's of ImageNet, or a checkpoint (.safetensors, .pth or runs/NAME/best).",
+        ),
     ] = "none",
     stem_init: Annotated[
         StemInit,
@@ -60,13 +69,17 @@ def train(
         ),
     ] = "fresh",
     linear_probe: Annotated[
-        bool, recipe_option("--linear-probe", help="Train the head alone, on the frozen body of --init: --set freeze=body.")
+        bool,
+        recipe_option(
+            "--linear-probe", help="Train the head alone, on the frozen weights of --init; the same as --set freeze=body."
+        ),
     ] = False,
     recipe: Annotated[
         RecipeName | None,
         recipe_option(
             help="seed: as in the original study; modern: normalised, label smoothing, Nesterov, warm-up and cosine schedule; "
-            "photos: modern with random crops and mild colour changes; finetune: a short modern for starting weights.",
+            "photos: modern with random crops and mild colour changes; finetune: modern with fewer epochs and smaller steps, "
+            "for weights given by --init.",
             show_default="finetune with --init; photos if images are of unequal size, larger than the input; else modern",
         ),
     ] = None,
@@ -83,7 +96,9 @@ def train(
     set_: Annotated[
         list[str] | None,
         recipe_option(
-            "--set", metavar="FIELD=VALUE", help="Change a field of the recipe, such as augment.shift_px=4; repeatable."
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Change a field of the recipe, such as augment.shift_px=4; repeatable. '--set help' lists the fields.",
         ),
     ] = None,
     config: Annotated[
@@ -111,7 +126,9 @@ def train(
         bool,
         run_option("--tensorboard", help="Also write TensorBoard events to the run folder (needs the extra 'tensorboard')."),
     ] = False,
-    out: Annotated[str | None, run_option(help="Run folder.", show_default="runs/DATA-RES-RECIPE-TIME")] = None,
+    out: Annotated[
+        str | None, run_option(metavar="FOLDER", help="Run folder.", show_default="runs/DATA-RES-RECIPE-TIME")
+    ] = None,
     resume: Annotated[
         str | None,
         run_option(metavar="RUN", help="Resume a stopped or killed run, with its own settings; no other option may be given."),
@@ -119,8 +136,9 @@ def train(
 ) -> None:
     """Train a ResNet and evaluate it after each epoch.
 
-    Writes a run folder: config.json, metrics.jsonl, best.safetensors, last.safetensors (weights with class names inside) and
-    summary.json.
+    Writes a run folder: the settings (config.json), the results of each epoch (metrics.jsonl) and within epochs (steps.jsonl),
+    the weights of the best and the last epoch with the class names inside (best.safetensors, last.safetensors), the state that
+    --resume continues from, and summary.json. 'tidali report' makes a page of it.
     """
     if resume is not None:
         _refuse_other_options(context, "resume")
