@@ -9,7 +9,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.report import CEILING_COLUMNS, axis, ceiling_share, ceiling_table, conditions, label, number, parts, software, spread
+from bench.report import (
+    CEILING_COLUMNS,
+    axis,
+    ceiling_share,
+    ceiling_table,
+    conditions,
+    label,
+    notes,
+    number,
+    parts,
+    rate_table,
+    software,
+    spread,
+)
 from tidali.files import write_atomically
 from tidali.report.drawing import INK, MUTED, PALE, WIDTH_IN, house_style, save_figure, series_colour, series_marker, tip_area
 
@@ -84,8 +97,10 @@ def page(document: Mapping[str, Any], *, title: str | None = None, stages: Seque
         {
             "name": ", ".join([part["benchmark"], *conditions(part)]),
             "lines": [found["line"] for found in part.get("diagnosis", ())],
-            "figure": drawn(draw(part, in_page=True), f"images/s of {part['benchmark']}; the table below has the values"),
-            "rows": [_cells(row) for row in part["rows"]],
+            "figure": drawn(draw(part, in_page=True), f"measurements of {part['benchmark']}; the table below has the values"),
+            "measured": "What grows with the data" if part["benchmark"] == "growth" else "images/s",
+            "rates": rate_table(part),
+            "notes": notes(part),
             "ceilings": ceiling_table(part),
             "about": about(part),
             "command": part["command"],
@@ -106,20 +121,13 @@ def about(document: Mapping[str, Any]) -> list[str]:
     return [f"{', '.join(hardware)}; {legend}", software(document)]
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    """For the page's table: the case, its conditions, images/s, spread, share of the ceiling."""
-    rate = row.get("images_per_s")
-    measured = ["not run", row["not_run"]] if rate is None else [number(rate["median"]), spread(rate)]
-    return [row["case"], label(row), *measured, ceiling_share(row)]
-
-
 def _panels(document: Mapping[str, Any]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
     """Title, kind ("bars", or what a curve shows) and rows."""
     if document["benchmark"] == "growth":
         found = [{**row, "varied": "samples"} for row in document["rows"]]
         measured: dict[str, list[Mapping[str, Any]]] = {name: [row for row in found if name in row] for name in _UNITS}
         measured["images_per_s"] = [row for row in measured["images_per_s"] if "seconds" not in row]
-        return [(f"growth: {unit} over samples", name, measured[name]) for name, unit in _UNITS.items() if measured[name]]
+        return [(f"{unit} by the number of images", name, measured[name]) for name, unit in _UNITS.items() if measured[name]]
     panels = []
     name = ", ".join([document["benchmark"], *conditions(document)])
     for where, rows in groupby(document["rows"], key=label):

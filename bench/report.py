@@ -25,6 +25,11 @@ def number(value: float) -> str:
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 
+def seconds(value: float) -> str:
+    """0.0035, 0.29, 14.3, 176."""
+    return f"{value:.2g}" if value < 0.1 else ratio(value)
+
+
 def ratio(value: float) -> str:
     """0.85, 1.96, 12.3, 1,090."""
     return f"{value:.2f}" if value < 10 else number(value)
@@ -36,13 +41,21 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "times_torchvision": ratio,
     "first_step_s": lambda value: f"{value:.1f}",
     "kernel": str,
-    "seconds": lambda value: ratio(value["median"]),
+    "seconds": lambda value: seconds(value["median"]),
     "tf32": lambda value: "yes" if value else "no",
 }
 
 
-_COLUMNS = ("gmacs", "tf32", "seconds", "peak_rss_mib", "kernel", "stored_kib_per_image")
+_COLUMNS = ("gmacs", "tf32", "seconds", "peak_rss_mib", "kernel", "stored_kib_per_image", "first_step_s")
 """Fields that have a column in the table if any row has them."""
+_TITLES = {
+    "gmacs": "GMACs",
+    "tf32": "TF32",
+    "peak_rss_mib": "peak RSS, MiB",
+    "stored_kib_per_image": "stored, KiB an image",
+    "first_step_s": "first step, s",
+}
+"""Those whose column is not named as the field."""
 
 
 def parts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -57,9 +70,9 @@ def label(row: Mapping[str, Any]) -> str:
     return ", ".join(words[name].format(row[name]) for name in WHERE if row.get(name) is not None)
 
 
-def spread(rate: Mapping[str, float]) -> str:
+def spread(measured: Mapping[str, float], text: Callable[[float], str] = number) -> str:
     """Lowest to highest."""
-    return span(number(rate["min"]), number(rate["max"]))
+    return span(text(measured["min"]), text(measured["max"]))
 
 
 def ceiling_share(row: Mapping[str, Any]) -> str:
@@ -103,38 +116,54 @@ def show(document: Mapping[str, Any]) -> None:
 
 
 def _show_rows(document: Mapping[str, Any]) -> None:
-    about = [f"median of {document['repeats']} (lowest to highest)", document["device"]["name"], f"{document['cores']} cores"]
-    about += conditions(document)
+    about = ["measured once"] if document["repeats"] == 1 else [f"median of {document['repeats']} (lowest to highest)"]
+    about += [document["device"]["name"], f"{document['cores']} cores", *conditions(document)]
+    print_table(f"{document['benchmark']}: images/s, {', '.join(about)}", *rate_table(document))
+    for line in notes(document):
+        show_line(line)
+
+
+def rate_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The titles and the cells of a table of the rows. A column that would be empty, or say a number twice, is left out. What
+    was timed as a whole has seconds instead of a rate."""
     rows = document["rows"]
-    ratios = sorted({name for row in rows for name in row if name.startswith("times_")})
-    extra = [
-        *ratios,
-        *(name for name in _COLUMNS if any(name in row for row in rows)),
-    ]
     if document["compile"]:  # nearly all of the first step is compilation
         rows = [{**row, "first_step_s": row.get("measured", {}).get("first_step_s")} for row in rows]
-        extra.append("first_step_s")
-    columns = ["case", "where", "images/s", "spread", *(name.replace("_", " ") for name in extra), "of the ceiling"]
-    cells = [_cells(row, extra) for row in rows]
-    print_table(f"{document['benchmark']}: images/s, {', '.join(about)}", columns, cells)
-    for row in rows:
-        if "not_run" in row:  # below the table: a reason is a sentence, and would widen its column
-            where = f" ({label(row)})" if label(row) else ""
-            show_line(f"not run: {row['case']}{where}: {row['not_run']}")
 
-    others = max((row.get("others_share") or 0.0 for row in rows), default=0.0)
+    def rate(row: Mapping[str, Any]) -> str:
+        return "not run" if "not_run" in row else "" if "seconds" in row else number(row["images_per_s"]["median"])
+
+    def extremes(row: Mapping[str, Any]) -> str:
+        return "" if "not_run" in row else spread(row["seconds"], seconds) if "seconds" in row else spread(row["images_per_s"])
+
+    def field(name: str) -> tuple[str, Callable[[Mapping[str, Any]], str]]:
+        text = _FORMATS.get(name, number)
+        return _TITLES.get(name, name.replace("_", " ")), lambda row: text(row[name]) if row.get(name) is not None else ""
+
+    names = sorted({name for row in rows for name in row if name.startswith("times_")})
+    names += [name for name in _COLUMNS if any(name in row for row in rows)]
+    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [("case", lambda row: row["case"]), ("where", label)]
+    columns += [field(name) for name in names if name == "seconds"] + [("images/s", rate)]
+    columns += [("spread", extremes)] if document["repeats"] > 1 else []
+    columns += [field(name) for name in names if name != "seconds"]
+    columns += [("of the ceiling", ceiling_share)] if any("ceiling" in row for row in rows) else []
+    return [title for title, _ in columns], [[text(row) for _, text in columns] for row in rows]
+
+
+def notes(document: Mapping[str, Any]) -> list[str]:
+    """Lines below the table: why a case was not run, which would widen a column, and whether other processes took part of the
+    machine."""
+    lines = []
+    for row in document["rows"]:
+        if "not_run" in row:
+            where = f" ({label(row)})" if label(row) else ""
+            lines.append(f"not run: {row['case']}{where}: {row['not_run']}")
+    others = max((row.get("others_share") or 0.0 for row in document["rows"]), default=0.0)
     if others > NOTED_SHARE:
-        show_line(
+        lines.append(
             f"other processes used up to {100 * others:.0f} % of the cores: on a machine that does nothing else it is faster"
         )
-
-
-def _cells(row: Mapping[str, Any], extra: list[str]) -> list[str]:
-    if "not_run" in row:
-        return [row["case"], label(row), "not run", *([""] * (2 + len(extra)))]
-    cells = [_FORMATS.get(name, number)(row[name]) if row.get(name) is not None else "" for name in extra]
-    rate = row["images_per_s"]
-    return [row["case"], label(row), number(rate["median"]), spread(rate), *cells, ceiling_share(row)]
+    return lines
 
 
 CEILING_COLUMNS = ("ceiling", "measured with", "rate", "unit", "spread")
@@ -146,7 +175,7 @@ def ceiling_table(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for row in document.get("ceilings", ()):
         unit, scale = _CEILING_UNITS[row["unit"]]
         median, low, high = (row["per_s"][name] / scale for name in ("median", "min", "max"))
-        digits = 0 if scale == 1 else 3 if scale == 1e12 else 1
+        digits = 0 if scale == 1 else 1 if median >= 1 else 3
         rows.append((row["ceiling"], label(row), f"{median:,.{digits}f}", unit, f"{low:,.{digits}f} to {high:,.{digits}f}"))
     return rows
 

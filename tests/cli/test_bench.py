@@ -209,7 +209,7 @@ def test_growth(tidali, monkeypatch, tmp_path: Path) -> None:
     assert rows[60, "pack"]["images_per_s"]["median"] == 60 / 0.5
     assert (rows[60, "verify"]["seconds"]["max"], rows[60, "verify"]["peak_rss_mib"]) == (0.5, 60.0)
     for panel in ("seconds", "images/s", "peak memory, MiB"):
-        assert f"growth: {panel} over samples" in picture.read_text()
+        assert f"{panel} by the number of images" in picture.read_text()
     monkeypatch.setattr(data_module, "free_memory_bytes", lambda device: 1)
     tidali(*command, "--samples", "20")
     rows = {row["case"]: row for row in json.loads(written.read_text())["rows"]}

@@ -396,6 +396,29 @@ def test_the_page_has_the_ceilings() -> None:
     assert cells[5:10] == ["memory copy", "64 px", "17.5", "GB/s", "17.0 to 18.0"]
 
 
+def test_the_page_says_below_its_table_what_was_not_run_and_breaks_no_option() -> None:
+    """A reason inside the table would widen it."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    command = f"tidali bench peers --peers {','.join(['dali-webdataset'] * 5)}"
+    text = plot.page({**plotted(), "command": command, "diagnosis": [{"line": "give --repeats 5, or --res"}]}).decode()
+    assert [row[-1] for row in report.rate_table(plotted())[1]] == ["25 % of memory copy", "", ""]
+    assert '<p class="muted">not run: FFCV &lt;raw&gt; (64 px): it has no wheel' in text
+    assert '<p>give <span class="whole">--repeats 5</span>, or <span class="whole">--res</span></p>' in text
+    code = text.partition("<code>")[2].partition("</code>")[0]
+    assert re.sub(r"</?span[^>]*>", "", code).strip() == command  # as it is copied
+    assert re.search(r"[.]whole[{][^}]*max-width:100%", text)  # a word that is wider than the screen is broken
+
+
+def test_the_table_of_growth_has_seconds_and_no_rate_of_them() -> None:
+    spread = {"median": 5e3, "min": 4e3, "max": 6e3}
+    timed = {"case": "open", "samples": 100, "images_per_s": spread, "seconds": {"median": 0.0035, "min": 0.003, "max": 4.0}}
+    drawn = {**document(), "benchmark": "growth", "rows": [timed, {"case": "batches", "samples": 100, "images_per_s": spread}]}
+    columns = ["case", "where", "seconds", "images/s", "spread"]
+    rows = [["open", "100 samples", "0.0035", "", "0.003 to 4.00"], ["batches", "100 samples", "", "5,000", "4,000 to 6,000"]]
+    assert report.rate_table(drawn) == (columns, rows)
+    assert report.rate_table({**drawn, "repeats": 1})[0] == columns[:-1]
+
+
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".html"])
 def test_files(tmp_path: Path, suffix: str) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")

@@ -265,9 +265,9 @@ def test_what_is_said_of_every_run_is_said_once(monkeypatch) -> None:
         (
             {"norm_images": "256", "ema_decay": "0.999"},
             [],
-            "uses the moving average of the weights (ema_decay): behind",
+            "Evaluation uses the moving average of the weights (ema_decay). Averages",
         ),
-        ({"norm_images": "0", "ema_decay": "0"}, [], "Evaluation uses batch norm's running statistics: behind"),
+        ({"norm_images": "0", "ema_decay": "0"}, [], "Evaluation uses batch norm's running statistics. Averages"),
         ({"norm_images": "256", "ema_decay": "0"}, [], ""),  # nothing in it lags
         ({"norm_images": "0", "ema_decay": "0"}, [Finding("diverging", "from 1 to 80", "Try --lr 4.")], ""),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,12 @@ BEST_IS_BIASED = (
 )
 
 
+_OPTION = re.compile(r"<(style|title|svg|code)\b.*?</\1>|<[^>]*>|(?<![\w-])--\w[\w-]*(?: (?:[A-Z]+|\d[\w.]*)\b)?", re.DOTALL)
+"""An option in a page's text with its value, such as --repeats 5; or, so that no option is found there, markup or code."""
+
+
 def render(template: str, folder: Path | None = None, **context: Any) -> bytes:
-    """Fill in a template. All values are escaped unless they are `Markup`.
+    """Fill in a template. All values are escaped unless they are `Markup`. No line breaks inside an option.
 
     Args:
         folder: where the template is, if it is not one of this package's. It may import those.
@@ -40,7 +45,9 @@ def render(template: str, folder: Path | None = None, **context: Any) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(theme=as_is(theme_css()), **context).encode()
+    page = environment.get_template(template).render(theme=as_is(theme_css()), **context)
+    page = _OPTION.sub(lambda found: found[0] if found[0][0] == "<" else f'<span class="whole">{found[0]}</span>', page)
+    return page.encode()
 
 
 def as_is(text: str) -> Markup:

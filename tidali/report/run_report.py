@@ -175,7 +175,7 @@ def why_far_off(runs: Sequence[Run]) -> str:
         return ""
     return (
         "In the first epochs the evaluated loss is many times that of training. Evaluation uses "
-        f"{' and '.join(lagging)}: behind weights that change fast."
+        f"{' and '.join(lagging)}. Averages over past steps lag behind while the weights change fast."
     )
 
 
