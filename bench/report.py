@@ -229,7 +229,7 @@ def markdown_table(document: Mapping[str, Any]) -> str:
     places, cases = (list(dict.fromkeys(found)) for found in ((label(row) for row in rows), (row["case"] for row in rows)))
     by_place = {(row["case"], label(row)): row for row in rows}
     if any("seconds" in row for row in rows):  # of growth
-        lines = [["case", *places]]
+        lines = [["case", *(place or "time, peak memory" for place in places)]]
         lines += [[case, *(_growth_cell(by_place.get((case, place), {})) for place in places)] for case in cases]
     else:
         memory = any("peak_rss_mib" in row for row in rows)
@@ -247,9 +247,10 @@ def markdown_table(document: Mapping[str, Any]) -> str:
 def _growth_cell(row: Mapping[str, Any]) -> str:
     if not row or "not_run" in row:
         return "not run" if row else ""
-    name, unit = ("seconds", "s") if "seconds" in row else ("images_per_s", "images/s")
-    memory = f", {row['peak_rss_mib']:,.0f} MiB" if "peak_rss_mib" in row else ""
-    return f"{number(row[name]['median'])} {unit}{memory}"
+    measured = (
+        f"{seconds(row['seconds']['median'])} s" if "seconds" in row else f"{number(row['images_per_s']['median'])} images/s"
+    )
+    return f"{measured}, {row['peak_rss_mib']:,.0f} MiB" if "peak_rss_mib" in row else measured
 
 
 def _markdown_cells(row: Mapping[str, Any] | None) -> tuple[str, str]:

@@ -146,7 +146,7 @@ def _text(text: str | None) -> str:
 
 def recipe_table() -> str:
     recipes = {name: asdict(recipe) for name, recipe in RECIPES.items()}
-    lines = [f"| `--set` | {' | '.join(recipes)} | what it does |", f"|---|{'---|' * len(recipes)}---|"]
+    lines = [f"| `--set` | what it does | {' | '.join(recipes)} |", f"|---|---|{'---|' * len(recipes)}"]
     for prefix, settings in (("", config.Recipe), ("augment.", config.Augment)):
         what = _docstrings(settings)
         for field in fields(settings):
@@ -154,7 +154,7 @@ def recipe_table() -> str:
                 continue
             values = [recipe["augment"][field.name] if prefix else recipe[field.name] for recipe in recipes.values()]
             of_default = [_shown(value) for value in values]
-            lines.append(f"| `{prefix}{field.name}` | {' | '.join(of_default)} | {_describe(what.get(field.name, ''))} |")
+            lines.append(f"| `{prefix}{field.name}` | {_describe(what.get(field.name, ''))} | {' | '.join(of_default)} |")
     return "\n".join(lines)
 
 

@@ -149,8 +149,8 @@ def _with_deviation(found: Mapping[str, Any]) -> str:
 
 # --------------------------------------------------------------------------------------------------------------------- picture
 
-# In SVG's pixels. 480 wide, so that the letters can still be read on a phone that shows it 360 wide.
-_WIDTH, _NAMES, _BARS, _PITCH, _HEAD = 480, 162, 238, 18, 34
+# In SVG's pixels. A phone shows it 360 wide: its smallest letters are then 11 pixels high.
+_WIDTH, _NAMES, _BARS, _PITCH, _HEAD = 392, 158, 158, 18, 34
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Helvetica, Arial, sans-serif"
 
 
@@ -181,7 +181,7 @@ def loaders_chart(*, dark: bool) -> str:
                 y += _PITCH
         y += 10
     for line in _about(document):
-        elements.append(_text(0, y + 13, line, colour["muted"], size=11))
+        elements.append(_text(0, y + 13, line, colour["muted"], size=12))
         y += 16
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y + 4}" width="{_WIDTH}" height="{y + 4}"'
     return "\n".join(
@@ -219,6 +219,7 @@ def _about(document: Mapping[str, Any]) -> list[str]:
     machine = document["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, no GPU"
     return [
-        f"Median of {document['repeats']} repeats; the line goes from the lowest to the highest.",
-        f"{where}, {document['cores']} cores, batches of {document['batch_size']}, {document['date']}.",
+        f"Median of {document['repeats']} repeats; the line: lowest to highest.",
+        f"{where}, {document['cores']} cores,",
+        f"batches of {document['batch_size']}, {document['date']}.",
     ]

@@ -9,8 +9,9 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-# Its authors have not run it on a cluster. Two minutes before the time limit Slurm sends SIGTERM: the run saves its state, mid-epoch,
-# and the job is requeued. When it starts again, it resumes the run.
+# Its authors have not run it on a cluster. Two minutes before the time
+# limit Slurm sends SIGTERM: the run saves its state, mid-epoch, and the
+# job is requeued. When it starts again, it resumes the run.
 set -euo pipefail
 
 DATA=${DATA:?a packed data set that every node sees}
@@ -24,7 +25,14 @@ fi
 
 srun torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
-    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:29500" \
+    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \
+    --rdzv-endpoint "$head_node:29500" \
     -m tidali "${command[@]}" &
-trap 'kill -TERM %1; wait %1 || true; scontrol requeue "$SLURM_JOB_ID"; exit 0' TERM
+stop() {
+    kill -TERM %1
+    wait %1 || true
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+}
+trap stop TERM
 wait %1

@@ -345,7 +345,7 @@ def test_markdown_of_growth_has_times_and_memory() -> None:
     assert [line.split(" | ") for line in report.markdown_table({"rows": rows}).splitlines()] == [
         ["| case", "2,000 samples", "50,000 samples |"],
         ["| ---", "---", "--- |"],
-        ["| pack", "0.5 s, 2 MiB", "12.5 s, 50 MiB |"],
+        ["| pack", "0.50 s, 2 MiB", "12.5 s, 50 MiB |"],
         ["| cached", "4,000 images/s", "not run |"],
     ]
 

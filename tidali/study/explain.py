@@ -70,7 +70,7 @@ def explain(study: Mapping[str, Any]) -> Explanation | None:
         order += " Fewer than two standard errors may be chance."
     because = _of_fourth(fourth, rows.get("1"))
     if fifth_to_fourth.here < 0 and not (fifth.is_certain and fifth.here < 0):
-        because += " So it is row 4 by which the order differs from the study's, and not row 5."
+        because += " So the order differs from the study's because of row 4, not because of row 5."
     return Explanation(
         paragraphs=(order, _MECHANISM, _of_fifth(fifth), because, *_steps(study, rows["5"])),
         columns=("row", "published", "to row 3", "here", "to row 3"),
@@ -100,7 +100,7 @@ def _of_fourth(fourth: _Difference, first: Mapping[str, Any] | None) -> str:
     if first is not None:
         text += (
             f" These classes are told apart at 64 px by the stock stem: row 1, from random weights, reaches "
-            f"{_last(first):.1f} %, the study's {_published('1')} %."
+            f"{_last(first):.1f} %, against the study's {_published('1')} %."
         )
     return text
 
@@ -118,8 +118,8 @@ def _steps(study: Mapping[str, Any], fifth: Mapping[str, Any]) -> tuple[str, ...
     )
     if steps < RUNNING_AVERAGES_STEPS:
         text += (
-            " As in the study, batch norm is evaluated with running averages. They move by a tenth a step and are behind the "
-            "weights after so few, the more so behind a new first convolution."
+            " As in the study, batch norm is evaluated with running averages. They move by a tenth a step, so after so few "
+            "steps they lag behind the weights, most of all behind those of a new first convolution."
         )
     return (text,)
 

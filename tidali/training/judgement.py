@@ -198,7 +198,7 @@ def _statistics(figures: Figures) -> list[Finding]:
     if not figures.loss > LAG_TIMES * figures.train_losses[-1]:
         return []
     text = f"the loss on {figures.split} is {loss_text(figures.loss)}, in training it was {loss_text(figures.train_losses[-1])}"
-    text += f": after {counted(figures.steps, 'step')} batch norm's running averages, which move by a tenth a step, may be "
+    text += f": after {counted(figures.steps, 'step')} batch norm's running averages, which move by a tenth a step, may lag "
     text += "behind the weights"
     return [Finding("statistics", text, "Try --set norm_images=256, which measures them, or more --epochs.")]
 
