@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from bench.plot import page
@@ -23,7 +24,15 @@ def stages(folder: Path) -> list[dict[str, Any]]:
         result = "ok" if code == "0" else "took too long" if int(code) in _TIMED_OUT else f"failed, exit code {code}"
         log = folder / f"{name}.log"
         lines = [text.strip() for text in log.read_text(errors="replace").splitlines() if text.strip()]
-        found.append({"name": name, "result": result, "seconds": seconds, "last": (lines or [""])[-1][:160], "log": log.name})
+        found.append(
+            {
+                "name": name,
+                "result": result,
+                "seconds": seconds,
+                "last": shorten((lines or [""])[-1], 240, placeholder=" …"),
+                "log": log.name,
+            }
+        )
     return found
 
 

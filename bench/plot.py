@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.report import (
-    CEILING_COLUMNS,
     axis,
     ceiling_share,
     ceiling_table,
@@ -108,7 +107,7 @@ def page(document: Mapping[str, Any], *, title: str | None = None, stages: Seque
         for part in parts(document)
     ]
     title = title or f"tidali bench {document['benchmark']}"
-    return render("bench.html", Path(__file__).parent, title=title, parts=shown, stages=stages, ceiling_columns=CEILING_COLUMNS)
+    return render("bench.html", Path(__file__).parent, title=title, parts=shown, stages=stages)
 
 
 def about(document: Mapping[str, Any]) -> list[str]:

@@ -166,23 +166,23 @@ def notes(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-CEILING_COLUMNS = ("ceiling", "measured with", "rate", "unit", "spread")
-
-
-def ceiling_table(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row of `CEILING_COLUMNS` for each ceiling that was measured."""
-    rows: list[tuple[str, ...]] = []
+def ceiling_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The titles and the cells of a table of the ceilings that were measured."""
+    titles = ["ceiling", "measured with", "rate", "unit", "spread"]
+    rows = []
     for row in document.get("ceilings", ()):
         unit, scale = _CEILING_UNITS[row["unit"]]
         median, low, high = (row["per_s"][name] / scale for name in ("median", "min", "max"))
         digits = 0 if scale == 1 else 1 if median >= 1 else 3
-        rows.append((row["ceiling"], label(row), f"{median:,.{digits}f}", unit, f"{low:,.{digits}f} to {high:,.{digits}f}"))
-    return rows
+        extremes = span(f"{low:,.{digits}f}", f"{high:,.{digits}f}")
+        rows.append([row["ceiling"], label(row), f"{median:,.{digits}f}", unit, extremes])
+    return (titles, rows) if document["repeats"] > 1 else (titles[:-1], [row[:-1] for row in rows])
 
 
 def _show_ceilings(document: Mapping[str, Any]) -> None:
-    if rows := ceiling_table(document):
-        print_table("ceilings: what this machine reaches at most", CEILING_COLUMNS, rows)
+    columns, rows = ceiling_table(document)
+    if rows:
+        print_table("ceilings: what this machine reaches at most", columns, rows)
 
 
 def _show_growth(document: Mapping[str, Any]) -> None:

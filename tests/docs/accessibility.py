@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
 WIDTHS_PX = (400, 1400)
 _TIMEOUT_S = 300
-_SCROLLED_BY_THEME = ('<div class="md-typeset__scrollwrap"', "<code>")
+_SCROLLED_BY_THEME = '<div class="md-typeset__scrollwrap"'
 
 # Every page is loaded into a frame of its own size, where axe looks at it. A page may not be wider than its frame.
 _DRIVER = """<!DOCTYPE html><html lang="en"><title>axe</title><body><script>
@@ -105,8 +105,7 @@ def findings(folder: Path, pages: Sequence[Path], *, dark: bool = False) -> list
 def serious(found: Sequence[dict[str, Any]]) -> list[str]:
     """The findings that keep a person from reading or using a page, a line each.
 
-    What scrolls in the site's theme is left out: the frames around its tables, which Chromium lets the keyboard scroll, and
-    code, which the theme makes focusable where there is a pointer that hovers, as there is none here.
+    The frames that the site's theme puts around tables are left out: Chromium lets the keyboard scroll them.
     """
     return [
         f"{one['url']} at {one['width']} px, {one['theme']}: {one['rule']}: {one['node']} {one['why']}"

@@ -400,10 +400,12 @@ def test_the_page_says_below_its_table_what_was_not_run_and_breaks_no_option() -
     """A reason inside the table would widen it."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     command = f"tidali bench peers --peers {','.join(['dali-webdataset'] * 5)}"
-    text = plot.page({**plotted(), "command": command, "diagnosis": [{"line": "give --repeats 5, or --res"}]}).decode()
+    diagnosis = [{"line": "give --repeats 5, or --res, or --set lr=0.1."}]
+    text = plot.page({**plotted(), "command": command, "diagnosis": diagnosis}).decode()
     assert [row[-1] for row in report.rate_table(plotted())[1]] == ["25 % of memory copy", "", ""]
     assert '<p class="muted">not run: FFCV &lt;raw&gt; (64 px): it has no wheel' in text
-    assert '<p>give <span class="whole">--repeats 5</span>, or <span class="whole">--res</span></p>' in text
+    unbroken = [f'<span class="whole">{option}</span>' for option in ("--repeats 5", "--res", "--set lr=0.1")]
+    assert f"<p>give {', or '.join(unbroken)}.</p>" in text
     code = text.partition("<code>")[2].partition("</code>")[0]
     assert re.sub(r"</?span[^>]*>", "", code).strip() == command  # as it is copied
     assert re.search(r"[.]whole[{][^}]*max-width:100%", text)  # a word that is wider than the screen is broken

@@ -47,7 +47,7 @@ def test_the_other_order_is_row_4s_doing_where_row_5_reaches_row_3() -> None:
     text = " ".join(found.paragraphs)
     assert "Row 5 is 5.5 ± 2.5 points below row 4" in text
     assert "Here it loses none: it is 4.0 ± 2.4 points above row 3" in text
-    assert "row 1, from random weights, reaches 67.5 %, the study's 25.9 %" in text
+    assert "row 1, from random weights, reaches 67.5 %, against the study's 25.9 %" in text
     assert "So the order differs from the study's because of row 4, not because of row 5." in text
     assert "had 96 steps here (2 epochs of 48), and 7,000 in the study" in text
 

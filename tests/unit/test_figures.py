@@ -162,6 +162,13 @@ def test_the_line_of_chance_is_inside_the_figure() -> None:
     assert axes.get_ylim()[0] < 2
 
 
+def test_the_label_of_chance_is_where_the_curve_is_not() -> None:
+    for curve, place in ([20.0, 80.0], (1, "right")), ([60.0, 20.0], (0, "left")):
+        (axes,) = figures.by_epoch(partial(figures.accuracy, chance_percent=[20.0]), [make_run("a", curve)]).axes
+        (label,) = axes.texts
+        assert (label.get_position()[0], label.get_ha()) == place
+
+
 def test_the_highest_throughput_is_below_the_top_of_its_figure() -> None:
     (axes,) = figures.by_epoch(figures.throughput, RUNS).axes
     assert axes.get_ylim()[0] == 0

@@ -156,13 +156,14 @@ def test_a_run_that_goes_on_holds_its_folder(write_run, tmp_path: Path, tidali) 
 def test_the_page_links_reports_and_says_how_to_write_the_others(write_run, tmp_path: Path, tidali) -> None:
     folder = write_run("it's & <b>", [25.0])
     (folder / "report.html").write_text("a report")
-    write_run("b", [60.0])
+    write_run("b", [60.0], ["lr=0.2", "momentum=0.5", "weight_decay=0.25", "ema_decay=0.5"])
     page = tmp_path / "index.html"
     assert tidali("runs", tmp_path / "runs", "--html", page).code == 0
     text = page.read_text()
     assert 'href="runs/it%27s%20%26%20%3Cb%3E/report.html"' in text
     assert "it&#39;s &amp; &lt;b&gt;</a>" in text
     words = re.sub(r"<[^>]+>", "", text).split()
+    assert "lr 0.2, momentum 0.5, weight_decay 0.25, ema_decay 0.5" in text  # more than a terminal has room for
     assert f"tidali report {tmp_path}/runs/b -o {tmp_path}/runs/b/report.html" in " ".join(words)
     assert "at chance: top-1 of 25.0 % on 1,000 images of val" in text
     assert '<div class="scroll" role="region" aria-label="Runs" tabindex="0">' in text  # keys scroll what is too wide

@@ -89,9 +89,19 @@ def accuracy(axes: Axes, runs: Sequence[Run], *, chance_percent: Collection[floa
     _evaluated_and_train(axes, runs, "top1_percent", "top-1, %")
     for percent in chance_percent:
         axes.axhline(percent, color=MUTED, linestyle=":", linewidth=1.2, gid=tip(f"chance: {percent:.1f} %"))
-        at_the_right = axes.get_yaxis_transform()  # x is a fraction of the width
-        axes.text(1, percent, f"chance, {percent:.1f} %", ha="right", va="bottom", color=MUTED, transform=at_the_right)
+        x, ha = (1, "right") if _ends_farther(runs, percent) else (0, "left")
+        of_width = axes.get_yaxis_transform()  # x is a fraction of the width
+        axes.text(x, percent, f"chance, {percent:.1f} %", ha=ha, va="bottom", color=MUTED, transform=of_width)
     _percent_limits(axes)
+
+
+def _ends_farther(runs: Sequence[Run], percent: float) -> bool:
+    """Whether the accuracies are farther from this one in the last epoch than in the first: there its label has room."""
+    first, last = (
+        min(abs(run.column(f"{which}_top1_percent")[end] - percent) for run in runs for which in ("train", run.split))
+        for end in (0, -1)
+    )
+    return last >= first
 
 
 def loss(axes: Axes, runs: Sequence[Run]) -> None:

@@ -26,7 +26,11 @@ BEST_IS_BIASED = (
 )
 
 
-_OPTION = re.compile(r"<(style|title|svg|code)\b.*?</\1>|<[^>]*>|(?<![\w-])--\w[\w-]*(?: (?:[A-Z]+|\d[\w.]*)\b)?", re.DOTALL)
+_OPTION = re.compile(
+    r"<(style|title|svg|code)\b.*?</\1>|<[^>]*>"
+    r"|(?<![\w-])--\w[\w-]*(?: (?:[\w.]+=[\w.]*\w|[A-Z]{2,}(?:[\w./]*\w)?\b|\d[\w.]*\b))?",
+    re.DOTALL,
+)
 """An option in a page's text with its value, such as --repeats 5; or, so that no option is found there, markup or code."""
 
 

@@ -97,7 +97,7 @@ def _insight(run: Run, data: str | None) -> Insight:
     if location is None:
         raise UsageError("config.json does not name a data set")
     if not weights.exists():
-        raise UsageError(f"{weights}: no such file; it is written when the run is saved first after an epoch")
+        raise UsageError(f"{weights}: no such file; a run writes it when it is first saved after an epoch")
     try:
         dataset = open_data(location)
     except TidaliError as error:
