@@ -52,7 +52,7 @@ class Interrupted(TidaliError):
 
 
 class Diverged(TidaliError):
-    """A run ended because its loss or its weights were not finite."""
+    """A run ended, after the same step on every rank, because its loss or its weights were not finite."""
 
 
 class DataLost(Interrupted):

@@ -184,7 +184,7 @@ def not_finite(path: Path, good: Path) -> str:
     with torch.no_grad():
         model.fc.weight[0, 0] = float("nan")
     save_checkpoint(path, model, card)
-    return "1 tensors are not finite, fc.weight is the first"
+    return "weights that are not finite: fc.weight"
 
 
 @pytest.mark.parametrize("stage", [no_checkpoint, torchvisions, half_of_one, without_a_card, not_finite])

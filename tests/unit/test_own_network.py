@@ -121,6 +121,11 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(demo_data: Path, tmp_pat
         tidali.load_model(tmp_path / "whole" / "last.safetensors", model=network(classes=5))
 
 
+def not_finite(model: nn.Module) -> nn.Module:
+    next(model.parameters()).detach()[0] = float("nan")
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "complaint"),
     [
@@ -128,6 +133,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(demo_data: Path, tmp_pat
         (nn.Linear(7, 4), {}, r"model: fails on images \(2, 3, 32, 32\): RuntimeError"),
         (AuxiliaryHead(), {}, r"model: returns tuple for two images"),
         (Patches(4).requires_grad_(False), {}, "none of its parameters has requires_grad"),
+        (not_finite(Patches(4)), {}, r"model: weights that are not finite: \w"),
         (Patches(4), {"init": "imagenet"}, "init and stem are for tidali's own networks"),
     ],
 )

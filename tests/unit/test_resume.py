@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,18 @@ from torch import nn
 
 from tidali.config import TrainSettings
 from tidali.dataset.contract import Dataset, open_dataset
-from tidali.errors import TidaliError, UsageError
+from tidali.errors import Diverged, TidaliError, UsageError
 from tidali.hardware.device import plan_device
+from tidali.hardware.ranks import Ranks
 from tidali.loading import data as data_module
 from tidali.model.checkpoint import load_checkpoint, read_metadata
 from tidali.recipes import make_recipe
 from tidali.training import resume, run_files
 from tidali.training import run as run_module
+from tidali.training.interrupt import StopRequest
 from tidali.training.metrics import Meter, Score
 from tidali.training.run import train
+from tidali.training.run_index import list_runs
 
 
 def settings_for(folder: Path, demo_data: Path, **changes: Any) -> TrainSettings:
@@ -186,3 +193,76 @@ def test_weights_that_are_not_finite_are_not_saved(demo_data: Path, dataset: Dat
     with pytest.raises(TidaliError, match=r"the weights are not finite by step 1. Try --lr .*state.safetensors"):
         train(settings, dataset)
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / resume.STATE_NAME).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadRanks(Ranks):
+    """Ranks that are threads of this process: what each waits for is there when all have called."""
+
+    barrier: threading.Barrier
+    told: dict[int, Any]
+
+    def gather(self, value: Any) -> list[Any]:
+        self.told[self.rank] = value
+        self.barrier.wait(timeout=5)
+        values = [self.told[rank] for rank in range(self.world_size)]
+        self.barrier.wait(timeout=5)
+        return values
+
+    def all_reduce_max(self, values: Sequence[float], device: torch.device) -> list[float]:
+        return [max(of_ranks) for of_ranks in zip(*self.gather(list(values)), strict=True)]
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.copy_(torch.stack(self.gather(tensor.clone())).sum(0))
+
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        pass
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+
+class Never(StopRequest):
+    """Signals are the main thread's."""
+
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("small_network")
+def test_what_one_rank_alone_finds_not_finite_is_recorded_by_the_main_one(
+    demo_data: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    barrier, told, peek = threading.Barrier(2), {}, Meter.peek
+    local = threading.local()
+
+    @contextmanager
+    def joined(device_type: str) -> Iterator[Ranks]:
+        yield ThreadRanks(rank=local.rank, world_size=2, barrier=barrier, told=told)
+
+    def seen(meter: Meter) -> Score:
+        return replace(peek(meter), loss_sum=math.nan) if local.rank else peek(meter)
+
+    monkeypatch.setattr(run_module, "joined_ranks", joined)
+    monkeypatch.setattr(Meter, "peek", seen)
+    ended = {}
+
+    def run(rank: int) -> None:
+        local.rank = rank
+        try:
+            train(settings_for(tmp_path, demo_data), dataset, stop=Never())
+        except Exception as error:
+            ended[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [type(ended[rank]) for rank in range(2)] == [Diverged, Diverged], ended
+    assert "the loss is not finite by step 1. " in str(ended[0])
+    (entry,) = list_runs(tmp_path)
+    assert entry.state == "diverged"

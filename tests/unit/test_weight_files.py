@@ -373,8 +373,13 @@ def test_a_checkpoint_that_is_not_finite_predicts_nothing(model: nn.Module, tmp_
     with torch.no_grad():
         broken.layer4[1].bn2.weight[7] = float("nan")
     save_checkpoint(path, broken, CARD)
-    with pytest.raises(UsageError, match=r"x\.safetensors: .*not finite, layer4\.1\.bn2\.weight"):
+    message = r"x\.safetensors: weights that are not finite: layer4\.1\.bn2\.weight; take an earlier checkpoint"
+    with pytest.raises(UsageError, match=message):
         load_model(path)
+    with pytest.raises(UsageError, match=message):
+        load_model(path, build_resnet18(5, "imagenet"))
+    with pytest.raises(UsageError, match=f"--init .*{message}"):
+        apply_init(model, str(path))
 
 
 def test_a_pytorch_file_is_no_checkpoint_to_evaluate(tmp_path: Path) -> None:

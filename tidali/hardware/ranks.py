@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tidali.errors import Interrupted, TidaliError, UsageError, first_line
+from tidali.errors import Diverged, Interrupted, TidaliError, UsageError, first_line
 
 LOST_AFTER = timedelta(minutes=15)
 """A rank whose machine has gone without closing its connections is waited for so long. Longer than any shard is
@@ -114,7 +114,7 @@ def joined_ranks(device_type: str) -> Iterator[Ranks]:
     distributed.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=LOST_AFTER)
     try:
         yield ranks
-    except Interrupted:
+    except (Interrupted, Diverged):
         distributed.destroy_process_group()
         raise
     except RuntimeError as error:

@@ -20,7 +20,7 @@ from tidali.dataset.contract import ClassName, Dataset
 from tidali.errors import UsageError, first_line
 from tidali.files import write_atomically
 from tidali.hardware.device import DevicePlan, plan_device
-from tidali.model.resnet import ARCHITECTURES, build_resnet, load_matching
+from tidali.model.resnet import ARCHITECTURES, build_resnet, load_matching, refuse_not_finite
 from tidali.model.weight_files import TORCH, is_safetensors, what_is
 
 SUFFIX = ".safetensors"
@@ -153,8 +153,9 @@ def load_model(path: Path, model: nn.Module | None = None) -> tuple[nn.Module, M
 def _with_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> nn.Module:
     """
     Raises:
-        UsageError: the weights are not the model's.
+        UsageError: the weights are not the model's, or not finite.
     """
+    refuse_not_finite(weights, str(path))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

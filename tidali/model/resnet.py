@@ -243,12 +243,24 @@ def load_matching(
     foreign = [name for name in unused if name != _STEM_BIAS and _of_a_body(name, weights[name])]
     if foreign:
         raise UsageError(f"{where}: the weights are of another network: a {title} has no {some_of(foreign, _NAMED)}")
-    broken = [name for name in loaded if weights[name].is_floating_point() and not weights[name].float().isfinite().all()]
+    chosen = {name: weights[name] for name in loaded}
+    refuse_not_finite(chosen, where)
+    model.load_state_dict(chosen, strict=False)
+    return LoadReport(loaded=loaded, fresh=fresh, unused=unused, resampled=resampled)
+
+
+def refuse_not_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    """
+    Args:
+        where: the weights' source, for the error message.
+
+    Raises:
+        UsageError: not all are finite, in float32.
+    """
+    broken = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.float().isfinite().all()]
     if broken:
         fix = "take an earlier checkpoint, or train it again with a lower learning rate"
-        raise UsageError(f"{where}: {len(broken)} tensors are not finite, {broken[0]} is the first; {fix}")
-    model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
-    return LoadReport(loaded=loaded, fresh=fresh, unused=unused, resampled=resampled)
+        raise UsageError(f"{where}: weights that are not finite: {some_of(broken, _NAMED)}; {fix}")
 
 
 def _recognise(weights: Mapping[str, Tensor]) -> Arch | None:

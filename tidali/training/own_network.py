@@ -11,14 +11,15 @@ from tidali.config import TrainSettings
 from tidali.errors import UsageError, first_line
 from tidali.hardware.device import DevicePlan
 from tidali.hardware.ranks import Ranks
+from tidali.model.resnet import refuse_not_finite
 
 
 def check_own_network(model: nn.Module, num_classes: int, settings: TrainSettings, plan: DevicePlan, ranks: Ranks) -> None:
     """Run a copy of the user's network on two images of zeros, in evaluation and in training mode.
 
     Raises:
-        UsageError: it fails, or does not return logits of the data's classes, or has nothing to train, or the settings are for
-            a ResNet of tidali's.
+        UsageError: it fails, or does not return logits of the data's classes, or has nothing to train or weights that are not
+            finite, or the settings are for a ResNet of tidali's.
     """
     recipe = settings.recipe
     if settings.init != "none" or settings.stem != "imagenet":
@@ -29,6 +30,7 @@ def check_own_network(model: nn.Module, num_classes: int, settings: TrainSetting
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError("model: none of its parameters has requires_grad, so there is nothing to train")
+    refuse_not_finite(model.state_dict(), "model")
     shape = (2, 3, settings.res, settings.res)
     images = torch.zeros(shape, dtype=plan.images_dtype, device=plan.device)
     try:

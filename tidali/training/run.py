@@ -169,8 +169,11 @@ class Run:
 
             def on_step(waited_s: float) -> None:
                 score = self.meter.peek()
-                self.require(math.isfinite(score.loss_sum), "loss")
-                if self.steps is not None:
+                finite = math.isfinite(score.loss_sum)
+                due = self.since_save.peek_s() > 60 * self.settings.checkpoint_minutes
+                stop, save, not_finite = self.agree(self.stop.requested, due, not finite)
+                self.require(not not_finite, "loss")
+                if self.steps is not None and finite:
                     self.steps.update(self.state.step, self.state.schedule(self.state.step - 1), score)
                 if not bar.disable and score.samples:
                     done = self.state.step - progress.epoch * len(self.train_batches)
@@ -182,8 +185,6 @@ class Run:
                         f"waiting for data {100 * waited_s / watch.peek_s():.1f} %",
                     )
                     bar.update(task, completed=done, notes=notes)
-                due = self.since_save.peek_s() > 60 * self.settings.checkpoint_minutes
-                stop, save = self.agree(self.stop.requested, due)
                 if stop:
                     self.save_state()
                     raise Interrupted(self.how_to_resume(), self.stop.signal_number or signal.SIGTERM)
@@ -289,11 +290,13 @@ class Run:
         return [bool(flag) for flag in agreed]
 
     def require(self, finite: bool, what: str) -> None:
+        """End a run that diverged. Every rank calls this with the same ``finite``, so that the main one can record it."""
         if finite:
             return
         step = self.state.step
         if self.steps is not None:
             self.steps.diverged(step, self.state.schedule(max(step - 1, 0)), what)
+        self.ranks.gather(None)  # torchrun ends all ranks as soon as one has exited: none does before that is written
         found = diverged(what, step, self.settings.recipe.lr)
         raise Diverged(f"{found.text}. {found.advice} The last state that was finite is {self.out / STATE_NAME}")
 
@@ -329,8 +332,10 @@ class Run:
             position: this rank's in the data; by default that of its next batch.
             beside_training: write while training goes on.
         """
-        self.require(math.isfinite(self.meter.read().loss_sum), "loss")
-        self.require(all_finite(self.state.model), "weights")
+        checks = [math.isfinite(self.meter.read().loss_sum), all_finite(self.state.model)]
+        failed = self.ranks.all_reduce_max([not passed for passed in checks], self.plan.device)
+        for not_finite, what in zip(failed, ("loss", "weights"), strict=True):
+            self.require(not not_finite, what)
         loaders = self.ranks.gather(position or self.train_batches.state_dict())
         if self.ranks.is_main:
             progress = replace(self.progress, seconds=self.progress.seconds + self.watch.elapsed_s())
