@@ -150,12 +150,14 @@ def _write_shards(
 
 
 def samples_done(samples: Sequence[int], progress: Progress | None) -> Callable[[int], None]:
-    """What is called with the index of each task that is done, to call ``progress``.
+    """What is called with the index of each task that is done, to call ``progress``, which is first told the total.
 
     Args:
         samples: of each task.
     """
     done, total = 0, sum(samples)
+    if progress is not None:
+        progress(0, total)
 
     def count(index: int) -> None:
         nonlocal done

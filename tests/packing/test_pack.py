@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from shards.executor import default_workers
-from shards.pack import pack
+from shards.pack import pack, samples_done
 from shards.scan import FileSource
 from shards.store import LocalStore
 from tidali.dataset.contract import MANIFEST_NAME, Manifest, iter_records, open_dataset
@@ -377,3 +377,11 @@ def test_workers_where_a_process_has_no_affinity(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert default_workers() == 7
+
+
+def test_progress_is_of_the_total_from_the_start() -> None:
+    seen: list[tuple[int, int]] = []
+    done = samples_done([3, 2], lambda *counts: seen.append(counts))
+    done(1)
+    done(0)
+    assert seen == [(0, 5), (2, 5), (5, 5)]

@@ -48,3 +48,10 @@ def test_of_very_many_classes_the_smallest_and_the_largest_are_listed(capsys: py
     assert [row[-1] for row in listed] == [*map(str, range(1, 11)), *map(str, range(991, 1000)), "1,000"]
     print_info("data", manifest(50))
     assert sum("(n" in line for line in capsys.readouterr().out.splitlines()) == 50
+
+
+def test_settings_have_thousands_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    packed = manifest(2)
+    packed.settings = {"seed": 0, "max_pixels": 1 << 26, "kernel": "pil"}
+    print_info("data", packed)
+    assert "settings       seed 0, max_pixels 67,108,864, kernel pil\n" in capsys.readouterr().out

@@ -6,6 +6,8 @@ import io
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import PIL
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tidali.loading import libjpeg, native
+from tidali.loading.thread_decoder import ThreadDecoder
 
 SIZE = (37, 53)
 
@@ -110,6 +113,17 @@ def test_without_pillows_library_there_is_none(tmp_path: Path, monkeypatch: pyte
     (folder / "libjpeg-1.so.62").write_bytes(b"no library")
     (folder / "libjpeg-2.so.62").symlink_to(native.build()._name)  # one without libjpeg's functions
     assert load_anew() is None
+
+
+@pytest.mark.parametrize(("size", "loaded"), [((64, 64), 1), (None, 0)])
+def test_only_images_of_one_size_need_it(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int] | None, loaded: int) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(libjpeg, "load", lambda: calls.append(None))
+    table: Any = SimpleNamespace(
+        dataset=SimpleNamespace(manifest=SimpleNamespace(counts={})), info=SimpleNamespace(single_image_size=size)
+    )
+    ThreadDecoder(table, "pil", 1).close()
+    assert len(calls) == loaded
 
 
 def test_another_binary_interface_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

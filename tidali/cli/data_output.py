@@ -100,7 +100,7 @@ def print_info(data: str, manifest: Manifest) -> None:
     _print_classes(manifest)
     facts: list[tuple[str, object]] = [
         ("source", f"{manifest.source.get('name')} ({manifest.source.get('layout')})"),
-        ("settings", ", ".join(f"{key} {value}" for key, value in manifest.settings.items() if value is not None)),
+        ("settings", ", ".join(f"{key} {_shown(value)}" for key, value in manifest.settings.items() if value is not None)),
         ("mean of train", ", ".join(f"{value:.4f}" for value in manifest.mean)),
         ("std of train", ", ".join(f"{value:.4f}" for value in manifest.std)),
         (
@@ -115,6 +115,10 @@ def print_info(data: str, manifest: Manifest) -> None:
         show(f"{name:<14} {fact}", hang=15)
     for entry in manifest.quarantine:
         show(f"quarantined: {entry.source!r}: {entry.reason}")
+
+
+def _shown(value: object) -> str:
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def info_document(data: str, manifest: Manifest) -> dict[str, object]:

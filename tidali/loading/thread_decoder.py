@@ -52,7 +52,7 @@ class ThreadDecoder:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tidali-decode")
         counts = table.dataset.manifest.counts
         self._plain = not (counts.get("exif_rotated", 0) or counts.get("cmyk", 0))
-        self._libjpeg = libjpeg.load() if self._plain else None
+        self._libjpeg = libjpeg.load() if self._plain and table.info.single_image_size is not None else None
 
     def start(self, job: Job) -> Any:
         """The batch's pixels (n, H, W, 3) uint8, or its pieces' images, not yet written, and the work that writes them."""
