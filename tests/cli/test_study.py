@@ -17,7 +17,8 @@ from tidali.recipes import make_recipe
 from tidali.study import rows as rows_module
 from tidali.study import run as study_module
 from tidali.study.rows import ROWS, Row, needed_by, scaled
-from tidali.study.run import Study, StudySettings
+from tidali.study.run import Study
+from tidali.study.settings import StudySettings
 from tidali.study.table import cells, describe, markdown
 
 

@@ -21,7 +21,7 @@ FOLDER |= {"best.safetensors", "last.safetensors", "state.safetensors"}
 
 def test_ranks_share_the_demo_data_that_one_of_them_makes(tmp_path: Path) -> None:
     """torchrun starts them together, in one folder."""
-    program = "from shards import demo; from tidali.cli.train import demo_data; import functools\n"
+    program = "from shards import demo; from tidali.cli.packing import demo_data; import functools\n"
     program += "demo.pack_demo = functools.partial(demo.pack_demo, classes=3, per_class=40, workers=1)\n"
     program += "print(demo_data())"
     ranks = [

@@ -13,6 +13,7 @@ from rich.cells import cell_len
 
 from bench import report
 from tidali import console
+from tidali.console import layout
 
 WIDTHS = [60, 80]
 
@@ -71,7 +72,7 @@ def test_results_and_messages(
 def test_what_training_prints(trained, width: int) -> None:
     _, ended = trained
     for line in (ended.stdout + ended.stderr).splitlines():
-        check("\n".join(console.wrap(line, width)), line, width)
+        check("\n".join(layout.wrap(line, width)), line, width)
 
 
 def test_the_line_of_an_error(tidali, on_a_terminal) -> None:

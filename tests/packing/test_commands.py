@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
-from tidali.cli.data import parse_size
+from tidali.cli.packing import parse_size
 from tidali.dataset.contract import Manifest, open_dataset
 from tidali.errors import UsageError
 

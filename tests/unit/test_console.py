@@ -13,6 +13,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from tidali import console
+from tidali.console import layout
 from tidali.errors import counted, span
 
 
@@ -28,7 +29,7 @@ WORDS = st.lists(st.text(alphabet="abc1,%.", min_size=1, max_size=9), min_size=1
 
 @given(words=WORDS, width=st.integers(12, 50), hang=st.integers(0, 5))
 def test_wrapping_changes_white_space_alone(words: list[str], width: int, hang: int) -> None:
-    lines = console.wrap(" ".join(words), width, hang=hang)
+    lines = layout.wrap(" ".join(words), width, hang=hang)
     assert " ".join(" ".join(lines).split()) == " ".join(words)
     for line in lines:
         # Too long only if nothing in it may be separated: '12 %', or a word that is longer than the line.
@@ -40,11 +41,11 @@ def test_wrapping_changes_white_space_alone(words: list[str], width: int, hang: 
 @pytest.mark.parametrize("figure", ["421 images/s", "87.5 %", "64 x 48", "1 GiB", "± 0.4", "3 px"])
 def test_a_number_stays_with_its_unit(figure: str) -> None:
     for before in range(20):
-        assert any(figure in line for line in console.wrap(f"{'w' * before} {figure} and more words", 18))
+        assert any(figure in line for line in layout.wrap(f"{'w' * before} {figure} and more words", 18))
 
 
 def test_wide_characters_count_twice() -> None:
-    assert console.wrap("猫猫猫猫 犬犬", 11, hang=0) == ["猫猫猫猫", "犬犬"]
+    assert layout.wrap("猫猫猫猫 犬犬", 11, hang=0) == ["猫猫猫猫", "犬犬"]
 
 
 def test_a_file_gets_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,8 +77,8 @@ def test_a_suggested_command_can_be_copied(width: int, capsys: pytest.CaptureFix
 
 def test_an_option_stays_with_its_value() -> None:
     command = "tidali info data --sheet seen.png --set augment.shift_px=4"
-    assert console.wrap_command(command, 45) == "tidali info data --sheet seen.png \\\n  --set augment.shift_px=4"
-    assert console.wrap_command("tidali --out " + "r" * 20, 22) == "tidali \\\n  --out \\\n  " + "r" * 20
+    assert layout.wrap_command(command, 45) == "tidali info data --sheet seen.png \\\n  --set augment.shift_px=4"
+    assert layout.wrap_command("tidali --out " + "r" * 20, 22) == "tidali \\\n  --out \\\n  " + "r" * 20
 
 
 def test_nothing_is_suggested_to_whom_wants_quiet(capsys: pytest.CaptureFixture[str]) -> None:

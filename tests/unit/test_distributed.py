@@ -29,7 +29,7 @@ from tidali.loading.data import Data
 from tidali.loading.samples import SampleTable
 from tidali.loading.sharing import Sharing
 from tidali.model.resnet import build_resnet18
-from tidali.training.run import steps_between_agreements
+from tidali.training.agreement import steps_between_agreements
 
 STEPS = 6
 HALVES = {torch.float64: (2, 64), torch.float32: (2, 100)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tidali.cli.options import AmpOption, CacheOption, DeviceOption, is_given, machine_option, output_file, parse_resolutions
-from tidali.cli.train import demo_data
+from tidali.cli.packing import demo_data
 from tidali.config import CompileChoice, Stem
 from tidali.errors import TidaliError, UsageError
 

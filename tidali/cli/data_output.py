@@ -1,4 +1,4 @@
-"""What the commands of `tidali.cli.data` print of a data set."""
+"""What the commands that make or show a data set print of it."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from tidali.console import show, show_command, wrap
+from tidali.console import show, show_command
+from tidali.console.layout import wrap
 
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "": (

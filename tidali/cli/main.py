@@ -15,13 +15,13 @@ from typing import Annotated
 import typer
 
 from tidali import __version__, console
-from tidali.cli.adopt import adopt
 from tidali.cli.bench import bench
-from tidali.cli.data import demo, download, info, shard, verify
+from tidali.cli.data import download, info, verify
 from tidali.cli.doctor import doctor
 from tidali.cli.evaluate import eval_
 from tidali.cli.examples import CommandWithExamples, ProgramWithExamples
 from tidali.cli.model import export, predict
+from tidali.cli.packing import adopt, demo, shard
 from tidali.cli.report import plot, report
 from tidali.cli.runs import runs
 from tidali.cli.study import study

@@ -21,6 +21,7 @@ model_option = partial(typer.Option, rich_help_panel="Model")
 recipe_option = partial(typer.Option, rich_help_panel="Recipe")
 machine_option = partial(typer.Option, rich_help_panel="Machine")
 run_option = partial(typer.Option, rich_help_panel="Run")
+running_option = partial(typer.Option, rich_help_panel="How to run")
 
 CheckpointArgument = Annotated[
     str,
@@ -55,6 +56,10 @@ FlipOption = Annotated[
         "--flip",
         help="Flip TTA (test-time augmentation): average the logits of each image and of the image flipped horizontally.",
     ),
+]
+WorkersOption = Annotated[
+    int | None,
+    running_option(min=1, help="Number of processes.", show_default="enough for all cores; one for small jobs"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 

@@ -130,7 +130,8 @@ def _watch(read: Callable[[], list[Entry]]) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    from tidali.console import line_width, results, table_lines
+    from tidali.console import line_width, results
+    from tidali.console.layout import table_lines
 
     with suppress(KeyboardInterrupt), Live(console=results, auto_refresh=False) as live:
         while True:

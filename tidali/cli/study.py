@@ -59,7 +59,8 @@ def study(
 
     from tidali.console import print_table, say, show, suggest
     from tidali.dataset.source import open_data
-    from tidali.study.run import StudySettings, run_study
+    from tidali.study.run import run_study
+    from tidali.study.settings import StudySettings
     from tidali.study.table import COLUMNS, cells, findings, measured_on, notes, rows_without_result
 
     settings = StudySettings(

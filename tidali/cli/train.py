@@ -29,6 +29,7 @@ from tidali.cli.options import (
     recipe_option,
     run_option,
 )
+from tidali.cli.packing import demo_data
 from tidali.config import Recipe, Stem, StemInit, TrainSettings, check_res
 from tidali.errors import UsageError, counted
 from tidali.recipes import change, default_recipe, fit_to_images, is_changed, make_recipe, with_crops
@@ -272,31 +273,3 @@ def _refuse_other_options(context: typer.Context, option: str, *allowed: str) ->
 
 def _score_cells(score: Any, top5: bool) -> tuple[str, ...]:
     return f"{score.top1_percent:.1f}", *([f"{score.top5_percent:.1f}"] if top5 else []), loss_text(score.loss)
-
-
-def demo_data() -> Path:
-    """The demo data set in data/demo, packed on first use. All ranks of torchrun call this, and one of them packs it.
-
-    Raises:
-        UsageError: the folder cannot be created.
-    """
-    from tidali.dataset.contract import MANIFEST_NAME
-    from tidali.files import lock
-
-    folder = Path("data") / "demo"
-    manifest = folder / MANIFEST_NAME
-    if manifest.exists():
-        return folder
-    try:
-        folder.parent.mkdir(exist_ok=True)
-        with lock(folder.parent, wait=True):
-            if not manifest.exists():
-                from shards.demo import pack_demo
-                from tidali.console import say
-
-                say(f"packing the built-in demo data set into {folder}")
-                pack_demo(folder)
-    except OSError as error:
-        where = f"{folder}: the demo data set cannot be written here ({error.strerror})"
-        raise UsageError(f"{where}; change to a folder that you may write to, or give --data") from None
-    return folder

@@ -95,7 +95,7 @@ def checkpoint(given: str, dataset: Dataset | None, plan: DevicePlan) -> Finding
     if not logits.isfinite().all():
         return failure(f"{path}: its output is not finite in {plan.dtype_name}", "use it with --amp off")
     top1 = {name.removesuffix("_top1_percent"): value for name, value in card.metrics.items() if name.endswith("_top1_percent")}
-    scores = "".join(f", {value:.2f} % top-1 on {split} when it was saved" for split, value in top1.items() if split != "train")
+    scores = "".join(f", {value:.1f} % top-1 on {split} when it was saved" for split, value in top1.items() if split != "train")
     fits = "" if dataset is None else "; its classes are the data set's"
     return ok(
         f"{path}: {title_of(card.arch)}, {card.stem} stem, {counted(len(card.classes), 'class')}, {card.res} px{scores}{fits}"

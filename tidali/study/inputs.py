@@ -8,13 +8,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tidali.config import TrainSettings
+from tidali.config import Arch, TrainSettings
 from tidali.dataset.contract import Dataset
 from tidali.errors import UsageError
+from tidali.files import file_digest
+from tidali.model.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, imagenet_weights_path
+from tidali.study.rows import IMAGENET
 from tidali.training.run_folder import write_json
 
 INPUTS_NAME = "inputs.json"
 """Beside the run folders: for each, by its name, the hashes of everything besides the settings that decides its result."""
+
+
+def find_imagenet_weights(given: str | None, arch: Arch) -> dict[str, str]:
+    """The name, the path and the hash of the weights that rows start from: a file's, or else torchvision's, which are
+    downloaded once.
+
+    Raises:
+        UsageError: the file is not there, or holds no weights of a ResNet.
+        TidaliError: torchvision's cannot be had.
+    """
+    if given is None:
+        imagenet_weights(arch)
+        return {"name": IMAGENET_NAME, "path": IMAGENET, "sha256": file_digest(imagenet_weights_path(arch))}
+    try:
+        path = file_weights(given).where
+    except UsageError as error:
+        raise UsageError(str(error).replace("--init", "--imagenet-weights")) from None
+    return {"name": given, "path": path, "sha256": file_digest(Path(path))}
 
 
 def content_hash(dataset: Dataset, split: str) -> str:

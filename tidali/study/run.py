@@ -11,14 +11,13 @@ import json
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tidali.config import AmpChoice, Arch, CacheChoice, CompileChoice, DeviceChoice, Recipe, Stem, TrainSettings
+from tidali.config import Recipe, Stem, TrainSettings
 from tidali.console import say, warn
 from tidali.dataset.contract import Dataset
 from tidali.errors import Diverged, TidaliError, UsageError
@@ -26,13 +25,13 @@ from tidali.files import file_digest, write_atomically
 from tidali.hardware.device import plan_device
 from tidali.hardware.versions import versions
 from tidali.model.checkpoint import SUFFIX, load_model
-from tidali.model.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, imagenet_weights_path
 from tidali.model.resnet import forward_gmacs, resnet_gmacs
 from tidali.model.served import ServedModel
 from tidali.study.comparisons import compare_rows
-from tidali.study.inputs import content_hash, read_json, record_inputs, refuse_other_inputs
+from tidali.study.inputs import content_hash, find_imagenet_weights, read_json, record_inputs, refuse_other_inputs
 from tidali.study.page import write_study_page
-from tidali.study.rows import IMAGENET, ROWS, Row, needed_by, scaled
+from tidali.study.rows import IMAGENET, Row, needed_by, scaled
+from tidali.study.settings import StudySettings
 from tidali.study.table import describe, markdown
 from tidali.training.evaluation import EvalOptions, evaluate_checkpoint, evaluate_served
 from tidali.training.history import read_runs
@@ -42,40 +41,6 @@ from tidali.training.run_folder import write_json
 from tidali.training.setup import selection_split
 
 DOCUMENT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudySettings:
-    """Settings of a study."""
-
-    data: str
-    """Folder of a packed data set."""
-    out: str
-    """Folder of the study."""
-    rows: tuple[str, ...] = ()
-    """Names of the rows to run, besides the rows whose weights they start from; empty for all."""
-    seeds: int = 1
-    """Runs of each row, with seeds 0, 1, ...; a run starts from the weights of the run with the same seed."""
-    epochs_scale: float = 1.0
-    """Factor on the number of epochs of every row, for a quick look."""
-    arch: Arch = "resnet18"
-    """The network of every row."""
-    imagenet_weights: str | None = None
-    """A file to use instead of torchvision's ImageNet weights."""
-    device: DeviceChoice = "auto"
-    amp: AmpChoice = "auto"
-    compile: CompileChoice = "auto"
-    cache: CacheChoice = "auto"
-
-    def __post_init__(self) -> None:
-        known = [row.name for row in ROWS]
-        for name in self.rows:
-            if name not in known:
-                raise UsageError(f"--rows {name}: choose from {', '.join(known)}")
-        if self.seeds < 1:
-            raise UsageError(f"--seeds {self.seeds}: at least 1")
-        if not 0 < self.epochs_scale < float("inf"):
-            raise UsageError(f"--epochs-scale {self.epochs_scale}: must be above 0 and finite")
 
 
 def run_study(settings: StudySettings, dataset: Dataset, *, command: str) -> dict[str, Any]:
@@ -116,30 +81,14 @@ class Study:
         self.weights: Mapping[str, str] | None = None
         self.why_no_weights = ""
         if any(row.start == IMAGENET for row in needed_by(settings.rows)):
-            self.find_weights()
-        self.without_result: dict[str, str] = {}  # name of a row -> what became of it
-
-    def find_weights(self) -> None:
-        """Find the ImageNet weights before any row is trained. Without them, the rows that need them are not run."""
-        given = self.settings.imagenet_weights
-        if given is not None:
             try:
-                path = file_weights(given).where
-            except UsageError as error:
-                raise UsageError(str(error).replace("--init", "--imagenet-weights")) from None
-            self.weights = {"name": given, "path": path, "sha256": file_digest(Path(path))}
-            return
-        try:
-            imagenet_weights(self.settings.arch)
-        except TidaliError as error:
-            self.why_no_weights = f"needs ImageNet weights, or --imagenet-weights PATH ({error})"
-            say(f"rows that start from ImageNet weights are skipped: {error}; or give --imagenet-weights PATH")
-            return
-        self.weights = {
-            "name": IMAGENET_NAME,
-            "path": IMAGENET,
-            "sha256": file_digest(imagenet_weights_path(self.settings.arch)),
-        }
+                self.weights = find_imagenet_weights(settings.imagenet_weights, settings.arch)
+            except UsageError:  # of a file that was given
+                raise
+            except TidaliError as error:
+                self.why_no_weights = f"needs ImageNet weights, or --imagenet-weights PATH ({error})"
+                say(f"rows that start from ImageNet weights are skipped: {error}; or give --imagenet-weights PATH")
+        self.without_result: dict[str, str] = {}  # name of a row -> what became of it
 
     def document(self, command: str) -> dict[str, Any]:
         """The content of study.json, without rows."""

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tidali.config import CacheChoice, TrainSettings
@@ -24,6 +23,7 @@ from tidali.hardware.device import DevicePlan, numerics, plan_device
 from tidali.hardware.ranks import Ranks, joined_ranks
 from tidali.hardware.timing import Stopwatch
 from tidali.loading.augment import draw_mix, mix_batch
+from tidali.training.agreement import Agreement
 from tidali.training.averages import batch_norms, first_images, measure_statistics
 from tidali.training.engine import EpochResult, all_finite, evaluate, train_epoch
 from tidali.training.interrupt import StopRequest
@@ -39,10 +39,6 @@ from tidali.training.tensorboard import TensorBoardLog
 EPOCH_SAVE_S = 30.0
 """An epoch's end saves if so many seconds have passed since the last save, or ``checkpoint_minutes`` if that is less: a state
 of 134 MB after each epoch of a second or two would take as long as the epoch. A kill loses at most what was done since."""
-RANKS_AGREE_S = 2.0
-RANKS_AGREE_STEPS = 20
-"""How often ranks agree whether to stop or to save: on CPUs after each step; on GPUs, where that makes each rank wait for its
-device, about once in so many seconds and at least once in so many steps. torchrun waits 30 s for a stop."""
 
 
 def train(
@@ -83,13 +79,6 @@ def train(
             while run.progress.epoch < recipe.epochs:
                 run.epoch()
             return run.finish()
-
-
-def steps_between_agreements(step_s: float, device: torch.device) -> int:
-    """After how many steps of this length ranks agree again; the same number on all ranks where ``step_s`` is."""
-    if device.type == "cpu":
-        return 1
-    return min(max(int(RANKS_AGREE_S / max(step_s, 1e-6)), 1), RANKS_AGREE_STEPS)
 
 
 class Run:
@@ -154,7 +143,7 @@ class Run:
                 if self.ranks.is_main:
                     shutil.rmtree(self.out, ignore_errors=True)  # it was made above: a run that cannot be saved leaves nothing
                 raise
-        self.agreed_at, self.agree_at, self.since_agreed = self.state.step, self.state.step + 1, Stopwatch()
+        self.agreement = Agreement(self.ranks, self.plan.device, self.state.step)
 
     def epoch(self) -> None:
         """Train one epoch, or the rest of it; evaluate; save; print the results."""
@@ -171,7 +160,7 @@ class Run:
                 score = self.meter.peek()
                 finite = math.isfinite(score.loss_sum)
                 due = self.since_save.peek_s() > 60 * self.settings.checkpoint_minutes
-                stop, save, not_finite = self.agree(self.stop.requested, due, not finite)
+                stop, save, not_finite = self.agreement.any_rank(self.state.step, self.stop.requested, due, not finite)
                 self.require(not not_finite, "loss")
                 if self.steps is not None and finite:
                     self.steps.update(self.state.step, self.state.schedule(self.state.step - 1), score)
@@ -275,19 +264,6 @@ class Run:
             return mix_batch(images, labels, mixing, len(self.dataset.manifest.classes))
 
         return mix
-
-    def agree(self, *flags: bool) -> list[bool]:
-        """Whether each flag is set on any rank, so that all ranks act alike after the same step; all False between
-        agreements."""
-        if self.ranks.world_size == 1:
-            return list(flags)
-        if self.state.step < self.agree_at:
-            return [False] * len(flags)
-        *agreed, elapsed_s = self.ranks.all_reduce_max([*flags, self.since_agreed.peek_s()], self.plan.device)
-        step_s = elapsed_s / (self.state.step - self.agreed_at)
-        self.agreed_at, self.since_agreed = self.state.step, Stopwatch()
-        self.agree_at = self.agreed_at + steps_between_agreements(step_s, self.plan.device)
-        return [bool(flag) for flag in agreed]
 
     def require(self, finite: bool, what: str) -> None:
         """End a run that diverged. Every rank calls this with the same ``finite``, so that the main one can record it."""
