@@ -86,11 +86,11 @@ def _tables(function: Callable[..., Any]) -> list[str]:
         groups.setdefault(group, []).append(parameter)
     lines = []
     for title, members in groups.items():
-        lines += [f"| {title} | default | what it does |", "|---|---|---|"]
+        lines += [f"| {title} | what it does | default |", "|---|---|---|"]
         for parameter in members:
             shown = _option_cell(parameter) if parameter.is_option else f"`{_argument_name(parameter)}`"
             shown = shown.replace("|", "\\|")  # the end of a cell, in code too
-            lines.append(f"| {shown} | {_default(parameter)} | {_cell(parameter.info.help)} |")
+            lines.append(f"| {shown} | {_cell(parameter.info.help)} | {_default(parameter)} |")
         lines.append("")
     return lines
 

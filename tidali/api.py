@@ -43,17 +43,18 @@ def make_loader(
     """Batches of one split for any training loop: decoded, resized and normalised on the device.
 
     An iteration is one epoch of images (N, 3, res, res) channels_last and labels (N,) int64. ``len`` is its steps,
-    ``set_epoch`` chooses which, and ``state_dict`` and ``load_state_dict`` resume within it:
+    ``set_epoch`` chooses which, and ``state_dict`` and ``load_state_dict`` resume within it.
 
-    >>> from tidali import make_loader
-    >>> loader = make_loader("data/demo", "train", res=32, batch_size=32, device="cpu")
-    >>> batches = iter(loader)
-    >>> images, labels = next(batches)
-    >>> state = loader.state_dict()
-    >>> following, _ = next(batches)
-    >>> loader.load_state_dict(state)
-    >>> torch.equal(next(iter(loader))[0], following)
-    True
+    Examples:
+        >>> from tidali import make_loader
+        >>> loader = make_loader("data/demo", "train", res=32, batch_size=32, device="cpu")
+        >>> batches = iter(loader)
+        >>> images, labels = next(batches)
+        >>> state = loader.state_dict()
+        >>> following, _ = next(batches)
+        >>> loader.load_state_dict(state)
+        >>> torch.equal(next(iter(loader))[0], following)
+        True
 
     Args:
         data: an open data set, or its folder or URL.

@@ -146,10 +146,11 @@ def load_model(
 ) -> Classifier:
     """A trained model, ready to predict.
 
-    >>> from tidali import load_model
-    >>> model = load_model("runs/demo")
-    >>> for scores in model.predict(["photo.jpg", "photo.jpg"]):
-    ...     assert scores[0].probability == max(score.probability for score in scores)
+    Examples:
+        >>> from tidali import load_model
+        >>> model = load_model("runs/demo")
+        >>> for scores in model.predict(["photo.jpg", "photo.jpg"]):
+        ...     assert scores[0].probability == max(score.probability for score in scores)
 
     Args:
         path: a checkpoint, or a run folder for its best one.
