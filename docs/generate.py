@@ -88,8 +88,7 @@ def _tables(function: Callable[..., Any]) -> list[str]:
     for title, members in groups.items():
         lines += [f"| {title} | what it does | default |", "|---|---|---|"]
         for parameter in members:
-            shown = _option_cell(parameter) if parameter.is_option else f"`{_argument_name(parameter)}`"
-            shown = shown.replace("|", "\\|")  # the end of a cell, in code too
+            shown = _option_cell(parameter) if parameter.is_option else _kinds(_argument_name(parameter))
             lines.append(f"| {shown} | {_cell(parameter.info.help)} | {_default(parameter)} |")
         lines.append("")
     return lines
@@ -119,7 +118,12 @@ def _value(parameter: Parameter) -> str:
         return " or ".join(f"`{choice}`" for choice in get_args(kind))
     kind = get_args(kind)[0] if get_origin(kind) is list else kind
     names = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
-    return f"`{parameter.info.metavar or names[kind]}`"
+    return _kinds(parameter.info.metavar or names[kind])
+
+
+def _kinds(text: str) -> str:
+    """Of N|FILE: `N` or `FILE`. A bar would end the table's cell, and behind a backslash it would be shown with that."""
+    return " or ".join(f"`{kind.strip()}`" for kind in text.split("|"))
 
 
 def _default(parameter: Parameter) -> str:

@@ -163,6 +163,7 @@ def test_the_site_builds_and_asks_for_nothing(site: Path) -> None:
     assert linked
     assert {(site / "results" / link).resolve() for link in linked} <= records
     assert "&gt;&gt;&gt;" not in (site / "api" / "index.html").read_text()  # examples can be copied as they are
+    assert "\\|" not in (site / "cli" / "index.html").read_text()
     for page in pages:
         loaded = re.findall(r"<(?:script|img|iframe)[^>]* src=\"?([^\"\s>]+)", page.read_text())
         loaded += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|preconnect|icon)[^>]* href=\"?([^\"\s>]+)", page.read_text())
