@@ -8,9 +8,7 @@ Train, evaluate, predict:
 >>> import tidali
 >>> data = tidali.open_data("data/demo")
 >>> recipe = tidali.make_recipe("modern", epochs=1, batch_size=32)
->>> settings = tidali.TrainSettings(
-...     data="data/demo", out="runs/demo", res=32, recipe=recipe
-... )
+>>> settings = tidali.TrainSettings(data="data/demo", out="runs/demo", res=32, recipe=recipe)
 >>> result = tidali.train_model(settings)
 >>> card, rows = tidali.evaluate_checkpoint("runs/demo", data)
 >>> rows[0].res, rows[0].score.samples
