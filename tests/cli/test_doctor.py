@@ -69,6 +69,7 @@ def test_each_finding_is_a_line_and_the_table_is_computed_once(
     assert ended.code == 0, ended.stderr
     assert "ok      device: cpu" in ended.stdout
     assert "torch antialiased" in ended.stdout
+    assert ended.stdout.count("matrix against DALI: DALI rounds to uint8") == 1
     assert calls == [1]
 
 

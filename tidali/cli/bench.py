@@ -69,7 +69,7 @@ def bench(
     cache: CacheOption = "auto",
     peers: Annotated[
         str | None,
-        what_option(metavar="NAMES", help="peers: only these, such as torchvision,ffcv.", show_default="all"),
+        what_option(metavar="NAMES", help="peers: only these, such as tidali,torchvision,ffcv.", show_default="all"),
     ] = None,
     training: Annotated[
         bool, what_option("--training", help="peers: measure whole training loops instead of loaders.")

@@ -99,11 +99,11 @@ def _document(findings: list[Finding], rows: list[Row]) -> dict[str, Any]:
 
 
 def _print_parity(rows: list[Row]) -> None:
-    from tidali.console import print_table
+    from tidali.console import print_table, show
 
     print_table(
-        "differences from 64 px, in grey levels of 0..255",
-        ("route", "against", "res", "largest", "allowed", "mean", "reason for the tolerance"),
+        "resizing images of 64 px: differences in grey levels of 0..255",
+        ("route", "against", "res", "largest", "allowed", "mean"),
         [
             (
                 row.comparison.route,
@@ -112,8 +112,11 @@ def _print_parity(rows: list[Row]) -> None:
                 f"{row.largest:.2f}",
                 f"{row.comparison.largest_allowed:g}",
                 f"{row.mean:.3f}",
-                row.comparison.reason,
             )
             for row in rows
         ],
+        left=2,
     )
+    show("why so much is allowed:")
+    for one in dict.fromkeys(row.comparison for row in rows):
+        show(f"{one.route} against {one.against}: {one.reason}")

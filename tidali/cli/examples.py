@@ -87,7 +87,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "bench": (
         ("tidali bench", "where the time of a training step goes, and what limits it"),
-        ("tidali bench peers --data data/pets --res 224", "beside other projects' data loaders"),
+        ("tidali bench peers --data data/pets --res 224", "tidali's loaders and other projects', on the same images"),
         ("tidali bench step --json new.json --compare old.json", "has it become slower since then?"),
     ),
     "doctor": (

@@ -69,8 +69,8 @@ def examine(
     def chosen_device() -> str:
         nonlocal plan
         plan = plan_device(device, "auto", "auto")
-        text = f"{plan.device}: {plan.name}; {plan.dtype_name} ({plan.amp_reason})"
-        return f"{text}; compile {'on' if plan.compile else 'off'} ({plan.compile_reason})"
+        text = f"{plan.device}: {plan.name}; {plan.dtype_name}: {plan.amp_reason}"
+        return f"{text}; compile {'on' if plan.compile else 'off'}: {plan.compile_reason}"
 
     yield run_check("device", chosen_device)
     yield run_check("memory", lambda: _memory(plan.device))

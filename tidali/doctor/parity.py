@@ -118,7 +118,7 @@ COMPARISONS = (
         route="matrix, bfloat16",
         largest_allowed=1.5,
         mean_allowed=0.3,
-        reason="as above, and 8 bits of a normalised pixel are 0.46 grey levels at most",
+        reason="as without bfloat16, and 8 bits of a normalised pixel are 0.46 grey levels at most",
     ),
     Comparison(
         route="PIL",
