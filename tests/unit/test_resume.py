@@ -52,11 +52,12 @@ def finished(demo_data: Path, dataset: Dataset, tmp_path_factory: pytest.TempPat
 
 
 def test_a_run_keeps_its_route_where_there_is_less_memory_now(
-    finished: TrainSettings, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+    finished: TrainSettings, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     assert finished.cache == "auto"
     monkeypatch.setattr(data_module, "free_memory_bytes", lambda device: 1)
     assert train(finished, dataset, resume=True).last.samples == 32
+    assert "resumed at step 2, after the last epoch: nothing is left to train\n" in capsys.readouterr().err
 
 
 def test_a_device_that_needs_a_loss_scale_resumes_a_run_without_one(

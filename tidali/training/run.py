@@ -134,8 +134,15 @@ class Run:
                 tensorboard=self.settings.tensorboard,
             )
             announce(self.settings, self.dataset, self.plan, self.ranks, self.setup)
-            for note in (*notes, *([f"resumed at step {self.state.step}"] if resume else ())):
+            for note in notes:
                 say(note)
+            if resume:
+                over = (
+                    ", after the last epoch: nothing is left to train"
+                    if self.progress.epoch == self.settings.recipe.epochs
+                    else ""
+                )
+                say(f"resumed at step {self.state.step:,}{over}")
         if not resume:
             try:
                 self.save_state()

@@ -261,7 +261,7 @@ def announce(settings: TrainSettings, dataset: Dataset, plan: DevicePlan, ranks:
     if recipe.batch_size != original.batch_size and math.isclose(
         recipe.lr, original.lr * recipe.batch_size / original.batch_size
     ):
-        fact("", f"this lr is the recipe's {original.lr:g} for {original.batch_size} images, in proportion; --lr sets another")
+        fact("", f"this lr is the recipe's {original.lr:g} for {original.batch_size} images, in proportion")
     local_batch_size = ranks.local_batch_size(recipe.batch_size)
     in_ranks = f", {ranks.world_size} ranks of {local_batch_size} images each" if ranks.world_size > 1 else ""
     fact("device", f"{plan.device}: {plan.name}, {counted(cpu_count(), 'core')}{in_ranks}")
