@@ -52,7 +52,8 @@ class Interrupted(TidaliError):
 
 
 class Diverged(TidaliError):
-    """A run ended, after the same step on every rank, because its loss or its weights were not finite."""
+    """A run ended, after the same step on every rank, because its loss or its weights were not finite. Each rank prints it:
+    torchrun may end the main one as soon as another has exited."""
 
 
 class DataLost(Interrupted):

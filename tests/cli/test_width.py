@@ -81,7 +81,7 @@ def test_the_line_of_an_error(tidali, on_a_terminal) -> None:
     check(tidali("train", "--set", "nonsense=1").stderr, wide, width)
 
 
-@pytest.mark.parametrize("argv", [[], ["train"], ["shard"], ["info"], ["study"]], ids="-".join)
+@pytest.mark.parametrize("argv", [[], ["train"], ["shard"], ["bench"], ["study"]], ids="-".join)
 def test_help_on_80_columns(tidali, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(typer.rich_utils, "MAX_WIDTH", 1000)
     wide = tidali(*argv, "--help").stdout

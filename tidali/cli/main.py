@@ -26,7 +26,7 @@ from tidali.cli.report import plot, report
 from tidali.cli.runs import runs
 from tidali.cli.study import study
 from tidali.cli.train import train
-from tidali.errors import Diverged, Interrupted, TidaliError, UsageError, explain_out_of_memory
+from tidali.errors import Interrupted, TidaliError, UsageError, explain_out_of_memory
 from tidali.hardware.cpu_threads import limit_threads, wait_briefly
 from tidali.hardware.limits import raise_open_files_limit
 
@@ -101,7 +101,7 @@ def main() -> None:
     except TidaliError as error:
         if console.is_verbose():
             traceback.print_exception(error)
-        if isinstance(error, Interrupted | Diverged) and not console.is_main_rank():
+        if isinstance(error, Interrupted) and not console.is_main_rank():
             sys.exit(error.exit_code)  # every rank stopped for the same reason; the main rank prints it
         sys.exit(_fail(str(error), error.exit_code))
     except KeyboardInterrupt:  # before the command began
