@@ -125,16 +125,19 @@ def _show_rows(document: Mapping[str, Any]) -> None:
 
 def rate_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The titles and the cells of a table of the rows. A column that would be empty, or say a number twice, is left out. What
-    was timed as a whole has seconds instead of a rate."""
-    rows = document["rows"]
+    growth times as a whole has seconds instead of a rate: opening a data set reads no image."""
+    rows, growth = document["rows"], document["benchmark"] == "growth"
     if document["compile"]:  # nearly all of the first step is compilation
         rows = [{**row, "first_step_s": row.get("measured", {}).get("first_step_s")} for row in rows]
 
+    def timed(row: Mapping[str, Any]) -> bool:
+        return growth and "seconds" in row
+
     def rate(row: Mapping[str, Any]) -> str:
-        return "not run" if "not_run" in row else "" if "seconds" in row else number(row["images_per_s"]["median"])
+        return "not run" if "not_run" in row else "" if timed(row) else number(row["images_per_s"]["median"])
 
     def extremes(row: Mapping[str, Any]) -> str:
-        return "" if "not_run" in row else spread(row["seconds"], seconds) if "seconds" in row else spread(row["images_per_s"])
+        return "" if "not_run" in row else spread(row["seconds"], seconds) if timed(row) else spread(row["images_per_s"])
 
     def field(name: str) -> tuple[str, Callable[[Mapping[str, Any]], str]]:
         text = _FORMATS.get(name, number)
@@ -143,9 +146,9 @@ def rate_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     names = sorted({name for row in rows for name in row if name.startswith("times_")})
     names += [name for name in _COLUMNS if any(name in row for row in rows)]
     columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [("case", lambda row: row["case"]), ("where", label)]
-    columns += [field(name) for name in names if name == "seconds"] + [("images/s", rate)]
+    columns += [field(name) for name in names if growth and name == "seconds"] + [("images/s", rate)]
     columns += [("spread", extremes)] if document["repeats"] > 1 else []
-    columns += [field(name) for name in names if name != "seconds"]
+    columns += [field(name) for name in names if not growth or name != "seconds"]
     columns += [("of the ceiling", ceiling_share)] if any("ceiling" in row for row in rows) else []
     return [title for title, _ in columns], [[text(row) for _, text in columns] for row in rows]
 

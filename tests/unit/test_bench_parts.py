@@ -419,6 +419,8 @@ def test_the_table_of_growth_has_seconds_and_no_rate_of_them() -> None:
     rows = [["open", "100 samples", "0.0035", "", "0.003 to 4.00"], ["batches", "100 samples", "", "5,000", "4,000 to 6,000"]]
     assert report.rate_table(drawn) == (columns, rows)
     assert report.rate_table({**drawn, "repeats": 1})[0] == columns[:-1]
+    columns, rows = report.rate_table({**drawn, "benchmark": "pack", "rows": [timed]})
+    assert dict(zip(columns, rows[0], strict=True))["images/s"] == "5,000"
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".html"])
