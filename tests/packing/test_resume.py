@@ -378,7 +378,8 @@ def stop_after_first(source: Path, dest: Path, *, size_px: int | None = None, ov
     from shards.scan import FileSource
 
     def stop(done: int, total: int) -> None:
-        raise RuntimeError("stopped by the test")
+        if done:
+            raise RuntimeError("stopped by the test")
 
     settings = PackSettings(shard_samples=8, size_px=size_px)
     pack(FileSource(source), dest, settings, workers=1, progress=stop, overwrite=overwrite)

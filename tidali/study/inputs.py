@@ -10,7 +10,7 @@ from typing import Any
 
 from tidali.config import Arch, TrainSettings
 from tidali.dataset.contract import Dataset
-from tidali.errors import UsageError
+from tidali.errors import TidaliError, UsageError
 from tidali.files import file_digest
 from tidali.model.pretrained import IMAGENET_NAME, file_weights, imagenet_weights, imagenet_weights_path
 from tidali.study.rows import IMAGENET
@@ -28,13 +28,14 @@ def find_imagenet_weights(given: str | None, arch: Arch) -> dict[str, str]:
         UsageError: the file is not there, or holds no weights of a ResNet.
         TidaliError: torchvision's cannot be had.
     """
-    if given is None:
-        imagenet_weights(arch)
-        return {"name": IMAGENET_NAME, "path": IMAGENET, "sha256": file_digest(imagenet_weights_path(arch))}
     try:
+        if given is None:
+            imagenet_weights(arch)
+            return {"name": IMAGENET_NAME, "path": IMAGENET, "sha256": file_digest(imagenet_weights_path(arch))}
         path = file_weights(given).where
-    except UsageError as error:
-        raise UsageError(str(error).replace("--init", "--imagenet-weights")) from None
+    except TidaliError as error:
+        text = str(error).replace("--init imagenet", "ImageNet's weights").replace("--init", "--imagenet-weights")
+        raise type(error)(text) from None
     return {"name": given, "path": path, "sha256": file_digest(Path(path))}
 
 

@@ -86,8 +86,8 @@ class Study:
             except UsageError:  # of a file that was given
                 raise
             except TidaliError as error:
-                self.why_no_weights = f"needs ImageNet weights, or --imagenet-weights PATH ({error})"
-                say(f"rows that start from ImageNet weights are skipped: {error}; or give --imagenet-weights PATH")
+                self.why_no_weights = f"it needs {error}"
+                say(f"{error}; the rows that start from them are skipped")
         self.without_result: dict[str, str] = {}  # name of a row -> what became of it
 
     def document(self, command: str) -> dict[str, Any]:
