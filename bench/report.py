@@ -145,7 +145,8 @@ def rate_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
 
     names = sorted({name for row in rows for name in row if name.startswith("times_")})
     names += [name for name in _COLUMNS if any(name in row for row in rows)]
-    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [("case", lambda row: row["case"]), ("where", label)]
+    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [("case", lambda row: row["case"])]
+    columns += [("where", label)] if any(map(label, rows)) else []
     columns += [field(name) for name in names if growth and name == "seconds"] + [("images/s", rate)]
     columns += [("spread", extremes)] if document["repeats"] > 1 else []
     columns += [field(name) for name in names if not growth or name != "seconds"]
