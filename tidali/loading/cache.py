@@ -82,8 +82,10 @@ def fill_cache(
         pixels[side] = sharing.zeros((len(source.labels), *(source.size or (side, side)), 3), source.device)
         part = sharing.part(len(source.labels))
         for request, found in source.read(stored_order(source, side, crop_fraction, FILL_BATCH, part, pixels[side])):
-            if found.stored is not request.out:
-                pixels[side][found.samples] = found.stored
+            if len(found.samples) < len(request.samples):
+                pixels[side].index_copy_(0, found.samples.to(source.device), found.stored)
+            elif request.out is not None and found.stored is not request.out:
+                request.out.copy_(found.stored)
             stored += len(request.samples)
             if on_batch is not None:
                 on_batch(stored)
