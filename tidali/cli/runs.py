@@ -60,7 +60,7 @@ def runs(
     if page is not None:
         from tidali.report.runs_page import write_runs_page
 
-        rows = [dict(zip(COLUMNS, table_row(entry), strict=True)) for entry in entries]
+        rows = [dict(zip(COLUMNS, table_row(entry, most=None), strict=True)) for entry in entries]
         write_runs_page(entries, rows, folder, page, text_columns=[COLUMNS[place] for place in TEXT_COLUMNS])
         say(f"{page}: {counted(len(entries), 'run')}")
     if json_:
@@ -87,14 +87,14 @@ def in_order(entries: Sequence[Entry], sort: SortKey) -> list[Entry]:
     return sorted(entries, key=texts[sort]) if sort in texts else list(entries)
 
 
-def table_row(entry: Entry) -> tuple[str, ...]:
-    """The cells of `COLUMNS`."""
+def table_row(entry: Entry, most: int | None = _SHOWN_DIFFERENCES) -> tuple[str, ...]:
+    """The cells of `COLUMNS`, with so many differences at most; None for all."""
 
     def percent(value: float | None) -> str:
         return "" if value is None else f"{value:.1f}"
 
     differences = [f"{name} {value}" for name, value in entry.differs.items()]
-    more = ["…"] if len(differences) > _SHOWN_DIFFERENCES else []
+    more = ["…"] if len(differences[:most]) < len(differences) else []
     rate = entry.images_per_s
     return (
         entry.name,
@@ -103,7 +103,7 @@ def table_row(entry: Entry) -> tuple[str, ...]:
         "" if rate is None else f"{rate:,.0f}",
         state_text(entry),
         entry.data,
-        ", ".join(differences[:_SHOWN_DIFFERENCES] + more),
+        ", ".join(differences[:most] + more),
     )
 
 

@@ -14,9 +14,6 @@ from tidali.files import write_atomically
 from tidali.report.page import render
 from tidali.training.run_index import Entry
 
-_DIFFERENCES = "differs in"
-"""The column that a page has room to show whole."""
-
 
 def write_runs_page(
     entries: Sequence[Entry], rows: Sequence[Mapping[str, str]], root: Path, out: Path, *, text_columns: Collection[str]
@@ -36,12 +33,11 @@ def write_runs_page(
     findings: dict[str, list[str]] = {}  # to the names of the runs that have them
     for entry, row in zip(entries, rows, strict=True):
         report = entry.folder / "report.html"
-        differences = ", ".join(f"{name} {value}" for name, value in entry.differs.items())
         command = ["tidali", "report", str(entry.folder), "-o", str(report)]
         shown.append(
             {
                 "name": entry.name,
-                "cells": list({**row, _DIFFERENCES: differences}.items())[1:],
+                "cells": list(row.items())[1:],
                 "link": quote(os.path.relpath(report, out.absolute().parent)) if entry.report is not None else None,
                 "command": shlex.join(command) if entry.report is None and entry.figure("last") is not None else None,
             }
